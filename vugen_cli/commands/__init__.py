@@ -1,0 +1,1 @@
+"""The subcommands: options in, one call into the library, one summary out."""

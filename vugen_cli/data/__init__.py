@@ -1,0 +1,1 @@
+"""Image-text data: sources, the shard writer, and the streaming loader."""

@@ -1,0 +1,40 @@
+"""What a source hands to the shard writer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from PIL import Image
+
+
+@dataclass
+class Sample:
+    """One picture with its captions, before resizing.
+
+    Attributes:
+        key: a stable name, unique in its source; part of the manifest when the picture is skipped.
+        image: the encoded file as bytes, or a drawn picture (RGB) which is stored without loss.
+        captions: one or more captions, each a single line.
+        meta: JSON-able facts kept in the sample's `.json` (class, original size, scene description, ...).
+    """
+
+    key: str
+    image: bytes | Image.Image
+    captions: list[str]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """An ordered, indexable, picklable set of samples. `source[i]` may read a file or draw a picture.
+
+    A sample that cannot be read raises `OSError` or `ValueError`; the writer counts and lists it.
+    """
+
+    name: str
+    origin: str
+    licence: str
+    classes: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...

@@ -1,0 +1,1 @@
+"""The one shared engine: checkpoints, the training loop, sampling."""

@@ -1,0 +1,1 @@
+"""The frozen vision-language model: images to latents, prompts to a prefix."""
