@@ -1,0 +1,41 @@
+"""`vugen train-vlm`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vugen_cli.commands.options import DataOption, DeviceOption, RecipeOption, SetOption
+
+
+def train_vlm(
+    data: DataOption = Path("data/openmoji"),
+    out: Annotated[Path, typer.Option(help="Hugging Face directory to write.")] = Path("nano-vlm"),
+    recipe: RecipeOption = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
+    set_: SetOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Train the small embedded vision-language model from scratch.
+
+    It learns captions, questions and matching from captioned shards, and is saved as a Hugging Face directory
+    that every other command takes as --vlm. This is how the bundled model is made.
+
+    \b
+    Examples:
+      vugen train-vlm --data data/openmoji --out nano-vlm
+      vugen train-vlm --data data/mine --out my-vlm --steps 2000 --set nano_vlm.width=384
+    """
+    from vugen_cli.commands.options import training_recipe
+    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.torchvision_repair import repair_torchvision
+
+    repair_torchvision()
+    from vugen_cli.vlm import nano
+
+    resolved = training_recipe(recipe, "train_vlm", steps, batch_size, set_)
+    scores = nano.train_vlm(resolved, data, out, pick_device(device))
+    typer.echo(f"wrote {out}")
+    for name, value in scores.items():
+        typer.echo(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")

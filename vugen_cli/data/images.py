@@ -1,0 +1,220 @@
+"""From an image file's bytes to a square RGB picture, and back to bytes.
+
+Plain JPEGs take a fast road (simplejpeg decodes and encodes, torch resamples); everything else goes through Pillow.
+Both end in the same thing: `uint8 [H, W, 3]`, values 0 to 255, upright, opaque.
+"""
+
+import io
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+MAX_PIXELS = 2 * 89_478_485
+"""Larger pictures are refused before they are decoded: the limit at which Pillow calls a file a bomb (179 MP)."""
+
+MIN_SIDE = 16
+"""Pictures with a shorter side than this carry nothing worth enlarging."""
+
+MAX_ASPECT = 50
+"""Longer strips are refused: their short side would be enlarged and the rest along with it."""
+
+JPEG_QUALITY = 95
+
+# Pillow would also hand EPS to Ghostscript and open rarities with large attack surface: name what we accept.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
+
+# libjpeg's complaints that leave the picture whole: stray bytes between segments, odd scan headers.
+_HARMLESS = ("extraneous bytes", "Invalid SOS parameters", "unknown Adobe color transform")
+
+# EXIF orientation -> what brings the picture upright (EXIF 2.3, tag 0x0112).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(data: bytes) -> Image.Image:
+    """Decode an image file into an upright RGB picture. See `decode` for what is handled and what is refused."""
+    return Image.fromarray(decode(data))
+
+
+def resize_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize an RGB picture's short side to `size` and crop the centre square. See `adm_crop`."""
+    return Image.fromarray(adm_crop(np.asarray(image), size))
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Decode an image file to `uint8 [H, W, 3]`.
+
+    Handles EXIF orientation, CMYK (Adobe's inverted kind too), palettes, transparency (laid on white), 16-bit and
+    32-bit greyscale, greyscale with alpha, 1-bit pictures, and the first frame of animations.
+
+    Raises:
+        ValueError: the file is no image we read, is truncated or corrupt, has more than `MAX_PIXELS` pixels, a side
+            below `MIN_SIDE`, or an aspect ratio above `MAX_ASPECT`. The message is short enough for a list.
+    """
+    pixels = _decode_plain_jpeg(data) if data[:2] == b"\xff\xd8" else None
+    return _decode_with_pillow(data) if pixels is None else pixels
+
+
+def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
+    """Decode a three-channel or grey JPEG with libjpeg-turbo; None where Pillow must have a look."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colours in ("CMYK", "YCCK"):
+        return None
+    _check_size(width, height)
+    try:
+        pixels = simplejpeg.decode_jpeg(data)
+    except ValueError as err:
+        if any(words in str(err) for words in _HARMLESS):
+            return None
+        raise ValueError(f"corrupt JPEG: {err}") from err
+    if b"Exif\0\0" in data[:65536]:  # APP1 comes first and holds at most 64 KiB
+        try:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as header:
+                return _upright(pixels, _orientation(header))
+        except (OSError, SyntaxError):
+            return pixels
+    return pixels
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    if not data:
+        raise ValueError("empty file")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            _check_size(*image.size)
+            orientation = _orientation(image)
+            pixels = np.asarray(_to_rgb(image))
+    except MemoryError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise ValueError("not an image file, or of a kind that is not read") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"too large: more than {MAX_PIXELS} pixels") from None
+    except Exception as err:  # a damaged file makes Pillow's plugins raise nearly anything
+        raise ValueError(" ".join(f"unreadable image: {err or type(err).__name__}".split())) from err
+    return _upright(pixels, orientation)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"too large: {width}x{height} pixels")
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"too small: {width}x{height} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"too long a strip: {width}x{height} pixels")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1 (upright) when the EXIF block is damaged, which costs the picture nothing else."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:
+        return 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation not in _UPRIGHT:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Load a picture of any mode and bring it to RGB, with transparency laid on white."""
+    image.load()
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(grey: np.ndarray) -> np.ndarray:
+    """Scale deep greyscale `[H, W]` to uint8: integers are taken as 16 bits, floats up to 1 as 0 to 1."""
+    if grey.dtype.kind == "f":
+        scaled = np.nan_to_num(grey) * (255 if np.nanmax(grey) <= 1 else 1)
+    else:
+        scaled = grey / 257 if grey.max() > 255 else grey
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def adm_crop(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Resize the short side to `size` and crop the centre, as ADM's `center_crop_arr` does.
+
+    Follows guided_diffusion/image_datasets.py (Dhariwal & Nichol 2021, arXiv 2105.05233), the preprocessing behind
+    the usual ImageNet figures: halve with a box filter while the short side is at least twice `size`, then antialiased
+    bicubic to the final scale, then the centre square. Smaller pictures are enlarged. torch's uint8 kernels do the
+    resampling, five times as fast as Pillow's; a value differs from Pillow's by at most 2 of 255, and by less
+    than 0.01 on average.
+
+    Args:
+        pixels: `uint8 [H, W, 3]`.
+        size: the side of the result, in pixels.
+
+    Returns:
+        `uint8 [size, size, 3]`, contiguous.
+    """
+    height, width = pixels.shape[:2]
+    if height == width == size:
+        return pixels
+    while min(height, width) >= 2 * size:
+        if height % 2 or width % 2:
+            halved = Image.fromarray(pixels).resize((width // 2, height // 2), Image.Resampling.BOX)
+            pixels = np.asarray(halved)
+        else:  # bilinear at exactly half meets four pixels at equal weight: the box filter
+            pixels = _interpolate(pixels, height // 2, width // 2, mode="bilinear")
+        height, width = pixels.shape[:2]
+    scale = size / min(height, width)
+    height, width = round(height * scale), round(width * scale)
+    if pixels.shape[:2] != (height, width):
+        pixels = _interpolate(pixels, height, width, mode="bicubic", antialias=True)
+    top, left = (height - size) // 2, (width - size) // 2
+    return np.ascontiguousarray(pixels[top : top + size, left : left + size])
+
+
+def _interpolate(pixels: np.ndarray, height: int, width: int, **how: Any) -> np.ndarray:
+    import torch  # here, because drawn pictures need no resizing and a worker starts two seconds faster without
+
+    if not pixels.flags.writeable:  # a view of Pillow's memory; torch only reads it, but would warn
+        pixels = pixels.copy()
+    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(batch, size=(height, width), **how)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def is_lossless(data: bytes) -> bool:
+    """Whether the file's kind keeps pixels exactly (PNG, GIF, BMP, TIFF, PNM, lossless WebP), by its first bytes."""
+    if data[:4] == b"RIFF":
+        return data[12:16] == b"VP8L"
+    starts = (b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P4", b"P5", b"P6")
+    return data.startswith(starts)
+
+
+def encode(image: Image.Image | np.ndarray, lossless: bool = False) -> tuple[str, bytes]:
+    """Encode an RGB picture for a shard: `("jpg", bytes)` or `("png", bytes)`.
+
+    JPEG at quality 95 without chroma subsampling is some 45 dB from the original and a quarter of the PNG's size;
+    halving the chroma would smear the very edges a generator is to learn. Pass `lossless=True` for drawn pictures,
+    whose flat areas PNG stores small while JPEG rings around them, and for small pictures from lossless files, where
+    JPEG's 8x8 blocks are a large part of the picture.
+    """
+    pixels = np.ascontiguousarray(np.asarray(image))
+    if not lossless:
+        return "jpg", simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorsubsampling="444")
+    file = io.BytesIO()
+    # Level 3 is three times as fast as the default and within 2% of its size on photographs.
+    Image.fromarray(pixels).save(file, "PNG", compress_level=3)
+    return "png", file.getvalue()

@@ -1,0 +1,300 @@
+"""Streams prepared shards to training: one global, seeded order that does not depend on workers or ranks.
+
+Sample number n of a run is a pure function of (data set, seed, n). Batch b holds samples b*B to b*B+B-1, so a
+run resumes to the sample by starting at another b, and worker processes cannot change what is seen: worker w
+of W makes batches w, w+W, ... and the DataLoader takes them in turn. The order shuffles whole shards, then the
+samples of a window of neighbouring shards together, so reading stays local to a few files.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from vugen_cli.errors import VugenError
+
+
+@dataclass
+class Batch:
+    """What a training step reads.
+
+    Attributes:
+        images: uint8 [B, 3, S, S], RGB.
+        captions: B captions, one chosen at random for each image and epoch.
+        meta: B dictionaries, the samples' `.json`, with every caption under `captions`.
+        corrupt: how many samples of this batch could not be read and were replaced by a neighbour.
+    """
+
+    images: Tensor
+    captions: list[str]
+    meta: list[dict[str, Any]]
+    corrupt: int
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The `dataset.json` of a prepared data set.
+
+    Raises:
+        VugenError: the directory or its manifest is missing or damaged.
+    """
+    directory = Path(path)
+    file = directory / "dataset.json"
+    if not directory.exists():
+        raise VugenError(f"no data set at {directory}: make one with `vugen prepare --out {directory}`")
+    if not file.is_file():
+        raise VugenError(
+            f"{directory} has no dataset.json: prepare it first, for example "
+            f"`vugen prepare --dataset webdataset --source {directory} --out data/mine`"
+        )
+    try:
+        manifest = json.loads(file.read_text())
+        manifest["splits"]
+    except (ValueError, KeyError) as error:
+        raise VugenError(f"{file} is damaged ({error}): run `vugen prepare` again") from error
+    return manifest
+
+
+def dataset_card(path: str | Path) -> dict[str, Any]:
+    """What checkpoints remember of a data set: where it is and what it holds."""
+    manifest = read_manifest(path)
+    return {
+        "path": str(path),
+        "dataset": manifest["dataset"],
+        "size": manifest["size"],
+        "licence": manifest.get("licence"),
+        "counts": {split: facts["count"] for split, facts in manifest["splits"].items()},
+    }
+
+
+class ShardedImages:
+    """Random access to the samples of one split; opens shards lazily and keeps a few open.
+
+    Args:
+        path: a directory written by `vugen prepare`.
+        split: `train` or `val`.
+    """
+
+    def __init__(self, path: str | Path, split: str = "train"):
+        self.directory = Path(path)
+        self.split = split
+        self.manifest = read_manifest(path)
+        if split not in self.manifest["splits"]:
+            found = ", ".join(self.manifest["splits"]) or "none"
+            raise VugenError(f"{path} has no {split} split (found: {found}): run `vugen prepare --split {split}`")
+        shards = [s for s in self.manifest["splits"][split]["shards"] if s["samples"]]
+        self.names = [s["name"] for s in shards]
+        self.counts = np.array([s["samples"] for s in shards], dtype=np.int64)
+        for name in self.names:
+            if Path(name).name != name or not (self.directory / name).is_file():
+                raise VugenError(f"shard {name} of {path} is missing: run `vugen prepare` again")
+        self.size: int = self.manifest["size"]
+        self._shard = lru_cache(maxsize=64)(self._open_shard)
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_shard"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._shard = lru_cache(maxsize=64)(self._open_shard)
+
+    def _open_shard(self, shard: int) -> tuple[int, list[dict[str, tuple[int, int]]]]:
+        """A file descriptor and, for each sample, where each of its members lies."""
+        path = self.directory / self.names[shard]
+        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    key, _, kind = member.name.partition(".")
+                    if member.isfile():
+                        samples.setdefault(key, {})[kind] = (member.offset_data, member.size)
+        except tarfile.TarError:
+            pass  # a truncated shard: what was listed before the damage can still be read
+        return os.open(path, os.O_RDONLY), list(samples.values())
+
+    def read(self, shard: int, index: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """Decode one sample: uint8 [S, S, 3] and its meta with `captions`.
+
+        Raises:
+            ValueError, OSError: the sample is damaged or missing from its shard.
+        """
+        descriptor, samples = self._shard(shard)
+        if index >= len(samples):
+            raise ValueError(f"sample {index} is missing from {self.names[shard]}")
+        members = samples[index]
+
+        def member(*kinds: str) -> bytes:
+            for kind in kinds:
+                if kind in members:
+                    offset, size = members[kind]
+                    data = os.pread(descriptor, size, offset)
+                    if len(data) == size:
+                        return data
+            raise ValueError(f"sample {index} of {self.names[shard]} has no readable {'/'.join(kinds)}")
+
+        meta = json.loads(member("json"))
+        meta["captions"] = member("txt").decode().splitlines()
+        return decode_stored(member("png", "jpg")), meta
+
+    def in_order(self, count: int | None = None) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """The first `count` readable samples in stored order."""
+        left = len(self) if count is None else count
+        for shard, samples in enumerate(self.counts):
+            for index in range(samples):
+                if left <= 0:
+                    return
+                try:
+                    sample = self.read(shard, index)
+                except (ValueError, OSError):
+                    continue
+                left -= 1
+                yield sample
+
+
+def decode_stored(data: bytes) -> np.ndarray:
+    """Pixels of an image as `vugen prepare` stores it (RGB PNG or JPEG), uint8 [S, S, 3].
+
+    Raises:
+        ValueError, OSError: the bytes are damaged.
+    """
+    if data[:2] == b"\xff\xd8":
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+class ShuffledOrder:
+    """Where sample n of an endless, seeded stream lies.
+
+    Args:
+        counts: samples in each shard.
+        seed: of the run.
+        window: samples shuffled together, rounded up to whole shards.
+    """
+
+    def __init__(self, counts: np.ndarray, seed: int, window: int):
+        self.counts, self.seed, self.window = counts, seed, window
+        self.total = int(counts.sum())
+        self._epoch = lru_cache(maxsize=2)(self._epoch_windows)
+        self._samples = lru_cache(maxsize=2)(self._window_samples)
+
+    def _epoch_windows(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """The shards of each window of an epoch, and where in the epoch each window ends."""
+        shards = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
+        windows: list[np.ndarray] = []
+        first, size = 0, 0
+        for i, shard in enumerate(shards):
+            size += int(self.counts[shard])
+            if size >= self.window or i == len(shards) - 1:
+                windows.append(shards[first : i + 1])
+                first, size = i + 1, 0
+        return windows, np.cumsum([self.counts[w].sum() for w in windows])
+
+    def _window_samples(self, epoch: int, window: int) -> np.ndarray:
+        shards = self._epoch(epoch)[0][window]
+        pairs = np.concatenate([np.stack([np.full(self.counts[s], s), np.arange(self.counts[s])], 1) for s in shards])
+        return np.random.default_rng([self.seed, epoch, window, 1]).permutation(pairs)
+
+    def __getitem__(self, n: int) -> tuple[int, int, int]:
+        """(epoch, shard, index in shard) of sample n >= 0."""
+        epoch, position = divmod(n, self.total)
+        _, ends = self._epoch(epoch)
+        window = int(np.searchsorted(ends, position, side="right"))
+        begin = int(ends[window - 1]) if window else 0
+        shard, index = self._samples(epoch, window)[position - begin]
+        return epoch, int(shard), int(index)
+
+
+class TrainingStream(IterableDataset[Batch]):
+    """An endless stream of batches from batch number `start`.
+
+    Args:
+        images: the split to read.
+        batch_size: samples in a batch.
+        seed: of the run: order, caption choice and flips.
+        window: see `ShuffledOrder`.
+        flip: mirror half of the images.
+        start: number of the first batch (resume: the step to go on from).
+        size: pixels a side; images of another stored size are resized.
+    """
+
+    def __init__(
+        self,
+        images: ShardedImages,
+        batch_size: int,
+        seed: int,
+        window: int = 10_000,
+        flip: bool = False,
+        start: int = 0,
+        size: int | None = None,
+    ):
+        self.images, self.batch_size, self.seed, self.window = images, batch_size, seed, window
+        self.flip, self.start, self.size = flip, start, size or images.size
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        number, of = (worker.id, worker.num_workers) if worker else (0, 1)
+        order = ShuffledOrder(self.images.counts, self.seed, self.window)
+        batch = self.start + number
+        while True:
+            yield self.batch(order, batch)
+            batch += of
+
+    def batch(self, order: ShuffledOrder, number: int) -> Batch:
+        """Batch `number` of the stream."""
+        pictures, captions, metas, corrupt = [], [], [], 0
+        for n in range(number * self.batch_size, (number + 1) * self.batch_size):
+            epoch, shard, index = order[n]
+            rng = np.random.default_rng([self.seed, epoch, shard, index, 2])
+            pixels, meta, bad = self._read_or_neighbour(shard, index)
+            corrupt += bad
+            if pixels.shape[0] != self.size:
+                from vugen_cli.data.images import resize_crop
+
+                pixels = np.asarray(resize_crop(Image.fromarray(pixels), self.size))
+            if self.flip and rng.random() < 0.5:
+                pixels = pixels[:, ::-1]
+            pictures.append(torch.from_numpy(np.ascontiguousarray(pixels)))
+            captions.append(meta["captions"][rng.integers(len(meta["captions"]))] if meta["captions"] else "")
+            metas.append(meta)
+        return Batch(torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), captions, metas, corrupt)
+
+    def _read_or_neighbour(self, shard: int, index: int) -> tuple[np.ndarray, dict[str, Any], int]:
+        """A sample, or the next readable one of its shard (then of the others) if it is damaged."""
+        bad = 0
+        for s in [shard, *range(len(self.images.counts))]:
+            count = int(self.images.counts[s])
+            for step in range(count):
+                try:
+                    pixels, meta = self.images.read(s, (index + step) % count)
+                    return pixels, meta, bad
+                except (ValueError, OSError):
+                    bad = 1
+        raise VugenError(f"no readable sample in {self.images.directory}: run `vugen prepare` again")
+
+
+def batches(stream: TrainingStream, workers: int) -> Iterator[Batch]:
+    """Iterate over a stream, decoding in `workers` processes (0: in this one)."""
+    loader = DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="forkserver" if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)

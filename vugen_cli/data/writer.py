@@ -1,0 +1,520 @@
+"""Writes a source as webdataset shards with a manifest, so that the bytes depend on the plan alone.
+
+The plan is fixed before the first picture is read: a seeded permutation of the source, cut into shards. A worker writes
+one whole shard under a temporary name and renames it; a note beside it in `.progress/` lets an interrupted run go on.
+Nothing that differs between runs (times, users, worker counts) reaches a file, so neither interruptions nor the number
+of workers change a byte.
+
+Shards are written with `tarfile`, not webdataset's TarWriter: the same format, but importing webdataset imports torch,
+two seconds that every worker would pay even for drawn pictures.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_exit
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vugen_cli import __version__
+from vugen_cli.data.images import adm_crop, decode, encode, is_lossless
+from vugen_cli.data.sample import Sample, Source
+from vugen_cli.errors import VugenError
+from vugen_cli.files import whole_file, write_json
+
+FORMAT = 1
+"""Version of the layout; raised when the same plan would give other bytes."""
+
+LOSSLESS_UP_TO = 128
+"""Pictures from lossless files stay lossless up to this size; above it JPEG costs nothing one can see."""
+
+Record = dict[str, Any]
+"""What is noted of a finished shard: name, samples, bytes, sha256, skipped, captions."""
+
+
+@dataclass
+class _Job:
+    """What a worker needs to write any shard of the plan."""
+
+    source: Source
+    out: Path
+    split: str
+    size: int
+    shard_size: int
+    order: np.ndarray  # int64 [items]: position in the data set -> index in the source
+    strict: bool
+
+
+class _Stopped(Exception):
+    """The run was interrupted: leave the shard at hand."""
+
+
+def write_dataset(
+    source: Source,
+    out: str | Path,
+    split: str = "train",
+    size: int = 256,
+    shard_size: int = 1000,
+    workers: int = 1,
+    seed: int = 0,
+    count: int | None = None,
+    strict: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write one split of a data set and return its manifest, which `out/dataset.json` then holds.
+
+    A shard `train-000000.tar` holds for each sample `KEY.jpg` or `KEY.png` (`size` x `size`, RGB), `KEY.txt` (a caption a
+    line) and `KEY.json` (the sample's meta with `source_key`, `width`, `height` and `caption_count`), where KEY is the
+    position in the plan; positions of skipped pictures stay empty. Another split of the same data set may already be
+    in `out` and is kept. A finished split is recognised and left as it is; missing shards of it are written again.
+
+    Args:
+        source: the pictures. A `fingerprint` attribute, where it has one, is a hash over its listing and tells
+            another source under the same name.
+        out: the directory to write to; made if missing.
+        split: "train" or "val".
+        size: side of the stored pictures in pixels.
+        shard_size: items a shard, skipped ones included.
+        workers: processes. 1 works in this process; more start fresh ones, so a script that calls this must guard
+            its main part with `if __name__ == "__main__"`.
+        seed: of the shuffle.
+        count: take a random subset of this many items (all if the source has fewer), skipped ones included.
+        strict: the first picture that cannot be used ends the run.
+        progress: show a bar on standard error.
+
+    Raises:
+        VugenError: bad arguments, an empty source, `out` in use, unwritable, full or holding something else, a picture
+            that cannot be used with `strict`, not one that can without, or a worker that died.
+        KeyboardInterrupt: interrupted; what is finished stays and another run goes on from there.
+    """
+    if size < 8 or shard_size < 1 or workers < 1 or (count is not None and count < 1):
+        raise VugenError(
+            f"--size must be 8 or more and --shard-size, --workers and --count 1 or more, not "
+            f"{size}, {shard_size}, {workers} and {count}"
+        )
+    if len(source) == 0:
+        raise VugenError(f"{source.origin} holds no pictures: nothing to prepare")
+    out = Path(out)
+    order = np.random.default_rng(seed).permutation(len(source))[:count]
+    plan = {
+        "dataset": source.name,
+        "size": size,
+        "seed": seed,
+        "shard_size": shard_size,
+        "items": len(order),
+        "listing": _listing(source),
+    }
+    job = _Job(source, out, split, size, shard_size, order, strict)
+    with _locked(out):
+        manifest = _read_manifest(out)
+        if split in manifest.get("splits", {}):
+            return _repair(job, plan, manifest, progress)
+        _check_other_splits(out, manifest, plan)
+        _claim(out, split, plan)
+        records = _write_shards(job, _finished(job), workers, progress)
+        manifest = _add_split(manifest, source, split, plan, records)
+        if not manifest["splits"][split]["count"]:
+            raise VugenError(_all_skipped(source, manifest["splits"][split]["skipped"]))
+        write_json(out / "dataset.json", manifest)
+        _forget_progress(out, split)
+    return manifest
+
+
+# --- the plan and what earlier runs left behind
+
+
+def _listing(source: Source) -> str:
+    given = getattr(source, "fingerprint", None)
+    return given or hash_of([source.name, source.origin, len(source), *source.classes])
+
+
+def hash_of(parts: Any) -> str:
+    """A short hash over a JSON-able value, for the `fingerprint` of a source."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold `out` against other runs; the lock goes with the process, however that ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise VugenError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VugenError(f"another vugen prepare is writing to {out}: wait for it or choose another --out") from None
+        except OSError:
+            pass  # a file system without locks (some NFS): renames still keep every file whole
+        yield
+    finally:
+        os.close(handle)
+
+
+def _read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of an earlier run, or an empty one."""
+    path = out / "dataset.json"
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise VugenError(f"{path} has format {manifest['format']}, this version writes {FORMAT}: choose another --out")
+        for entry in manifest["splits"].values():
+            entry["shards"], entry["listing"], entry["skipped"]
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VugenError(f"{path} is no manifest of vugen prepare ({error!r}): choose another --out") from error
+
+
+def _check_other_splits(out: Path, manifest: dict[str, Any], plan: dict[str, Any]) -> None:
+    """All splits of a data set share its name and picture size."""
+    if manifest:
+        _check_plan(out, {k: manifest[k] for k in ("dataset", "size")}, plan, "data set")
+
+
+def _check_plan(out: Path, found: dict[str, Any], plan: dict[str, Any], what: str) -> None:
+    words = {"listing": "source files", "items": "--count or number of pictures"}
+    different = []
+    for key, value in plan.items():
+        if key in found and found[key] != value:
+            name = words.get(key, "--" + key.replace("_", "-"))
+            different.append(name if key == "listing" else f"{name} {found[key]} there, {value} now")
+    if different:
+        raise VugenError(
+            f"{out} holds a {what} prepared otherwise ({'; '.join(different)}): choose another --out, or delete "
+            f"{out} to start over"
+        )
+
+
+def _claim(out: Path, split: str, plan: dict[str, Any]) -> None:
+    """Note the plan before the first shard; refuse another plan's shards, and shards that are not ours."""
+    note = out / ".progress" / f"{split}.json"
+    if note.exists():
+        try:
+            found = json.loads(note.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise VugenError(f"{note} is damaged ({error}): delete {out} and prepare again") from error
+        # Another version of the tool or of what it draws with may give other bytes: do not mix them.
+        _check_plan(out, found, {**plan, "tool": _tool()}, f"half-finished {split} split")
+    elif foreign := sorted(out.glob(f"{split}-*.tar")):
+        raise VugenError(
+            f"{out} already holds {foreign[0].name}, which no dataset.json there describes: choose another --out, or "
+            f"delete the shards"
+        )
+    else:
+        write_json(note, {**plan, "tool": _tool()})
+    for leftover in out.glob(f".{split}-*.tar.*"):  # of a run that was killed
+        leftover.unlink(missing_ok=True)
+
+
+def _tool() -> str:
+    return f"vugen-cli {__version__}"
+
+
+def _shard_name(split: str, shard: int) -> str:
+    return f"{split}-{shard:06d}.tar"
+
+
+def _shard_count(job: _Job) -> int:
+    return -(-len(job.order) // job.shard_size)
+
+
+def _note_of(job: _Job, shard: int) -> Path:
+    return job.out / ".progress" / f"{job.split}-{shard:06d}.json"
+
+
+def _finished(job: _Job) -> dict[int, Record]:
+    """The shards that an interrupted run of this plan finished: noted, and there in full length."""
+    records = {}
+    for shard in range(_shard_count(job)):
+        try:
+            record = json.loads(_note_of(job, shard).read_text(encoding="utf-8"))
+            whole = not record["samples"] or (job.out / record["name"]).stat().st_size == record["bytes"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if whole and not (job.strict and record["skipped"]):
+            records[shard] = record
+    return records
+
+
+def _forget_progress(out: Path, split: str) -> None:
+    folder = out / ".progress"
+    # The plan's note goes last: killed in between, the rest is still known as ours.
+    for note in [*folder.glob(f"{split}-*.json"), folder / f"{split}.json"]:
+        note.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _repair(job: _Job, plan: dict[str, Any], manifest: dict[str, Any], progress: bool) -> dict[str, Any]:
+    """A split that is complete: check that it is the one asked for, and write again shards that were lost."""
+    entry = manifest["splits"][job.split]
+    found = {**entry, "dataset": manifest["dataset"], "size": manifest["size"]}
+    _check_plan(job.out, found, plan, f"{job.split} split")
+    if job.strict and entry["skipped"]:
+        first = entry["skipped"][0]
+        raise VugenError(f"{first['key']}: {first['reason']} (--strict; the split in {job.out} was prepared without it)")
+    for listed in entry["shards"]:
+        path = job.out / listed["name"]
+        if path.is_file() and path.stat().st_size == listed["bytes"]:
+            continue
+        record = _write_shard(job, int(path.stem.rpartition("-")[2]))
+        if record["sha256"] != listed["sha256"]:
+            raise VugenError(
+                f"{path} was lost, and writing it again gave other bytes than dataset.json notes (changed pictures or "
+                f"libraries): delete {job.out} and prepare again"
+            )
+        if progress:
+            print(f"{path} was missing or cut short and has been written again", file=sys.stderr)
+    if (job.out / ".progress" / f"{job.split}.json").exists():  # killed between the manifest and the clearing up
+        _forget_progress(job.out, job.split)
+    return manifest
+
+
+# --- workers
+
+_job: _Job  # of a worker process, with the two shared values below
+_stop: Any
+_done: Any
+
+
+def _start_worker(job: _Job, stop: Any, done: Any) -> None:
+    global _job, _stop, _done
+    import signal
+
+    _job, _stop, _done = job, stop, done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells us through `stop`
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch, which is imported later: one core a worker
+
+    def follow_parent() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            wait_for_exit([parent.sentinel])
+            os._exit(1)  # the parent was killed: waiting for its next task would be for ever
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _write_shard_in_worker(shard: int) -> Record | None:
+    def tick() -> None:
+        if _stop.value:
+            raise _Stopped
+        with _done.get_lock():
+            _done.value += 1
+
+    try:
+        return _write_shard(_job, shard, tick)
+    except _Stopped:
+        return None
+
+
+def _write_shards(job: _Job, records: dict[int, Record], workers: int, progress: bool) -> list[Record]:
+    """Write the shards that `records` lacks; all records in order."""
+    from tqdm import tqdm
+
+    todo = [shard for shard in range(_shard_count(job)) if shard not in records]
+    kept = sum(min(job.shard_size, len(job.order) - shard * job.shard_size) for shard in records)
+    workers = min(workers, len(todo))
+    bar = tqdm(
+        total=len(job.order), initial=kept, unit="img", desc=f"{job.out}: {job.split}", disable=not progress, smoothing=0.05
+    )
+    with bar:
+        if workers > 1:
+            records |= _in_processes(job, todo, workers, bar)
+        else:
+            for shard in todo:
+                records[shard] = _write_shard(job, shard, bar.update)
+    return [records[shard] for shard in sorted(records)]
+
+
+def _in_processes(job: _Job, todo: list[int], workers: int, bar: Any) -> dict[int, Record]:
+    # spawn: the caller may hold threads (torch, a progress bar), and those do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    stop, done = context.Value("b", 0), context.Value("q", 0)
+    records: dict[int, Record] = {}
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, stop, done))
+    try:
+        tasks: dict[Future[Record | None], int] = {pool.submit(_write_shard_in_worker, s): s for s in todo}
+        waiting: set[Future[Record | None]] = set(tasks)
+        shown = 0
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+            for task in finished:
+                record = task.result()
+                assert record is not None  # only a stop gives None
+                records[tasks[task]] = record
+            now = done.value
+            bar.update(now - shown)
+            shown = now
+    except BrokenProcessPool:
+        raise VugenError(
+            "a worker process died, most likely for want of memory: run again with fewer --workers; finished shards "
+            "are kept"
+        ) from None
+    finally:
+        stop.value = 1  # after success nobody is left to read it
+        pool.shutdown(wait=True, cancel_futures=True)
+    return records
+
+
+# --- one shard
+
+
+def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> Record:
+    """Write a shard and its note; `tick()` is called once an item and may raise to leave the shard unwritten."""
+    first = shard * job.shard_size
+    path = job.out / _shard_name(job.split, shard)
+    skipped: list[dict[str, str]] = []
+    captions = {"images": 0, "captions": 0, "words": 0, "words_max": 0, "characters_max": 0}
+    with whole_file(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for position in range(first, min(first + job.shard_size, len(job.order))):
+                tick()
+                key = None
+                try:
+                    sample = job.source[int(job.order[position])]
+                    key = sample.key
+                    members = _members(sample, job.size)
+                except (OSError, ValueError) as error:
+                    # A source that fails to read names the item in its message; without a key, say which it was.
+                    key = key or getattr(error, "filename", None) or f"item {job.order[position]}"
+                    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                    if job.strict:
+                        raise VugenError(f"{key}: {reason} (--strict; without it the picture is skipped)") from error
+                    skipped.append({"key": str(key), "reason": reason})
+                    continue
+                for kind, data in members:
+                    _add_member(tar, f"{position:09d}.{kind}", data)
+                _count(captions, sample.captions)
+        with open(temporary, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            length = os.fstat(file.fileno()).st_size
+    if not captions["images"]:
+        path.unlink(missing_ok=True)
+    record = {
+        "name": path.name,
+        "samples": captions["images"],
+        "bytes": length,
+        "sha256": digest,
+        "skipped": skipped,
+        "captions": captions,
+    }
+    write_json(_note_of(job, shard), record)
+    return record
+
+
+def _members(sample: Sample, size: int) -> list[tuple[str, bytes]]:
+    """A sample's members in a shard: image, captions, meta. The captions are cleaned in place.
+
+    Raises:
+        ValueError: the picture cannot be used, or no caption is left.
+    """
+    sample.captions = [line for line in (" ".join(caption.split()) for caption in sample.captions) if line]
+    if not sample.captions:
+        raise ValueError("no caption")
+    if isinstance(sample.image, Image.Image):
+        pixels, lossless = np.asarray(sample.image.convert("RGB")), True
+    else:
+        pixels, lossless = decode(sample.image), size <= LOSSLESS_UP_TO and is_lossless(sample.image)
+    height, width = pixels.shape[:2]
+    kind, image = encode(adm_crop(pixels, size), lossless)
+    meta = {
+        **sample.meta,
+        "source_key": sample.key,
+        "width": width,
+        "height": height,
+        "caption_count": len(sample.captions),
+    }
+    text = "\n".join(sample.captions) + "\n"
+    return [
+        (kind, image),
+        ("json", json.dumps(meta, ensure_ascii=False).encode("utf-8", "replace")),
+        ("txt", text.encode("utf-8", "replace")),
+    ]
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # owner, group and time stay zero: the same bytes everywhere
+    info.size, info.mode = len(data), 0o444
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _count(totals: dict[str, int], captions: list[str]) -> None:
+    words = [len(caption.split()) for caption in captions]
+    totals["images"] += 1
+    totals["captions"] += len(captions)
+    totals["words"] += sum(words)
+    totals["words_max"] = max(totals["words_max"], *words)
+    totals["characters_max"] = max(totals["characters_max"], *map(len, captions))
+
+
+# --- the manifest
+
+
+def _add_split(
+    manifest: dict[str, Any], source: Source, split: str, plan: dict[str, Any], records: list[Record]
+) -> dict[str, Any]:
+    """The manifest with a split added to those it has."""
+    totals = {key: 0 for key in ("images", "captions", "words", "words_max", "characters_max")}
+    for record in records:
+        for key, value in record["captions"].items():
+            totals[key] = max(totals[key], value) if key.endswith("_max") else totals[key] + value
+    skipped = [item for record in records for item in record["skipped"]]
+    entry = {
+        "count": totals["images"],
+        "items": plan["items"],
+        "seed": plan["seed"],
+        "shard_size": plan["shard_size"],
+        "listing": plan["listing"],
+        "source": source.origin,
+        "shards": [{k: r[k] for k in ("name", "samples", "bytes", "sha256")} for r in records if r["samples"]],
+        "skipped_count": len(skipped),
+        "skipped": skipped,
+        "captions": {
+            "count": totals["captions"],
+            "per_image": round(totals["captions"] / max(totals["images"], 1), 3),
+            "words_mean": round(totals["words"] / max(totals["captions"], 1), 3),
+            "words_max": totals["words_max"],
+            "characters_max": totals["characters_max"],
+        },
+    }
+    splits = dict(sorted({**manifest.get("splits", {}), split: entry}.items()))
+    classes = list(dict.fromkeys([*manifest.get("classes", []), *source.classes]))
+    return {
+        "format": FORMAT,
+        "dataset": source.name,
+        "size": plan["size"],
+        "splits": splits,
+        "classes": classes,
+        "source": next(iter(splits.values()))["source"],
+        "licence": source.licence,
+        "tool": _tool(),
+    }
+
+
+def _all_skipped(source: Source, skipped: list[dict[str, str]]) -> str:
+    reasons: dict[str, int] = {}
+    for item in skipped:
+        reasons[item["reason"]] = reasons.get(item["reason"], 0) + 1
+    common = max(reasons, key=lambda reason: reasons[reason])
+    return (
+        f"not one of {len(skipped)} pictures of {source.origin} can be used, most often for: {common} "
+        f"(first: {skipped[0]['key']}); check that --source and --dataset belong together"
+    )

@@ -1,0 +1,209 @@
+"""The typed recipe: one YAML file for a whole run, `--set a.b=v` overrides, and errors that name the fix.
+
+Every number that shapes a run lives here; the resolved recipe is stored in every checkpoint.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from vugen_cli.errors import VugenError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    """A part of the recipe; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Data(Section):
+    """What the loader does with a data set."""
+
+    flip: bool = Field(False, description="mirror half of the images; wrong where captions say left or right")
+    shuffle: PositiveInt = Field(10_000, description="samples shuffled together, in whole shards")
+    workers: int = Field(1, ge=0, description="decoding processes; 0 decodes in the training process")
+
+
+class NanoVLM(Section):
+    """Sizes of the small vision-language model that `vugen train-vlm` trains from scratch."""
+
+    vision_width: PositiveInt = 192
+    vision_layers: PositiveInt = 6
+    vision_heads: PositiveInt = 3
+    patch: PositiveInt = 8
+    width: PositiveInt = 256
+    layers: PositiveInt = 6
+    heads: PositiveInt = 4
+    mlp: PositiveInt = 704
+    vocabulary: PositiveInt = 1024
+    vision_steps: int = Field(0, ge=0, description="first steps that train the vision encoder alone")
+    words_weight: float = Field(0.5, ge=0, description="weight of predicting the caption's words from the image")
+    pixels_weight: float = Field(1.0, ge=0, description="weight of reconstructing each patch from its own latent")
+
+
+class Reducer(Section):
+    """How z [B, h, w, d] becomes z̃ [B, h, w, channels]."""
+
+    kind: Literal["linear", "mlp"] = "linear"
+    channels: PositiveInt = 16
+    hidden: PositiveInt = Field(512, description="hidden width of the mlp reducer")
+
+
+class PixelDecoder(Section):
+    """The pixel diffusion decoder (PDD): a U-Net with a transformer in the middle, conditioned on z̃."""
+
+    patch: PositiveInt = Field(2, description="pixels folded into channels before the first convolution")
+    channels: list[PositiveInt] = Field([64, 128, 192], description="width of each level, finest first")
+    blocks: PositiveInt = Field(2, description="residual blocks a level, down and up")
+    middle_layers: PositiveInt = 4
+    heads: PositiveInt = 3
+    steps: PositiveInt = Field(4, description="ODE steps when decoding")
+    noise: float = Field(0.1, ge=0, description="largest standard deviation of the noise added to z̃ in training")
+    perceptual: float = Field(0.0, ge=0, description="weight of the loss on the VLM's own features of the image")
+    image_size: PositiveInt | None = Field(None, description="pixels a side; default: that of the data set")
+
+
+class Expert(Section):
+    """The generation expert: the image tokens' own copy of the language model's decoder."""
+
+    init: Literal["vlm", "fresh"] = Field("vlm", description="start from the VLM's weights or from noise")
+
+
+class Flow(Section):
+    """Flow matching: how training times are drawn."""
+
+    time: Literal["uniform", "logit-normal"] = "logit-normal"
+    shift: float = Field(1.0, gt=0, description="moves training and sampling times towards the noise end if > 1")
+
+
+class Sampling(Section):
+    """Defaults of `vugen sample`, stored in the sampler's checkpoint."""
+
+    steps: PositiveInt = 25
+    guidance: float = Field(3.0, ge=0)
+    solver: Literal["euler", "heun", "midpoint"] = "euler"
+
+
+class Training(Section):
+    """One stage's optimisation. Times are in optimiser steps, rates are for AdamW."""
+
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 64
+    lr: float = Field(1e-3, gt=0)
+    warmup: int = Field(100, ge=0)
+    cooldown: float = Field(0.3, ge=0, le=1, description="last part of the steps, over which lr falls to zero")
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights that are saved for use")
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    checkpoint_every: PositiveInt = 500
+    preview_every: PositiveInt = 1000
+    prompt_dropout: float = Field(0.1, ge=0, lt=1, description="samples trained without a prompt, for guidance")
+
+
+class Recipe(Section):
+    """A whole run, from the VLM to the samples."""
+
+    name: str = "nano"
+    seed: int = Field(0, ge=0)
+    vlm: str = Field("nano", description="`nano` (bundled), a Hugging Face directory, or a hub id")
+    data: Data = Data()
+    nano_vlm: NanoVLM = NanoVLM()
+    reducer: Reducer = Reducer()
+    decoder: PixelDecoder = PixelDecoder()
+    expert: Expert = Expert()
+    flow: Flow = Flow()
+    sampling: Sampling = Sampling()
+    train_vlm: Training = Training()
+    train_reducer: Training = Training()
+    train_sampler: Training = Training()
+
+    @model_validator(mode="after")
+    def _middle_heads_divide(self) -> "Recipe":
+        if self.decoder.channels[-1] % self.decoder.heads:
+            raise ValueError("decoder.heads must divide the last of decoder.channels")
+        return self
+
+
+def load_recipe(path: str | Path | None = None, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: a YAML file, the name of a shipped recipe (`nano`, `imagenet-256`), or None for `nano`.
+        overrides: `a.b=v` strings; the value is read as YAML, so `1e-3`, `true` and `[64, 128]` work.
+
+    Raises:
+        VugenError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a
+            value does not fit.
+    """
+    file = find_recipe(path or "nano")
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise VugenError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise VugenError(f"{file} is not a recipe: expected `key: value` lines at the top level")
+    return parse_recipe(values, str(file), overrides)
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one."""
+    for candidate in (Path(path), RECIPES / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    shipped = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    raise VugenError(f"no recipe at {path}: give a YAML file or one of the shipped recipes ({shipped})")
+
+
+def parse_recipe(values: dict[str, Any], where: str, overrides: list[str] | None = None) -> Recipe:
+    """Validate plain values (from YAML or from a checkpoint's card) after applying `a.b=v` overrides."""
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise VugenError(f"--set {override}: expected key=value, as in train_sampler.lr=1e-4")
+        *parents, leaf = key.strip().split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise VugenError(f"--set {override}: {parent} is a value, not a section")
+        section[leaf] = _number(yaml.safe_load(text))
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise VugenError(_explain(error, where)) from error
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """The first problem of a recipe as one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        parents = first["loc"][:-1]
+        known = _keys(parents)
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        return f"{where}: unknown recipe key `{key}`; did you mean `{'.'.join([*map(str, parents), *near])}`?"
+    return f"{where}: recipe key `{key or 'recipe'}`: {first['msg']} (got {first.get('input')!r:.80})"
+
+
+def _keys(parents: tuple[Any, ...]) -> list[str]:
+    section: Any = Recipe
+    for parent in parents:
+        section = section.model_fields[parent].annotation
+    return list(section.model_fields)

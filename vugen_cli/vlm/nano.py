@@ -1,0 +1,394 @@
+"""The small vision-language model of the embedded default: built from Hugging Face configs, trained from scratch.
+
+It is a `LlavaForConditionalGeneration` (a SigLIP vision tower and a Llama decoder) with a BPE tokenizer trained
+on the captions, so that the embedded default runs through the very code that a real VLM does.
+
+What it is trained on, and why:
+
+- *image first*: caption the picture, then answer questions about it;
+- *text first*: does this caption (given before the image) match? which answers this question (given before)?
+  A decoder trained only to caption forgets a word as soon as it has passed it, and the generation expert reads
+  the prompt through exactly those states;
+- the words of the caption predicted from the mean vision feature (SuperClass, arXiv 2411.03313), a dense signal
+  that makes a vision tower from scratch learn objects quickly;
+- each patch's pixels reconstructed from its own latent, so that z keeps the detail a captioner would drop.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream, batches, dataset_card
+from vugen_cli.engine.loop import Stage, train
+from vugen_cli.errors import VugenError
+from vugen_cli.pictures import save_grid
+from vugen_cli.recipe import NanoVLM, Recipe
+from vugen_cli.vlm.frozen import projector_inputs
+
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<image>", "<user>", "<assistant>", "<unk>"]
+DESCRIBE = "describe the picture"
+MATCH = "does it match?"
+CHAT_TEMPLATE = (
+    "<bos>{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<assistant>{% else %}<user>{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}<eos>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer with this model's special tokens, as a transformers tokenizer."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=SPECIAL,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>", "<user>", "<assistant>"],
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build(sizes: NanoVLM, image_size: int, tokenizer: Any) -> tuple[Any, Any]:
+    """A fresh model and its processor.
+
+    Args:
+        sizes: widths and depths.
+        image_size: pixels a side; must be a multiple of `sizes.patch`.
+        tokenizer: from `train_tokenizer`.
+    """
+    from transformers import (
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        SiglipImageProcessor,
+        SiglipVisionConfig,
+    )
+
+    if image_size % sizes.patch:
+        raise VugenError(f"images of {image_size} px are not a multiple of nano_vlm.patch ({sizes.patch})")
+    vision = SiglipVisionConfig(
+        hidden_size=sizes.vision_width,
+        intermediate_size=4 * sizes.vision_width,
+        num_hidden_layers=sizes.vision_layers,
+        num_attention_heads=sizes.vision_heads,
+        image_size=image_size,
+        patch_size=sizes.patch,
+        vision_use_head=False,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.width,
+        intermediate_size=sizes.mlp,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_seq_length=(image_size // sizes.patch) ** 2,
+        tie_word_embeddings=True,
+    )
+    processor = LlavaProcessor(
+        SiglipImageProcessor(size={"height": image_size, "width": image_size}),
+        tokenizer,
+        patch_size=sizes.patch,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+    )
+    return LlavaForConditionalGeneration(config), processor
+
+
+class NanoTraining(nn.Module):
+    """The model with the two heads that only training needs.
+
+    Args:
+        model: from `build`.
+        tokenizer: its tokenizer.
+        sizes: the loss weights and the length of the vision-only start.
+        rarity: [vocabulary] weight of each token in the word loss; see `word_rarity`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, sizes: NanoVLM, rarity: Tensor):
+        super().__init__()
+        self.model, self.tokenizer, self.sizes = model, tokenizer, sizes
+        width = sizes.vision_width
+        self.words = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, len(tokenizer))
+        )
+        self.pixels = nn.Linear(width, 3 * sizes.patch**2)
+        self.register_buffer("rarity", rarity)
+        self.ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+
+    def loss(self, batch: Batch, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum of the pixel, word and (after `vision_steps`) language losses."""
+        images = batch.images.float() / 127.5 - 1
+        with projector_inputs(self.model) as seen:
+            features = self.model.model.get_image_features(pixel_values=images).pooler_output
+        z = seen[0]
+        patches = functional.pixel_unshuffle(images, self.sizes.patch).flatten(2).transpose(1, 2)
+        values = {
+            "pixels": functional.mse_loss(self.pixels(z).float(), patches),
+            "words": self._word_loss(z, batch.captions),
+        }
+        total = self.sizes.pixels_weight * values["pixels"] + self.sizes.words_weight * values["words"]
+        if step >= self.sizes.vision_steps:
+            rng = np.random.default_rng(generator.initial_seed())
+            values["language"] = self._language_loss(torch.stack(list(features)), batch, rng)
+            total = total + values["language"]
+        return total, values
+
+    def _word_loss(self, z: Tensor, captions: list[str]) -> Tensor:
+        """Cross-entropy against the caption's set of tokens, rare ones counting more."""
+        target = torch.zeros(len(captions), len(self.tokenizer))
+        for row, ids in enumerate(self.tokenizer(captions, add_special_tokens=False)["input_ids"]):
+            target[row, ids] = 1.0
+        target = target.to(z.device) * self.rarity
+        target = target / target.sum(1, keepdim=True).clamp_min(1e-6)
+        return functional.cross_entropy(self.words(z.mean(1)).float(), target)
+
+    def _language_loss(self, features: Tensor, batch: Batch, rng: np.random.Generator) -> Tensor:
+        """Next-token loss on the assistant's words of one conversation for each image."""
+        ids, answers = self._conversations(batch, features.shape[1], rng)
+        ids, answers = ids.to(features.device), answers.to(features.device)
+        embedded = self.model.get_input_embeddings()(ids)
+        image = (ids == self.ids["<image>"])[..., None].expand_as(embedded)
+        embedded = embedded.masked_scatter(image, features.to(embedded.dtype))
+        hidden = self.model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        predicts = answers[:, 1:]
+        logits = self.model.lm_head(hidden[:, :-1][predicts])
+        return functional.cross_entropy(logits.float(), ids[:, 1:][predicts])
+
+    def _conversations(self, batch: Batch, image_tokens: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Token ids [B, T] (right-padded) and which of them the model must predict [B, T] (bool)."""
+        texts: list[str] = []
+        plans: list[list[tuple[str, int, bool]]] = []  # (special token before, index of the text, supervised)
+        for row, caption in enumerate(batch.captions):
+            turns = conversation(row, caption, batch, rng)
+            plan = []
+            for before, text, supervised in turns:
+                plan.append((before, len(texts), supervised))
+                texts.append(text)
+            plans.append(plan)
+        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows, targets = [], []
+        for plan in plans:
+            ids, target = [self.ids["<bos>"]], [False]
+            for before, index, supervised in plan:
+                special = [self.ids[before]] * (image_tokens if before == "<image>" else 1)
+                words = encoded[index] + ([self.ids["<eos>"]] if supervised else [])
+                ids += special + words
+                target += [False] * len(special) + [supervised] * len(words)
+            rows.append(torch.tensor(ids))
+            targets.append(torch.tensor(target))
+        pad = nn.utils.rnn.pad_sequence
+        return pad(rows, True, self.ids["<pad>"]), pad(targets, True, False)
+
+
+def conversation(
+    row: int, caption: str, batch: Batch, rng: np.random.Generator
+) -> list[tuple[str, str, bool]]:
+    """What is said about one image, as (special token, text after it, is it the assistant's) in order.
+
+    Two in five put the image first and ask for the caption; the others put the text first.
+    """
+    questions = list(batch.meta[row].get("questions", []))
+    questions = [questions[i] for i in rng.permutation(len(questions))[:3]]
+    draw = rng.random()
+    if draw < 0.4:
+        turns = [("<user>", "", False), ("<image>", DESCRIBE, False), ("<assistant>", caption, True)]
+    elif draw < 0.8 or not questions:
+        told, matches = caption, "yes"
+        if rng.random() < 0.5:
+            told, matches = other_caption(row, batch, rng), "no"
+        turns = [("<user>", told, False), ("<image>", MATCH, False), ("<assistant>", matches, True)]
+    else:
+        question, answer = questions.pop()
+        turns = [("<user>", question, False), ("<image>", "", False), ("<assistant>", answer, True)]
+    for question, answer in questions[:2]:
+        turns += [("<user>", question, False), ("<assistant>", answer, True)]
+    return turns
+
+
+def other_caption(row: int, batch: Batch, rng: np.random.Generator) -> str:
+    """A caption of another image that does not fit this one: half the time the most similar in the batch.
+
+    Near misses ("a bear in a forest" for "a bear on a beach") make the decoder carry each word of the prompt.
+    """
+    own = {frozenset(c.split()) for c in batch.meta[row]["captions"]}
+    others = [c for i, c in enumerate(batch.captions) if i != row and frozenset(c.split()) not in own]
+    if not others:
+        return ""
+    if rng.random() < 0.5:
+        return others[rng.integers(len(others))]
+    words = set(batch.captions[row].split())
+    pool = [others[i] for i in rng.permutation(len(others))[:32]]
+    return max(pool, key=lambda c: len(words & set(c.split())) / len(words | set(c.split())))
+
+
+def word_rarity(tokenizer: Any, captions: list[str]) -> Tensor:
+    """Inverse document frequency of each token over some captions [vocabulary]."""
+    seen = Counter(token for ids in tokenizer(captions, add_special_tokens=False)["input_ids"] for token in set(ids))
+    rarity = torch.zeros(len(tokenizer))
+    for token, count in seen.items():
+        rarity[token] = float(np.log(1 + len(captions) / (1 + count)))
+    return rarity
+
+
+def training_texts(images: ShardedImages, count: int = 5000) -> tuple[list[str], list[str]]:
+    """Captions, and every other text a training conversation may use, of the first `count` samples."""
+    captions, others = [], [DESCRIBE, MATCH, "yes", "no"]
+    for _, meta in images.in_order(count):
+        captions += meta["captions"]
+        others += [text for pair in meta.get("questions", []) for text in pair]
+    return captions, others
+
+
+@torch.no_grad()
+def caption_accuracy(model: Any, processor: Any, images: ShardedImages, count: int = 500) -> dict[str, float]:
+    """How often a greedy caption names the subject and the setting of a single-subject scene.
+
+    Args:
+        images: a split of the OpenMoji set (its `meta` says what a scene shows).
+        count: scenes to caption, at most, in each group.
+
+    Returns:
+        `seen_subject`, `seen_setting`, `held_out_subject`, `held_out_setting` as fractions, and the counts; empty
+        when the data set does not say what its scenes show.
+    """
+    right: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    pending: list[tuple[Tensor, dict[str, Any], str]] = []
+
+    def caption_pending() -> None:
+        answers = ask(model, processor, torch.stack([image for image, _, _ in pending]), DESCRIBE)
+        for answer, (_, scene, group) in zip(answers, pending, strict=True):
+            total[group] += 1
+            right[f"{group}_subject"] += scene["subjects"][0]["name"] in answer
+            right[f"{group}_setting"] += scene["setting"] in answer
+        pending.clear()
+
+    for pixels, meta in images.in_order():
+        scene = meta.get("scene")
+        if not scene or scene["kind"] != "single":
+            continue
+        group = "held_out" if scene["held_out"] else "seen"
+        if total[group] + sum(g == group for _, _, g in pending) < count:
+            pending.append((torch.from_numpy(pixels.copy()).permute(2, 0, 1), scene, group))
+        if len(pending) == 64:
+            caption_pending()
+    if pending:
+        caption_pending()
+    result = {name: count_right / total[name.rsplit("_", 1)[0]] for name, count_right in right.items()}
+    return result | {f"{group}_count": n for group, n in total.items()}
+
+
+@torch.no_grad()
+def ask(model: Any, processor: Any, images: Tensor, question: str, tokens: int = 32) -> list[str]:
+    """Greedy answers to one question about each image (uint8 [B, 3, H, W])."""
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    text = processor.apply_chat_template(message, add_generation_prompt=True)
+    inputs = processor(images=list(images), text=[text] * len(images), return_tensors="pt").to(model.device)
+    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def save_vlm(model: Any, processor: Any, path: str | Path) -> None:
+    """Save as a Hugging Face directory in half precision, replacing an earlier one whole."""
+    import copy
+    import shutil
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        copy.deepcopy(model).half().save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except OSError as error:
+        raise VugenError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def train_vlm(recipe: Recipe, data: Path, out: Path, device: torch.device) -> dict[str, float]:
+    """Train the nano VLM from scratch and save it as a Hugging Face directory.
+
+    The run's states, metrics, curves and caption previews are kept in `<out>.run`.
+
+    Args:
+        recipe: its `nano_vlm` and `train_vlm` sections.
+        data: a prepared data set with captions; questions in the samples' meta are used if there are any.
+        out: the directory to write.
+        device: where to train.
+
+    Returns:
+        `caption_accuracy` on the `val` split if the set has one, else {}.
+    """
+    images = ShardedImages(data)
+    captions, others = training_texts(images)
+    tokenizer = train_tokenizer(captions + others, recipe.nano_vlm.vocabulary)
+    torch.manual_seed(recipe.seed)
+    model, processor = build(recipe.nano_vlm, images.size, tokenizer)
+    if device.type == "cpu":
+        model.set_attn_implementation("eager")  # a quarter faster than SDPA's CPU kernels at these lengths
+    training = NanoTraining(model, tokenizer, recipe.nano_vlm, word_rarity(tokenizer, captions)).to(device)
+    has_val = "val" in images.manifest["splits"]
+
+    def preview(_module: nn.Module, path: Path) -> None:
+        shown = list(ShardedImages(data, "val" if has_val else "train").in_order(16))
+        pictures = torch.stack([torch.from_numpy(p.copy()).permute(2, 0, 1) for p, _ in shown])
+        save_grid(pictures, path, labels=ask(model, processor, pictures, DESCRIBE))
+
+    def stream(first: int) -> Iterator[Batch]:
+        settings = recipe.train_vlm
+        return batches(
+            TrainingStream(images, settings.batch_size, recipe.seed, recipe.data.shuffle, start=first),
+            recipe.data.workers,
+        )
+
+    resolved = {
+        "recipe": recipe.model_dump(mode="json", include={"seed", "nano_vlm", "train_vlm"}),
+        "data": dataset_card(data),
+    }
+    stage = Stage("vlm", training, training.loss, preview, resolved)
+    train(stage, stream, recipe.train_vlm, recipe.seed, out.with_name(out.name + ".run"), device)
+    model.set_attn_implementation("sdpa")
+    save_vlm(model, processor, out)
+    return caption_accuracy(model, processor, ShardedImages(data, "val")) if has_val else {}
