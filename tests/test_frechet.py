@@ -38,7 +38,7 @@ def moments_of(rows, chunk=None):
 
 
 def exact_distance(x, y):
-    """The distance from the rows themselves: the trace term is the nuclear norm of the centred rows' product."""
+    """From the rows themselves: the trace term is the nuclear norm of the centred rows' product."""
     xc, yc = x - x.mean(0), y - y.mean(0)
     overlap = scipy.linalg.svdvals(xc @ yc.T).sum() / np.sqrt((len(x) - 1) * (len(y) - 1))
     traces = np.trace(np.cov(x, rowvar=False)) + np.trace(np.cov(y, rowvar=False))
@@ -149,6 +149,15 @@ def test_singular_covariances_are_exact(n, m, rank):
     assert frechet_distance(moments_of(x), moments_of(y)) == pytest.approx(exact_distance(x, y), rel=1e-8)
 
 
+@pytest.mark.parametrize("decay", [400, 30, 5])
+def test_ill_conditioned_covariances_are_exact(decay):
+    falling = np.exp(-np.arange(128) / decay)  # standard deviations down to 1e-11
+    x, y = (np.random.default_rng(seed).standard_normal((400, 128)) * falling for seed in (1, 2))
+    mix = np.linalg.qr(np.random.default_rng(3).standard_normal((128, 128)))[0]
+    value = frechet_distance(moments_of(x @ mix), moments_of(y @ mix))
+    assert value == pytest.approx(exact_distance(x, y), rel=1e-8)
+
+
 def test_zero_covariance():
     point = Statistics(np.zeros(3), np.zeros((3, 3)))
     assert frechet_distance(point, Statistics(np.ones(3), np.eye(3))) == pytest.approx(6)
@@ -240,9 +249,7 @@ def ssim_reference(a, b):
                 vx, vy = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum()
                 cov = (window * (x - mx) * (y - my)).sum()
                 c1, c2 = 0.01**2, 0.03**2
-                values.append(
-                    (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-                )
+                values.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
     return np.mean(values)
 
 

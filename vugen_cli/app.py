@@ -1,25 +1,90 @@
 """The `vugen` command: wires the subcommands and turns errors into one line. Imports nothing heavy."""
 
+import errno
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from vugen_cli import __version__
+from vugen_cli.commands.inspect import inspect
+from vugen_cli.commands.prepare import prepare
+from vugen_cli.commands.reconstruct import reconstruct
+from vugen_cli.commands.sample import sample
+from vugen_cli.commands.score import score
+from vugen_cli.commands.train_reducer import train_reducer
+from vugen_cli.commands.train_sampler import train_sampler
 from vugen_cli.commands.train_vlm import train_vlm
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import Stopped, VugenError
 
-app = typer.Typer(name="vugen", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-app.command("train-vlm")(train_vlm)
+app = typer.Typer(
+    name="vugen",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (prepare, train_reducer, train_sampler, sample, score, reconstruct, train_vlm, inspect):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vugen {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _main() -> None:
-    """x"""
+def vugen(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> None:
+    """Turn a vision-language model into an image generator (VUGEN).
+
+    \b
+    The line, from nothing to pictures:
+      vugen prepare --dataset openmoji
+      vugen train-reducer --data data/openmoji
+      vugen train-sampler --reducer reducer.safetensors
+      vugen sample "a bear in a forest" -n 8
+      vugen score --fid
+    """
 
 
 def main() -> None:
-    app()
+    """Run the command; a failure the user can act on ends in one line on stderr and a non-zero status."""
+    debug = "--debug" in sys.argv or bool(os.environ.get("VUGEN_DEBUG"))
+    sys.argv[1:] = [a for a in sys.argv[1:] if a != "--debug"]  # accepted before and after the subcommand
+    try:
+        app()
+    except Stopped as stopped:
+        _end(str(stopped), 130)
+    except VugenError as error:
+        if debug:
+            raise
+        _end(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+    except OSError as error:
+        if debug:
+            raise
+        advice = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        where = f" ({error.filename})" if error.filename else ""
+        _end(f"error: {error.strerror or error}{where}{advice}", 1)
+    except Exception as error:
+        if debug:
+            raise
+        line = (str(error).strip() or "no message").splitlines()[0]
+        _end(f"error: {type(error).__name__}: {line}; run again with --debug for the traceback", 1)
+
+
+def _end(line: str, status: int) -> None:
+    sys.stdout.flush()
+    print(line, file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -7,3 +7,7 @@ class VugenError(Exception):
     The message is one line that says what is wrong, where, and what to do. `app.main` prints it without a
     traceback (unless `--debug`) and exits with status 1.
     """
+
+
+class Stopped(Exception):
+    """A signal asked a run to stop; its state has been saved and the message says how to go on."""

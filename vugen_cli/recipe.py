@@ -58,13 +58,12 @@ class PixelDecoder(Section):
     """The pixel diffusion decoder (PDD): a U-Net with a transformer in the middle, conditioned on z̃."""
 
     patch: PositiveInt = Field(2, description="pixels folded into channels before the first convolution")
-    channels: list[PositiveInt] = Field([64, 128, 192], description="width of each level, finest first")
-    blocks: PositiveInt = Field(2, description="residual blocks a level, down and up")
+    channels: list[PositiveInt] = Field([48, 96, 160], description="width of each level, finest first")
+    blocks: PositiveInt = Field(1, description="residual blocks a level, down and up")
     middle_layers: PositiveInt = 4
-    heads: PositiveInt = 3
+    heads: PositiveInt = 5
     steps: PositiveInt = Field(4, description="ODE steps when decoding")
     noise: float = Field(0.1, ge=0, description="largest standard deviation of the noise added to z̃ in training")
-    perceptual: float = Field(0.0, ge=0, description="weight of the loss on the VLM's own features of the image")
     image_size: PositiveInt | None = Field(None, description="pixels a side; default: that of the data set")
 
 

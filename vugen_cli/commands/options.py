@@ -1,9 +1,11 @@
 """Options that several commands share, and how they become a recipe."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from vugen_cli.errors import VugenError
 
 if TYPE_CHECKING:
     from vugen_cli.recipe import Recipe
@@ -17,15 +19,52 @@ SetOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: a GPU if there is one]")]
 VlmOption = Annotated[
-    str | None, typer.Option(help="VLM: `nano` (bundled), a Hugging Face directory, or a hub id. [default: nano]")
+    str | None, typer.Option(help="VLM: `nano` (bundled), a Hugging Face directory, or a hub id.")
 ]
 
 
 def training_recipe(
-    recipe: str | None, stage: str, steps: int | None, batch_size: int | None, overrides: list[str] | None
+    recipe: str | None,
+    stage: str,
+    steps: int | None,
+    batch_size: int | None,
+    overrides: list[str] | None,
+    vlm: str | None = None,
 ) -> "Recipe":
-    """The recipe of a training command, with its `--steps` and `--batch-size` applied to that stage."""
+    """The recipe of a training command, with its options applied over `--set`."""
     from vugen_cli.recipe import load_recipe
 
-    given = [f"{stage}.{key}={value}" for key, value in (("steps", steps), ("batch_size", batch_size)) if value]
-    return load_recipe(recipe, [*(overrides or []), *given])
+    return load_recipe(recipe, _overrides(stage, steps, batch_size, overrides, vlm))
+
+
+def sampler_recipe(
+    card: dict[str, Any],
+    reducer: Path,
+    recipe: str | None,
+    steps: int | None,
+    batch_size: int | None,
+    overrides: list[str] | None,
+    vlm: str | None,
+) -> "Recipe":
+    """The recipe of stage 2: the given one, or the reducer's own; reducer and decoder are always the reducer's."""
+    from vugen_cli.recipe import load_recipe, parse_recipe
+
+    stored = card.get("recipe", {})
+    values = load_recipe(recipe).model_dump() if recipe else stored
+    fixed = {key: stored[key] for key in ("reducer", "decoder", "vlm") if key in stored}
+    return parse_recipe(
+        {**values, **fixed}, str(reducer), _overrides("train_sampler", steps, batch_size, overrides, vlm)
+    )
+
+
+def _overrides(
+    stage: str, steps: int | None, batch_size: int | None, overrides: list[str] | None, vlm: str | None
+) -> list[str]:
+    given = {f"{stage}.steps": steps, f"{stage}.batch_size": batch_size, "vlm": vlm}
+    return [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
+
+
+def require_safetensors(out: Path) -> None:
+    """Refuse an output name that would not say what the file is."""
+    if out.suffix != ".safetensors":
+        raise VugenError(f"--out {out}: checkpoints are safetensors files; give a name that ends in .safetensors")

@@ -1,7 +1,7 @@
 """From an image file's bytes to a square RGB picture, and back to bytes.
 
-Plain JPEGs take a fast road (simplejpeg decodes and encodes, torch resamples); everything else goes through Pillow.
-Both end in the same thing: `uint8 [H, W, 3]`, values 0 to 255, upright, opaque.
+Plain JPEGs take a fast road (simplejpeg decodes and encodes, torch resamples); everything else goes through
+Pillow. Both end in the same thing: `uint8 [H, W, 3]`, values 0 to 255, upright, opaque.
 """
 
 import io
@@ -12,7 +12,7 @@ import simplejpeg
 from PIL import Image
 
 MAX_PIXELS = 2 * 89_478_485
-"""Larger pictures are refused before they are decoded: the limit at which Pillow calls a file a bomb (179 MP)."""
+"""Larger pictures are refused undecoded: the limit at which Pillow calls a file a bomb (179 MP)."""
 
 MIN_SIDE = 16
 """Pictures with a shorter side than this carry nothing worth enlarging."""
@@ -41,7 +41,7 @@ _UPRIGHT = {
 
 
 def load_image(data: bytes) -> Image.Image:
-    """Decode an image file into an upright RGB picture. See `decode` for what is handled and what is refused."""
+    """Decode an image file into an upright RGB picture, as `decode` does."""
     return Image.fromarray(decode(data))
 
 
@@ -53,12 +53,13 @@ def resize_crop(image: Image.Image, size: int) -> Image.Image:
 def decode(data: bytes) -> np.ndarray:
     """Decode an image file to `uint8 [H, W, 3]`.
 
-    Handles EXIF orientation, CMYK (Adobe's inverted kind too), palettes, transparency (laid on white), 16-bit and
-    32-bit greyscale, greyscale with alpha, 1-bit pictures, and the first frame of animations.
+    Handles EXIF orientation, CMYK (Adobe's inverted kind too), palettes, transparency (laid on white), 16-bit
+    and 32-bit greyscale, greyscale with alpha, 1-bit pictures, and the first frame of animations.
 
     Raises:
-        ValueError: the file is no image we read, is truncated or corrupt, has more than `MAX_PIXELS` pixels, a side
-            below `MIN_SIDE`, or an aspect ratio above `MAX_ASPECT`. The message is short enough for a list.
+        ValueError: the file is no image we read, is truncated or corrupt, has more than `MAX_PIXELS` pixels,
+            a side below `MIN_SIDE`, or an aspect ratio above `MAX_ASPECT`. The message is short enough for a
+            list.
     """
     pixels = _decode_plain_jpeg(data) if data[:2] == b"\xff\xd8" else None
     return _decode_with_pillow(data) if pixels is None else pixels
@@ -117,7 +118,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1 (upright) when the EXIF block is damaged, which costs the picture nothing else."""
+    """The EXIF orientation; 1 (upright) when the EXIF block is damaged, which harms nothing else."""
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:
@@ -154,11 +155,11 @@ def _to_8_bit(grey: np.ndarray) -> np.ndarray:
 def adm_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     """Resize the short side to `size` and crop the centre, as ADM's `center_crop_arr` does.
 
-    Follows guided_diffusion/image_datasets.py (Dhariwal & Nichol 2021, arXiv 2105.05233), the preprocessing behind
-    the usual ImageNet figures: halve with a box filter while the short side is at least twice `size`, then antialiased
-    bicubic to the final scale, then the centre square. Smaller pictures are enlarged. torch's uint8 kernels do the
-    resampling, five times as fast as Pillow's; a value differs from Pillow's by at most 2 of 255, and by less
-    than 0.01 on average.
+    Follows guided_diffusion/image_datasets.py (Dhariwal & Nichol 2021, arXiv 2105.05233), the preprocessing
+    behind the usual ImageNet figures: halve with a box filter while the short side is at least twice `size`,
+    then antialiased bicubic to the final scale, then the centre square. Smaller pictures are enlarged.
+    torch's uint8 kernels do the resampling, five times as fast as Pillow's; a value differs from Pillow's by
+    at most 2 of 255, and by less than 0.01 on average.
 
     Args:
         pixels: `uint8 [H, W, 3]`.
@@ -186,7 +187,8 @@ def adm_crop(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def _interpolate(pixels: np.ndarray, height: int, width: int, **how: Any) -> np.ndarray:
-    import torch  # here, because drawn pictures need no resizing and a worker starts two seconds faster without
+    # Imported here: drawn pictures need no resizing, and their workers start two seconds faster without.
+    import torch
 
     if not pixels.flags.writeable:  # a view of Pillow's memory; torch only reads it, but would warn
         pixels = pixels.copy()
@@ -196,7 +198,7 @@ def _interpolate(pixels: np.ndarray, height: int, width: int, **how: Any) -> np.
 
 
 def is_lossless(data: bytes) -> bool:
-    """Whether the file's kind keeps pixels exactly (PNG, GIF, BMP, TIFF, PNM, lossless WebP), by its first bytes."""
+    """Whether the file, by its first bytes, is of a kind that keeps pixels exactly."""
     if data[:4] == b"RIFF":
         return data[12:16] == b"VP8L"
     starts = (b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P4", b"P5", b"P6")
@@ -206,10 +208,10 @@ def is_lossless(data: bytes) -> bool:
 def encode(image: Image.Image | np.ndarray, lossless: bool = False) -> tuple[str, bytes]:
     """Encode an RGB picture for a shard: `("jpg", bytes)` or `("png", bytes)`.
 
-    JPEG at quality 95 without chroma subsampling is some 45 dB from the original and a quarter of the PNG's size;
-    halving the chroma would smear the very edges a generator is to learn. Pass `lossless=True` for drawn pictures,
-    whose flat areas PNG stores small while JPEG rings around them, and for small pictures from lossless files, where
-    JPEG's 8x8 blocks are a large part of the picture.
+    JPEG at quality 95 without chroma subsampling is some 45 dB from the original and a quarter of the PNG's
+    size; halving the chroma would smear the very edges a generator is to learn. Pass `lossless=True` for
+    drawn pictures, whose flat areas PNG stores small while JPEG rings around them, and for small pictures
+    from lossless files, where JPEG's 8x8 blocks are a large part of the picture.
     """
     pixels = np.ascontiguousarray(np.asarray(image))
     if not lossless:

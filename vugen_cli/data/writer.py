@@ -1,12 +1,12 @@
 """Writes a source as webdataset shards with a manifest, so that the bytes depend on the plan alone.
 
-The plan is fixed before the first picture is read: a seeded permutation of the source, cut into shards. A worker writes
-one whole shard under a temporary name and renames it; a note beside it in `.progress/` lets an interrupted run go on.
-Nothing that differs between runs (times, users, worker counts) reaches a file, so neither interruptions nor the number
-of workers change a byte.
+The plan is fixed before the first picture is read: a seeded permutation of the source, cut into shards. A
+worker writes one whole shard under a temporary name and renames it; a note beside it in `.progress/` lets an
+interrupted run go on. Nothing that differs between runs (times, users, worker counts) reaches a file, so
+neither interruptions nor the number of workers change a byte.
 
-Shards are written with `tarfile`, not webdataset's TarWriter: the same format, but importing webdataset imports torch,
-two seconds that every worker would pay even for drawn pictures.
+Shards are written with `tarfile`, not webdataset's TarWriter: the same format, but importing webdataset
+imports torch, two seconds that every worker would pay even for drawn pictures.
 """
 
 import fcntl
@@ -15,6 +15,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tarfile
 import threading
@@ -77,28 +78,29 @@ def write_dataset(
 ) -> dict[str, Any]:
     """Write one split of a data set and return its manifest, which `out/dataset.json` then holds.
 
-    A shard `train-000000.tar` holds for each sample `KEY.jpg` or `KEY.png` (`size` x `size`, RGB), `KEY.txt` (a caption a
-    line) and `KEY.json` (the sample's meta with `source_key`, `width`, `height` and `caption_count`), where KEY is the
-    position in the plan; positions of skipped pictures stay empty. Another split of the same data set may already be
-    in `out` and is kept. A finished split is recognised and left as it is; missing shards of it are written again.
+    A shard `train-000000.tar` holds for each sample `KEY.jpg` or `KEY.png` (`size` x `size`, RGB), `KEY.txt`
+    (a caption a line) and `KEY.json` (the sample's meta with `source_key`, `width`, `height` and
+    `caption_count`), where KEY is the position in the plan; positions of skipped pictures stay empty. Another
+    split of the same data set may already be in `out` and is kept. A finished split is recognised and left as
+    it is; missing shards of it are written again.
 
     Args:
-        source: the pictures. A `fingerprint` attribute, where it has one, is a hash over its listing and tells
-            another source under the same name.
+        source: the pictures. A `fingerprint` attribute, where it has one, is a hash over its listing and
+            tells another source under the same name.
         out: the directory to write to; made if missing.
         split: "train" or "val".
         size: side of the stored pictures in pixels.
         shard_size: items a shard, skipped ones included.
-        workers: processes. 1 works in this process; more start fresh ones, so a script that calls this must guard
-            its main part with `if __name__ == "__main__"`.
+        workers: processes. 1 works in this process; more start fresh ones, so a script that calls this must
+            guard its main part with `if __name__ == "__main__"`.
         seed: of the shuffle.
         count: take a random subset of this many items (all if the source has fewer), skipped ones included.
         strict: the first picture that cannot be used ends the run.
         progress: show a bar on standard error.
 
     Raises:
-        VugenError: bad arguments, an empty source, `out` in use, unwritable, full or holding something else, a picture
-            that cannot be used with `strict`, not one that can without, or a worker that died.
+        VugenError: bad arguments, an empty source, `out` in use, unwritable, full or holding something else,
+            a picture that cannot be used with `strict`, not one that can without, or a worker that died.
         KeyboardInterrupt: interrupted; what is finished stays and another run goes on from there.
     """
     if size < 8 or shard_size < 1 or workers < 1 or (count is not None and count < 1):
@@ -128,6 +130,7 @@ def write_dataset(
         records = _write_shards(job, _finished(job), workers, progress)
         manifest = _add_split(manifest, source, split, plan, records)
         if not manifest["splits"][split]["count"]:
+            _forget_progress(out, split)  # so that a run after the cause is mended reads the pictures again
             raise VugenError(_all_skipped(source, manifest["splits"][split]["skipped"]))
         write_json(out / "dataset.json", manifest)
         _forget_progress(out, split)
@@ -159,7 +162,9 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise VugenError(f"another vugen prepare is writing to {out}: wait for it or choose another --out") from None
+            raise VugenError(
+                f"another vugen prepare is writing to {out}: wait for it or choose another --out"
+            ) from None
         except OSError:
             pass  # a file system without locks (some NFS): renames still keep every file whole
         yield
@@ -175,12 +180,16 @@ def _read_manifest(out: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise VugenError(f"{path} has format {manifest['format']}, this version writes {FORMAT}: choose another --out")
+            raise VugenError(
+                f"{path} has format {manifest['format']}, this version writes {FORMAT}: choose another --out"
+            )
         for entry in manifest["splits"].values():
             entry["shards"], entry["listing"], entry["skipped"]
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VugenError(f"{path} is no manifest of vugen prepare ({error!r}): choose another --out") from error
+        raise VugenError(
+            f"{path} is no manifest of vugen prepare ({error!r}): choose another --out"
+        ) from error
 
 
 def _check_other_splits(out: Path, manifest: dict[str, Any], plan: dict[str, Any]) -> None:
@@ -198,8 +207,8 @@ def _check_plan(out: Path, found: dict[str, Any], plan: dict[str, Any], what: st
             different.append(name if key == "listing" else f"{name} {found[key]} there, {value} now")
     if different:
         raise VugenError(
-            f"{out} holds a {what} prepared otherwise ({'; '.join(different)}): choose another --out, or delete "
-            f"{out} to start over"
+            f"{out} holds a {what} prepared otherwise ({'; '.join(different)}): choose another --out, or "
+            f"delete {out} to start over"
         )
 
 
@@ -215,8 +224,8 @@ def _claim(out: Path, split: str, plan: dict[str, Any]) -> None:
         _check_plan(out, found, {**plan, "tool": _tool()}, f"half-finished {split} split")
     elif foreign := sorted(out.glob(f"{split}-*.tar")):
         raise VugenError(
-            f"{out} already holds {foreign[0].name}, which no dataset.json there describes: choose another --out, or "
-            f"delete the shards"
+            f"{out} already holds {foreign[0].name}, which no dataset.json there describes: choose another "
+            f"--out, or delete the shards"
         )
     else:
         write_json(note, {**plan, "tool": _tool()})
@@ -270,7 +279,10 @@ def _repair(job: _Job, plan: dict[str, Any], manifest: dict[str, Any], progress:
     _check_plan(job.out, found, plan, f"{job.split} split")
     if job.strict and entry["skipped"]:
         first = entry["skipped"][0]
-        raise VugenError(f"{first['key']}: {first['reason']} (--strict; the split in {job.out} was prepared without it)")
+        raise VugenError(
+            f"{first['key']}: {first['reason']} (--strict; the split in {job.out} was prepared without it)"
+        )
+    lost = 0
     for listed in entry["shards"]:
         path = job.out / listed["name"]
         if path.is_file() and path.stat().st_size == listed["bytes"]:
@@ -278,12 +290,14 @@ def _repair(job: _Job, plan: dict[str, Any], manifest: dict[str, Any], progress:
         record = _write_shard(job, int(path.stem.rpartition("-")[2]))
         if record["sha256"] != listed["sha256"]:
             raise VugenError(
-                f"{path} was lost, and writing it again gave other bytes than dataset.json notes (changed pictures or "
-                f"libraries): delete {job.out} and prepare again"
+                f"{path} was lost, and writing it again gave other bytes than dataset.json notes (changed "
+                f"pictures or libraries): delete {job.out} and prepare again"
             )
-        if progress:
-            print(f"{path} was missing or cut short and has been written again", file=sys.stderr)
-    if (job.out / ".progress" / f"{job.split}.json").exists():  # killed between the manifest and the clearing up
+        lost += 1
+    if progress:
+        did = f"{lost} lost shards written again" if lost else "nothing to do"
+        print(f"{job.out} already holds this {job.split} split: {did}", file=sys.stderr)
+    if (job.out / ".progress").exists():  # of the repair, or of a run killed just before it cleared up
         _forget_progress(job.out, job.split)
     return manifest
 
@@ -297,10 +311,7 @@ _done: Any
 
 def _start_worker(job: _Job, stop: Any, done: Any) -> None:
     global _job, _stop, _done
-    import signal
-
     _job, _stop, _done = job, stop, done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells us through `stop`
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch, which is imported later: one core a worker
 
     def follow_parent() -> None:
@@ -333,7 +344,12 @@ def _write_shards(job: _Job, records: dict[int, Record], workers: int, progress:
     kept = sum(min(job.shard_size, len(job.order) - shard * job.shard_size) for shard in records)
     workers = min(workers, len(todo))
     bar = tqdm(
-        total=len(job.order), initial=kept, unit="img", desc=f"{job.out}: {job.split}", disable=not progress, smoothing=0.05
+        total=len(job.order),
+        initial=kept,
+        unit="img",
+        desc=f"{job.out}: {job.split}",
+        disable=None if progress else True,  # None: only where a terminal shows it
+        smoothing=0.05,
     )
     with bar:
         if workers > 1:
@@ -351,7 +367,15 @@ def _in_processes(job: _Job, todo: list[int], workers: int, bar: Any) -> dict[in
     records: dict[int, Record] = {}
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, stop, done))
     try:
-        tasks: dict[Future[Record | None], int] = {pool.submit(_write_shard_in_worker, s): s for s in todo}
+        # Ctrl-C reaches the whole process group. Workers inherit this mask and hear of it through `stop`
+        # instead.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            tasks: dict[Future[Record | None], int] = {
+                pool.submit(_write_shard_in_worker, s): s for s in todo
+            }
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         waiting: set[Future[Record | None]] = set(tasks)
         shown = 0
         while waiting:
@@ -363,9 +387,9 @@ def _in_processes(job: _Job, todo: list[int], workers: int, bar: Any) -> dict[in
             now = done.value
             bar.update(now - shown)
             shown = now
-    except BrokenProcessPool:
+    except (BrokenProcessPool, MemoryError):
         raise VugenError(
-            "a worker process died, most likely for want of memory: run again with fewer --workers; finished shards "
+            "a worker died, most likely for want of memory: run again with fewer --workers; finished shards "
             "are kept"
         ) from None
     finally:
@@ -378,7 +402,7 @@ def _in_processes(job: _Job, todo: list[int], workers: int, bar: Any) -> dict[in
 
 
 def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> Record:
-    """Write a shard and its note; `tick()` is called once an item and may raise to leave the shard unwritten."""
+    """Write a shard and its note; `tick()` is called for each item and may raise to leave it unwritten."""
     first = shard * job.shard_size
     path = job.out / _shard_name(job.split, shard)
     skipped: list[dict[str, str]] = []
@@ -393,11 +417,14 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> Record:
                     key = sample.key
                     members = _members(sample, job.size)
                 except (OSError, ValueError) as error:
-                    # A source that fails to read names the item in its message; without a key, say which it was.
+                    # A source that fails to read names the item in its message; without a key, say which it
+                    # was.
                     key = key or getattr(error, "filename", None) or f"item {job.order[position]}"
                     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                     if job.strict:
-                        raise VugenError(f"{key}: {reason} (--strict; without it the picture is skipped)") from error
+                        raise VugenError(
+                            f"{key}: {reason} (--strict; without it the picture is skipped)"
+                        ) from error
                     skipped.append({"key": str(key), "reason": reason})
                     continue
                 for kind, data in members:
@@ -472,7 +499,7 @@ def _add_split(
     manifest: dict[str, Any], source: Source, split: str, plan: dict[str, Any], records: list[Record]
 ) -> dict[str, Any]:
     """The manifest with a split added to those it has."""
-    totals = {key: 0 for key in ("images", "captions", "words", "words_max", "characters_max")}
+    totals = dict.fromkeys(("images", "captions", "words", "words_max", "characters_max"), 0)
     for record in records:
         for key, value in record["captions"].items():
             totals[key] = max(totals[key], value) if key.endswith("_max") else totals[key] + value
@@ -484,7 +511,9 @@ def _add_split(
         "shard_size": plan["shard_size"],
         "listing": plan["listing"],
         "source": source.origin,
-        "shards": [{k: r[k] for k in ("name", "samples", "bytes", "sha256")} for r in records if r["samples"]],
+        "shards": [
+            {k: r[k] for k in ("name", "samples", "bytes", "sha256")} for r in records if r["samples"]
+        ],
         "skipped_count": len(skipped),
         "skipped": skipped,
         "captions": {

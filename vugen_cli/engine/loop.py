@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vugen_cli.data.loader import Batch
 from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
 from vugen_cli.engine.curves import plot_curves
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.recipe import Training
 
 
@@ -43,10 +43,6 @@ class Stage:
     loss: Callable[[Batch, torch.Generator, int], tuple[Tensor, dict[str, Tensor]]]
     preview: Callable[[nn.Module, Path], None] | None
     resolved: dict[str, Any]
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop; its state has been saved."""
 
 
 def train(

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,15 @@ class Prefix:
     def lengths(self) -> Tensor:
         """Tokens of each prompt [B]; the first free position."""
         return self.mask.sum(1)
+
+    @staticmethod
+    def join(prefixes: "list[Prefix]") -> "Prefix":
+        """Several prefixes of the same padded length as one batch."""
+        return Prefix(
+            [torch.cat(keys) for keys in zip(*(p.keys for p in prefixes), strict=True)],
+            [torch.cat(values) for values in zip(*(p.values for p in prefixes), strict=True)],
+            torch.cat([p.mask for p in prefixes]),
+        )
 
     def rows(self, index: Tensor) -> "Prefix":
         """The prefixes of some rows, in that order."""
@@ -87,13 +95,37 @@ class FrozenVLM:
         message = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
         return self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of a prompt in the chat template.
+
+        Raises:
+            VugenError: more than the model has positions for.
+        """
+        length = len(self.processor.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"])
+        longest = getattr(self.decoder.config, "max_position_embeddings", None)
+        if longest and length > longest // 2:
+            raise VugenError(
+                f"a prompt of {length} tokens is too long for {self.name}, which reads {longest // 2} beside an "
+                f"image: shorten it ({prompt[:40]}...)"
+            )
+        return length
+
     @torch.no_grad()
-    def prefix(self, prompts: list[str]) -> Prefix:
-        """Keys and values of some prompts in every layer; the empty prompt is the unconditional one."""
+    def prefix(self, prompts: list[str], length: int | None = None) -> Prefix:
+        """Keys and values of some prompts in every layer; the empty prompt is the unconditional one.
+
+        Args:
+            prompts: texts, put into the chat template.
+            length: pad to this many tokens; default the longest of the prompts.
+        """
         from transformers import DynamicCache
 
         inputs = self.processor.tokenizer(
-            [self.prompt_text(p) for p in prompts], add_special_tokens=False, padding=True, return_tensors="pt"
+            [self.prompt_text(p) for p in prompts],
+            add_special_tokens=False,
+            padding="max_length" if length else True,
+            max_length=length,
+            return_tensors="pt",
         ).to(self.device)
         mask = inputs["attention_mask"].bool()
         positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -154,9 +186,9 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def nano_path() -> Path:
-    """Where the bundled nano VLM lies."""
-    return Path(str(resources.files("vugen_cli") / "bundles" / "nano" / "vlm"))
+def bundle(name: str) -> Path:
+    """Where a part of the bundled nano line lies in the installed package: `vlm`, `sampler.safetensors`."""
+    return Path(__file__).parent.parent / "bundles" / "nano" / name
 
 
 def load_vlm(name: str, device: torch.device | str | None = None) -> FrozenVLM:
@@ -169,7 +201,7 @@ def load_vlm(name: str, device: torch.device | str | None = None) -> FrozenVLM:
     Raises:
         VugenError: there is no such directory, the hub cannot be reached, or it is not a usable VLM.
     """
-    path = nano_path() if name == "nano" else Path(name)
+    path = bundle("vlm") if name == "nano" else Path(name)
     local = path.is_dir()
     if not local and (name == "nano" or name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise VugenError(f"no VLM at {path}: give a Hugging Face directory, a hub id (owner/name) or `nano`")

@@ -1,0 +1,360 @@
+"""`vugen score`: FID against torch-fidelity, what a score records, and every way it can be asked wrongly."""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from vugen_cli.commands import score as score_command
+from vugen_cli.commands.score import newest_samples, recorded_reference, score
+from vugen_cli.errors import VugenError
+from vugen_cli.metrics import inception
+from vugen_cli.metrics.frechet import Extractor, load_statistics, score_sets, vlm_extractor
+from vugen_cli.metrics.inception import find_weights, inception_extractor
+from vugen_cli.torchvision_repair import repair_torchvision
+
+app = typer.Typer()
+app.command()(score)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A seeded random state dict of the FID network, He-initialised so that features do not vanish."""
+    repair_torchvision()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    # Built on the meta device: the constructor's loading has nothing to copy into.
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, tensor in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.zeros((), dtype=torch.long)
+        elif name.endswith((".bias", "running_mean")):
+            state[name] = torch.zeros(tensor.shape)
+        elif tensor.ndim > 1:
+            fan_in = tensor[0].numel()
+            state[name] = torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5
+        else:
+            state[name] = torch.ones(tensor.shape)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(state, path)
+    return path
+
+
+def write_images(folder, n, seed, size=(40, 32)):
+    """Noisy gradients, so that sets of different seeds differ in more than noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(0, 255, size[1])[None, :, None]
+    for index in range(n):
+        tint = rng.uniform(0, 1, 3)
+        pixels = np.clip(ramp * tint + rng.normal(0, 10 + 10 * seed, (*size, 3)), 0, 255)
+        name = f"{index:03d}.{'jpg' if index % 3 == 0 else 'png'}"
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+    return folder
+
+
+def channel_means(images):
+    """Four cheap features of an image; stands in where the network does not matter."""
+    x = images.double()
+    return torch.stack([*x.mean(dim=(2, 3)).T, x.std(dim=(1, 2, 3))], dim=1)
+
+
+def tiny_extractor(name="inception", label="channel means", sha="00"):
+    return Extractor(name, label, "none", {"weights_sha256": sha}, channel_means)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Let the command use the tiny extractor, whatever it is asked for; yields what it was asked."""
+    asked = []
+
+    def load_extractor(features, vlm, inception_weights, device):
+        asked.append((features.value, vlm, inception_weights, device.type))
+        return tiny_extractor("vlm" if features == "vlm" else "inception")
+
+    monkeypatch.setattr(score_command, "load_extractor", load_extractor)
+    return asked
+
+
+def run(*arguments):
+    """The command's output; a VugenError comes through, as it does to `app.main`."""
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    if isinstance(result.exception, VugenError):
+        raise result.exception
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+@pytest.fixture
+def one_thread():
+    """torch on one thread: its threads wait for each other many times over where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_fid_agrees_with_torch_fidelity(tmp_path, weights, monkeypatch, one_thread):
+    a, b = write_images(tmp_path / "a", 5, 1), write_images(tmp_path / "b", 5, 2)
+    extractor = inception_extractor(weights, "cpu")
+    result = score_sets(a, b, extractor, batch_size=5, progress=False)
+    repair_torchvision()
+    from torch_fidelity import calculate_metrics
+
+    # The same LAPACK routine, but of torch, whose threads can be limited.
+    monkeypatch.setattr(np.linalg, "eigvals", lambda m: torch.linalg.eigvals(torch.from_numpy(m)).numpy())
+    theirs = calculate_metrics(
+        input1=str(a),
+        input2=str(b),
+        fid=True,
+        cuda=False,
+        verbose=False,
+        cache=False,
+        samples_find_deep=False,
+        feature_extractor_weights_path=str(weights),
+        save_cpu_ram=True,
+        batch_size=4,
+    )["frechet_inception_distance"]
+    assert theirs > 1e-3
+    assert result["value"] == pytest.approx(theirs, rel=1e-4)
+    assert result["metric"] == "fid" and result["name"] == "FID"
+    assert result["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert "not the standard file" in result["warning"] and "5 images" in result["warning"]
+    features = extractor.features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert features.shape == (1, 2048) and features.dtype == torch.float32
+
+
+class Exploit:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_bad_weights_are_refused_and_never_executed(tmp_path):
+    path = tmp_path / "weights.pth"
+    for content in ({"fc.weight": Exploit()}, {"fc.weight": torch.zeros(3)}, torch.zeros(3), "text"):
+        torch.save(content, path)
+        with pytest.raises(VugenError, match=r"weights\.pth holds no weights"):
+            inception_extractor(path)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(VugenError, match=r"weights\.pth holds no weights"):
+        inception_extractor(path)
+    with pytest.raises(VugenError, match="cannot read the Inception weights"):
+        inception_extractor(tmp_path / "gone.pth")
+
+
+def test_weights_are_taken_from_torch_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(inception, "WEIGHTS_URL", "http://127.0.0.1:9/nothing")
+    file = tmp_path / "hub" / "checkpoints" / inception.WEIGHTS_NAME
+    with pytest.raises(VugenError, match=r"--inception-weights FILE, or score with --features vlm"):
+        find_weights()
+    file.touch()
+    assert find_weights() == file
+
+
+def test_a_silent_server_is_given_up_in_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(inception, "CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(inception, "WEIGHTS_URL", f"http://127.0.0.1:{server.getsockname()[1]}/weights")
+        started = time.monotonic()
+        with pytest.raises(VugenError, match="could not be downloaded"):
+            find_weights()
+        assert time.monotonic() - started < 3
+    assert inception.CONNECT_SECONDS < 10
+    assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
+
+
+def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    served = tmp_path / "served.pth"
+    served.write_bytes(b"weights")
+    monkeypatch.setattr(inception, "WEIGHTS_URL", served.as_uri())
+    with pytest.raises(VugenError, match="its hash is wrong"):
+        find_weights()
+    assert list((tmp_path / "home" / "hub" / "checkpoints").iterdir()) == []
+    digest = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(inception, "WEIGHTS_SHA256_PREFIX", digest[:8])
+    assert find_weights().read_bytes() == b"weights"
+
+
+def test_identical_sets_score_zero_and_a_score_says_how(tmp_path):
+    a = write_images(tmp_path / "a", 12, 1)
+    (a / "zz_broken.png").write_bytes(b"nothing")
+    result = score_sets(a, a, tiny_extractor(), progress=False)
+    assert result["value"] == pytest.approx(0, abs=1e-6)
+    assert result["warning"] is None
+    assert result["images"]["count"] == 12 and result["images"]["path"] == str(a)
+    assert len(result["images"]["bad"]) == 1 and "zz_broken.png" in result["images"]["bad"][0]
+    assert result["features"] == "channel means" and result["resize"] == "none"
+    assert result["versions"]["torch"] == torch.__version__
+    json.dumps(result)
+
+
+def test_batch_size_and_container_do_not_matter(tmp_path):
+    a, b = write_images(tmp_path / "a", 12, 1), write_images(tmp_path / "b", 9, 2)
+    expected = score_sets(a, b, tiny_extractor(), progress=False)["value"]
+    assert expected > 1
+    value = score_sets(a, b, tiny_extractor(), batch_size=1, progress=False)["value"]
+    assert value == pytest.approx(expected, rel=1e-9)
+    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(a.iterdir())])
+    np.savez(tmp_path / "a.npz", pixels)
+    assert score_sets(tmp_path / "a.npz", b, tiny_extractor(), progress=False)["value"] == expected
+    assert score_sets(a, b, tiny_extractor(), count=5, progress=False)["images"]["count"] == 5
+
+
+def test_statistics_stand_in_for_images(tmp_path):
+    a, b = write_images(tmp_path / "a", 12, 1), write_images(tmp_path / "b", 9, 2)
+    stats = tmp_path / "b.npz"
+    expected = score_sets(a, b, tiny_extractor(), save_stats=stats, progress=False)
+    result = score_sets(a, stats, tiny_extractor(), progress=False)
+    assert result["value"] == expected["value"]
+    assert result["reference"] == {"path": str(stats), "kind": "statistics", "count": 9, "bad": []}
+    for extractor in (tiny_extractor(label="other"), tiny_extractor(sha="ff")):
+        with pytest.raises(VugenError, match=r"b\.npz holds statistics of"):
+            score_sets(a, stats, extractor, progress=False)
+    # Other tools' files name no features: they are Inception's, of a number of images that is not known.
+    known = load_statistics(stats)
+    foreign = tmp_path / "foreign.npz"
+    np.savez(foreign, mu=known.mean, sigma=known.covariance)
+    result = score_sets(a, foreign, tiny_extractor(), progress=False)
+    assert result["value"] == pytest.approx(expected["value"]) and result["reference"]["count"] is None
+    with pytest.raises(VugenError, match=r"foreign\.npz holds statistics of Inception features"):
+        score_sets(a, foreign, tiny_extractor("vlm"), progress=False)
+    # ADM's reference batches hold images too, which other features can be taken from.
+    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(b.iterdir())])
+    np.savez(foreign, pixels, mu=known.mean, sigma=known.covariance)
+    assert score_sets(a, foreign, tiny_extractor(), progress=False)["reference"]["kind"] == "statistics"
+    result = score_sets(a, foreign, tiny_extractor("vlm"), progress=False)
+    assert result["reference"]["kind"] == "npz" and result["value"] == expected["value"]
+
+
+def test_small_sets(tmp_path):
+    a, b = write_images(tmp_path / "a", 4, 1), write_images(tmp_path / "b", 1, 2)
+    with pytest.raises(VugenError, match="at least 2"):
+        score_sets(a, b, tiny_extractor(), progress=False)
+    result = score_sets(a, write_images(tmp_path / "c", 30, 2), tiny_extractor(), progress=False)
+    assert result["warning"].startswith("Only 4 images for 4 features")
+
+
+def test_vlm_features_are_averaged_over_the_grid_and_never_called_fid(tmp_path):
+    class Vlm:
+        fingerprint = "feed"
+
+        def encode(self, images):
+            assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
+            return torch.nn.functional.avg_pool2d(images, 8).permute(0, 2, 3, 1)
+
+    extractor = vlm_extractor(Vlm(), torch.device("cpu"))
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    torch.testing.assert_close(extractor.features(images), images.double().mean(dim=(2, 3)) / 255)
+    a, b = write_images(tmp_path / "a", 6, 1), write_images(tmp_path / "b", 6, 2)
+    result = score_sets(a, b, extractor, progress=False)
+    assert result["metric"] == "frechet_vlm" and "not FID" in result["name"]
+    assert result["vlm_fingerprint"] == "feed" and "weights_sha256" not in result
+
+
+def write_samples(folder, reference=None, **row):
+    write_images(folder, 6, 1)
+    rows = [{"prompt": "x", "seed": 0, "index": 0, "file": path.name, **row} for path in folder.iterdir()]
+    for entry in rows:
+        if reference is not None:
+            entry["reference"] = str(reference)
+    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_bare_command(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("data/scenes"), 7, 2)
+    write_samples(Path("samples"), "data/scenes", dataset="folder")
+    output = run("--fid")
+    assert "samples" in output and "scores.json" in output and "FID" in output
+    (entry,) = json.loads(Path("scores.json").read_text())["scores"]
+    assert entry["metric"] == "fid" and entry["images"]["kind"] == "samples"
+    assert entry["images"]["count"] == 6 and entry["reference"]["count"] == 7
+    assert tiny == [("inception", "nano", None, "cuda" if torch.cuda.is_available() else "cpu")]
+    run("--fid", "--features", "vlm", "--device", "cpu", "--out", "deep/er/vlm.json", "--save-stats", "r.npz")
+    (entry,) = json.loads(Path("deep/er/vlm.json").read_text())["scores"]
+    assert entry["metric"] == "frechet_vlm" and Path("r.npz").is_file()
+
+
+def test_command_refuses_bad_input(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    images = write_images(tmp_path / "a", 4, 1)
+    with pytest.raises(VugenError, match="add --fid"):
+        run("--images", images)
+    with pytest.raises(VugenError, match="no samples under"):
+        run("--fid")
+    with pytest.raises(VugenError, match="give --reference"):
+        run("--fid", "--images", images)
+    with pytest.raises(VugenError, match="no images at"):
+        run("--fid", "--images", images, "--reference", tmp_path / "gone")
+    with pytest.raises(VugenError, match="--device nonsense"):
+        run("--fid", "--images", images, "--reference", images, "--device", "nonsense")
+    with pytest.raises(VugenError, match=r"\.npz"):
+        run("--fid", "--images", images, "--reference", images, "--save-stats", "stats.txt")
+    (tmp_path / "file").touch()
+    with pytest.raises(VugenError, match="cannot write"):
+        run("--fid", "--images", images, "--reference", images, "--out", "file/scores.json")
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_newest_samples(tmp_path):
+    for age, name in enumerate(("runs/one", "samples", "a/b/too_deep")):
+        write_samples(tmp_path / name)
+        listing = tmp_path / name / "samples.jsonl"
+        stamp = 1_000_000_000 - age * 1000 if name != "a/b/too_deep" else 2_000_000_000
+        os.utime(listing, (stamp, stamp))
+    assert newest_samples(tmp_path) == tmp_path / "runs/one"
+
+
+def test_reference_from_the_samplers_card(tmp_path, monkeypatch):
+    data = write_images(tmp_path / "data", 2, 1)
+    sampler = tmp_path / "sampler.safetensors"
+    sampler.touch()
+    samples = write_samples(tmp_path / "samples", sampler=str(sampler))
+    from vugen_cli.engine import checkpoint
+
+    monkeypatch.setattr(checkpoint, "read_card", lambda path: {"data": {"path": str(data)}})
+    assert recorded_reference(samples) == data
+    monkeypatch.setattr(checkpoint, "read_card", lambda path: {})
+    with pytest.raises(VugenError, match="names no reference"):
+        recorded_reference(samples)
+    gone = write_samples(tmp_path / "others", tmp_path / "gone", dataset="imagenet")
+    with pytest.raises(VugenError, match="is not on disk"):
+        recorded_reference(gone)
+
+
+@pytest.mark.slow
+def test_a_missing_embedded_reference_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(score_command, "REFERENCE_SCENES", 8)
+    samples = write_samples(tmp_path / "samples", tmp_path / "data", dataset="openmoji")
+    assert recorded_reference(samples) == tmp_path / "data"
+    manifest = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    assert manifest["splits"]["val"]["shards"][0]["samples"] == 8
+    result = score_sets(samples, tmp_path / "data", tiny_extractor(), progress=False)
+    assert result["reference"]["split"] == "val" and result["reference"]["count"] == 8
+
+
+def test_the_command_imports_nothing_heavy():
+    code = "import sys, vugen_cli.commands.score; print({'torch', 'numpy', 'rich.table'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch" not in done.stdout and "numpy" not in done.stdout

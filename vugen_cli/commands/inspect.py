@@ -1,0 +1,32 @@
+"""`vugen inspect`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def inspect(file: Annotated[Path, typer.Argument(help="A .safetensors checkpoint or a data set folder.")]) -> None:
+    """Show the card of a checkpoint, or the manifest of a data set.
+
+    \b
+    Examples:
+      vugen inspect sampler.safetensors
+      vugen inspect data/openmoji
+    """
+    from vugen_cli.data.loader import read_manifest
+    from vugen_cli.engine.checkpoint import read_card
+
+    if not file.is_dir():
+        _show(read_card(file))
+        return
+    manifest = read_manifest(file)
+    for split in manifest["splits"].values():
+        split["shards"] = f"{len(split['shards'])} files"
+    _show(manifest)
+
+
+def _show(values: dict[str, Any]) -> None:
+    import yaml
+
+    typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100).rstrip())

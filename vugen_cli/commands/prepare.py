@@ -1,0 +1,152 @@
+"""`vugen prepare`: turn images and captions into shards."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from vugen_cli.data.sample import Source
+
+
+class Dataset(StrEnum):
+    """What `--source` holds."""
+
+    openmoji = "openmoji"
+    imagenet = "imagenet"
+    coco = "coco"
+    folder = "folder"
+    captions = "captions"
+    webdataset = "webdataset"
+    hf = "hf"
+
+
+class Split(StrEnum):
+    """Which part of the data set to prepare."""
+
+    train = "train"
+    val = "val"
+
+
+def prepare(
+    dataset: Annotated[Dataset, typer.Option(help="What kind of data to prepare.")],
+    source: Annotated[
+        Path | None,
+        typer.Option(help="Where the data is; imagenet and coco also look in $IMAGENET_DIR and $COCO_DIR."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.  [default: data/DATASET]")] = None,
+    split: Annotated[Split, typer.Option(help="Which split to prepare.")] = Split.train,
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Side in pixels.  [default: 256; openmoji 64]")
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Take a random subset of this many.  [default: all; openmoji 20000 train, 2000 val]"
+        ),
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.  [default: all cores]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle, and of drawn scenes.")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail on the first picture that cannot be used.")
+    ] = False,
+) -> None:
+    """Turn images and captions into webdataset shards with a manifest.
+
+    Resizes and crops to squares, keeps every caption, shuffles, and writes train-000000.tar, ... and
+    dataset.json. Pictures that cannot be used are skipped and listed there. Interrupted, the same command
+    goes on where it stopped.
+
+    \b
+    Sources:
+      openmoji    drawn scenes with captions; needs no --source
+      imagenet    ILSVRC2012: the official tar, class tars, or extracted train/ and val/ folders
+      coco        COCO captions: annotations/ with train2017/ and val2017/
+      folder      class folders, or images whose file names are the captions
+      captions    images with a .txt beside each, or a .csv, .tsv or .jsonl of path and caption
+      webdataset  existing shards, such as img2dataset writes
+      hf          a Hugging Face save_to_disk directory or parquet files
+
+    \b
+    Examples:
+      vugen prepare --dataset openmoji
+      vugen prepare --dataset openmoji --split val
+      vugen prepare --dataset imagenet --source /data/ILSVRC2012_img_train.tar --out data/imagenet
+      vugen prepare --dataset coco --source /data/coco --count 10000
+      vugen prepare --dataset captions --source photos.csv --size 512 --strict
+    """
+    import os
+
+    from vugen_cli.data.writer import write_dataset
+
+    out = out or Path("data") / dataset.value
+    size = size or (64 if dataset is Dataset.openmoji else 256)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        manifest = write_dataset(
+            open_source(dataset, source, split.value, size, count, seed),
+            out,
+            split=split.value,
+            size=size,
+            shard_size=shard_size,
+            workers=workers or cores,
+            seed=seed,
+            count=count,
+            strict=strict,
+        )
+    except KeyboardInterrupt:
+        typer.echo(
+            f"Interrupted. Finished shards are kept in {out}; run the same command to go on.", err=True
+        )
+        raise typer.Exit(130) from None
+    entry = manifest["splits"][split.value]
+    skipped = f", {entry['skipped_count']} skipped (listed in dataset.json)" if entry["skipped_count"] else ""
+    typer.echo(
+        f"{out}: {split.value}, {entry['count']} images of {size} px in {len(entry['shards'])} "
+        f"shards{skipped}"
+    )
+
+
+def open_source(
+    dataset: Dataset, source: Path | None, split: str, size: int, count: int | None, seed: int
+) -> "Source":
+    """The source that `--dataset` and `--source` name.
+
+    Raises:
+        VugenError: nothing there, or not in a layout that is known.
+    """
+    from vugen_cli.errors import VugenError
+
+    if dataset is Dataset.openmoji:
+        from vugen_cli.data.openmoji import OpenMojiScenes
+
+        if source is not None:
+            raise VugenError("--dataset openmoji draws its own pictures: leave --source out")
+        return OpenMojiScenes(count or {"train": 20_000, "val": 2_000}[split], split, size, seed)
+    if dataset is Dataset.imagenet:
+        from vugen_cli.data.imagenet import ImageNet, find_imagenet
+
+        return ImageNet(find_imagenet(source), split)
+    if dataset is Dataset.coco:
+        from vugen_cli.data.coco import CocoCaptions, find_coco
+
+        return CocoCaptions(find_coco(source), split)
+    if source is None:
+        raise VugenError(f"--dataset {dataset.value} needs --source: where the data is")
+    if dataset is Dataset.folder:
+        from vugen_cli.data.folder import ImageFolder
+
+        return ImageFolder(source, split)
+    if dataset is Dataset.captions:
+        from vugen_cli.data.captions import CaptionedImages
+
+        return CaptionedImages(source, split)
+    if dataset is Dataset.webdataset:
+        from vugen_cli.data.shards import WebDatasetShards
+
+        return WebDatasetShards(source, split)
+    from vugen_cli.data.hf import HuggingFaceDataset
+
+    return HuggingFaceDataset(source, split)

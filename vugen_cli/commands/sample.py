@@ -1,0 +1,55 @@
+"""`vugen sample`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vugen_cli.commands.options import DeviceOption
+
+
+class SolverName(StrEnum):
+    """ODE solvers; see flow.py."""
+
+    euler = "euler"
+    heun = "heun"
+    midpoint = "midpoint"
+
+
+def sample(
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw; each argument is one prompt.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Images for each prompt.")] = 1,
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", help="More prompts: a text file, one on each line.")
+    ] = None,
+    sampler: Annotated[
+        Path | None, typer.Option(help="Checkpoint of `vugen train-sampler`. [default: the newest here, else the bundled]")
+    ] = None,
+    vlm: Annotated[str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    steps: Annotated[int | None, typer.Option(min=1, help="ODE steps. [default: the checkpoint's]")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is none. [default: the checkpoint's]")
+    ] = None,
+    solver: Annotated[SolverName | None, typer.Option(help="ODE solver. [default: the checkpoint's]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i of a prompt depends only on seed, prompt and i.")] = 0,
+    device: DeviceOption = None,
+) -> None:
+    """Draw pictures for prompts.
+
+    Writes one PNG for each image (with its prompt and settings inside), grid.png, and samples.jsonl.
+
+    \b
+    Examples:
+      vugen sample "a bear in a forest" -n 8
+      vugen sample "a cat on a beach" "two apples in the snow" --guidance 4 --seed 7
+      vugen sample --prompts prompts.txt --sampler sampler.safetensors --out drawn
+    """
+    from vugen_cli.engine.draw import collect_prompts, draw, pick_sampler
+    from vugen_cli.engine.loop import pick_device
+
+    texts = collect_prompts(prompts or [], prompts_file)
+    chosen = pick_sampler(sampler)
+    folder = draw(texts, n, chosen, out, vlm, seed, steps, guidance, solver.value if solver else None, pick_device(device))
+    typer.echo(f"wrote {len(texts) * n} pictures, grid.png and samples.jsonl to {folder}/")

@@ -1,0 +1,41 @@
+"""`vugen train-sampler`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vugen_cli.commands.options import DeviceOption, RecipeOption, SetOption, VlmOption
+
+
+def train_sampler(
+    reducer: Annotated[Path, typer.Option(help="Checkpoint of `vugen train-reducer`.")] = Path("reducer.safetensors"),
+    data: Annotated[Path | None, typer.Option(help="Data set. [default: the one the reducer was trained on]")] = None,
+    vlm: VlmOption = None,
+    recipe: RecipeOption = None,
+    out: Annotated[Path, typer.Option(help="Checkpoint to write.")] = Path("sampler.safetensors"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
+    set_: SetOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Stage 2: train the generation expert to sample the reduced latents for a prompt.
+
+    VLM, data and recipe come from the reducer's card unless given. Metrics, curves and sample grids go to a .run
+    folder beside the checkpoint. Stopped or killed, the same command goes on where it was.
+
+    \b
+    Examples:
+      vugen train-sampler --reducer ckpt.safetensors
+      vugen train-sampler --reducer ckpt.safetensors --data data/coco --out coco.safetensors --steps 20000
+    """
+    from vugen_cli.commands.options import require_safetensors, sampler_recipe
+    from vugen_cli.engine.checkpoint import read_card
+    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.engine.train_sampler import train_sampler as run
+
+    require_safetensors(out)
+    card = read_card(reducer)
+    resolved = sampler_recipe(card, reducer, recipe, steps, batch_size, set_, vlm)
+    run(resolved, reducer, data or Path(card["data"]["path"]), out, pick_device(device))
+    typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler {out}')

@@ -1,0 +1,127 @@
+"""Captioned images: a `.txt` beside each image, or a table of paths and captions."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vugen_cli.data.folder import image_paths, split_folder
+from vugen_cli.data.sample import Sample
+from vugen_cli.data.writer import hash_of
+from vugen_cli.errors import VugenError
+
+PATH_COLUMNS = ("path", "file", "image", "filename", "file_name", "filepath", "image_path")
+CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description")
+
+_TABLES = (".csv", ".tsv", ".jsonl")
+
+
+class CaptionedImages:
+    """Images with captions of their own.
+
+    Args:
+        path: a folder of images with a `.txt` of the same name beside each (a caption a line), at any depth;
+            a `.csv`, `.tsv` or `.jsonl` table; or a folder with one such table in it. A table names its
+            columns: one of `PATH_COLUMNS`, relative to the table, and one of `CAPTION_COLUMNS`. A path on
+            several lines has several captions; in JSON lines a caption may be a list.
+        split: with `train/` and `val/` in the folder, which of them.
+
+    Raises:
+        VugenError: nothing captioned there, a table that cannot be read, or a path that leaves the table's
+            folder.
+    """
+
+    name = "captions"
+    licence = "that of the source"
+    classes: Sequence[str] = ()
+
+    def __init__(self, path: str | Path, split: str = "train"):
+        path = Path(path)
+        self.origin = str(path)
+        self.captions: list[list[str] | None]  # None: in the .txt beside the image
+        if path.is_file() and path.suffix.lower() in _TABLES:
+            self._read_table(path)
+        else:
+            folder = split_folder(path, split)
+            beside = [name for name in image_paths(folder) if (folder / name).with_suffix(".txt").exists()]
+            tables = sorted(file for file in folder.iterdir() if file.suffix.lower() in _TABLES)
+            if beside:
+                self.folder, self.paths, self.captions = folder, beside, [None] * len(beside)
+            elif len(tables) == 1:
+                self._read_table(tables[0])
+            else:
+                found = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
+                raise VugenError(
+                    f"{folder} has no images with a .txt beside them and not exactly one .csv, .tsv or "
+                    f".jsonl table; found {found}: add captions, or point --source at the table"
+                )
+        self.fingerprint = hash_of([self.paths, self.captions])
+
+    def _read_table(self, table: Path) -> None:
+        captions: dict[str, list[str]] = {}
+        for line, path, found in _rows(table):
+            captions.setdefault(_inside(table, line, path), []).extend(found)
+        if not captions:
+            raise VugenError(
+                f"{table} has no lines below its header: expected an image path and a caption on each"
+            )
+        self.folder, self.paths, self.captions = table.parent, list(captions), list(captions.values())
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self.folder / self.paths[index]
+        captions = self.captions[index]
+        if captions is None:
+            captions = file.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        return Sample(key=self.paths[index], image=file.read_bytes(), captions=captions)
+
+
+def _rows(table: Path) -> Iterator[tuple[int, str, list[str]]]:
+    """The lines of a table: line number, image path, captions."""
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            if table.suffix.lower() == ".jsonl":
+                for number, text in enumerate(file, start=1):
+                    if text.strip():
+                        yield number, *_row(table, number, json.loads(text))
+            else:
+                # Captions hold stray quotation marks often enough; only CSV needs them to guard commas.
+                tabs = table.suffix.lower() == ".tsv"
+                reader = (
+                    csv.DictReader(file, dialect="excel-tab", quoting=csv.QUOTE_NONE)
+                    if tabs
+                    else csv.DictReader(file)
+                )
+                for row in reader:
+                    yield reader.line_num, *_row(table, reader.line_num, row)
+    except OSError as error:
+        raise VugenError(f"cannot read {table}: {error.strerror or error}") from error
+    except (ValueError, csv.Error) as error:
+        raise VugenError(f"{table} cannot be read as UTF-8 {table.suffix[1:]}: {error}") from error
+
+
+def _row(table: Path, number: int, row: Any) -> tuple[str, list[str]]:
+    columns = {str(name).strip().lower(): name for name in row} if isinstance(row, dict) else {}
+    path = next((row[columns[name]] for name in PATH_COLUMNS if name in columns), None)
+    caption = next((row[columns[name]] for name in CAPTION_COLUMNS if name in columns), None)
+    if not isinstance(path, str) or not path or not isinstance(caption, str | list):
+        raise VugenError(
+            f"{table} line {number}: expected a column named {', '.join(PATH_COLUMNS[:4])} and one named "
+            f"{', '.join(CAPTION_COLUMNS[:3])}; found {', '.join(columns) or 'none'}"
+        )
+    return path, [caption] if isinstance(caption, str) else [str(line) for line in caption]
+
+
+def _inside(table: Path, line: int, path: str) -> str:
+    """A path as relative to the table's folder. Paths only, links are the user's own: they are followed."""
+    root = os.path.abspath(table.parent)
+    relative = os.path.relpath(os.path.join(root, path), root)
+    if relative.startswith(os.pardir + os.sep) or relative == os.pardir or "\0" in path:
+        raise VugenError(
+            f"{table} line {line}: the path {path!r} leaves the table's folder; only files below it are read"
+        )
+    return relative.replace(os.sep, "/")

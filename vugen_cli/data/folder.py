@@ -1,0 +1,149 @@
+"""Folders of images: one folder a class, or flat with captions in the file names."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vugen_cli.data.sample import Sample
+from vugen_cli.data.writer import hash_of
+from vugen_cli.errors import VugenError
+
+IMAGE_SUFFIXES = frozenset(
+    (
+        ".jpg",
+        ".jpeg",
+        ".png",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".avif",
+        ".jp2",
+        ".tga",
+    )
+)
+
+_SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+
+
+def split_folder(path: Path, split: str) -> Path:
+    """The folder of a split: `path/train` or `path/val` (also validation, test) where there are such, else
+    `path`.
+
+    Raises:
+        VugenError: `path` is missing or no folder, has only the other split, or is itself named as the other
+            split.
+    """
+    check_folder(path)
+    for name in _SPLIT_NAMES[split]:
+        if (path / name).is_dir():
+            return path / name
+    other = "val" if split == "train" else "train"
+    if path.name == other:
+        raise VugenError(f"{path} is a folder of the {other} split: use --split {other} or another --source")
+    if found := [name for name in _SPLIT_NAMES[other] if (path / name).is_dir()]:
+        raise VugenError(
+            f"{path} has a {found[0]}/ folder but no {_SPLIT_NAMES[split][0]}/: use --split {other} or "
+            f"point --source at the folder to use"
+        )
+    return path
+
+
+def check_folder(path: Path) -> None:
+    """Say clearly what is wrong with a path that should be a folder.
+
+    Raises:
+        VugenError: it is missing, a tar, or another file.
+    """
+    if not path.exists():
+        raise VugenError(f"there is no {path}: check --source")
+    if path.is_dir():
+        return
+    if path.name.endswith((".tar", ".tar.gz", ".tgz", ".zip")):
+        raise VugenError(
+            f"{path} is an archive where a folder is expected: unpack it and point --source at the folder"
+        )
+    raise VugenError(f"{path} is a file where a folder is expected: point --source at the folder")
+
+
+def image_paths(folder: Path) -> Iterator[str]:
+    """The images below a folder as sorted relative paths with forward slashes, hidden ones left out."""
+    found = []
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        relative = os.path.relpath(where, folder)
+        prefix = "" if relative == "." else relative.replace(os.sep, "/") + "/"
+        found += [
+            prefix + name
+            for name in files
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        ]
+    return iter(sorted(found))
+
+
+class ImageFolder:
+    """Images in class folders, the folder's name as caption; or all in one folder, their names as captions.
+
+    Underscores in a class name become spaces. In a file name, dashes and underscores do, and a number at the
+    end goes: `a-red_car-01.jpg` says "a red car".
+
+    Args:
+        path: the folder, or one with `train/` and `val/` (or validation/, test/) in it.
+        split: which of them.
+
+    Raises:
+        VugenError: no images, images both in class folders and beside them, or file names that say nothing.
+    """
+
+    name = "folder"
+    licence = "that of the source"
+    classes: Sequence[str]
+
+    def __init__(self, path: str | Path, split: str = "train"):
+        self.folder = split_folder(Path(path), split)
+        self.origin = str(path)
+        self.paths = list(image_paths(self.folder))
+        if not self.paths:
+            found = sorted(entry.name for entry in self.folder.iterdir())[:5]
+            raise VugenError(
+                f"{self.folder} holds no images; found {', '.join(found) or 'nothing'}: point --source at "
+                f"a folder of class folders or of images"
+            )
+        flat = [path for path in self.paths if "/" not in path]
+        if flat and len(flat) < len(self.paths):
+            raise VugenError(
+                f"{self.folder} has images both in class folders and beside them ({flat[0]}): move those "
+                f"into a class folder or out"
+            )
+        self.classes = (
+            [] if flat else sorted({path.partition("/")[0].replace("_", " ") for path in self.paths})
+        )
+        self.labels = {name: label for label, name in enumerate(self.classes)}
+        if flat and not any(_words(path) for path in flat):
+            raise VugenError(
+                f"file names such as {flat[0]} in {self.folder} say nothing: use class folders, or "
+                f"--dataset captions with a .txt beside each image"
+            )
+        self.fingerprint = hash_of(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = self.paths[index]
+        image = (self.folder / path).read_bytes()
+        if not self.classes:
+            return Sample(key=path, image=image, captions=[_words(path)])
+        name = path.partition("/")[0].replace("_", " ")
+        return Sample(
+            key=path, image=image, captions=[name], meta={"class": name, "label": self.labels[name]}
+        )
+
+
+def _words(file: str) -> str:
+    """What a file name says: "a-red_car-01.jpg" -> "a red car"."""
+    return re.sub(r"[-_\s]*\d*$", "", os.path.splitext(file)[0].replace("-", " ").replace("_", " ")).strip()

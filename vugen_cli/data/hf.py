@@ -1,0 +1,184 @@
+"""Hugging Face data sets on disk: a `save_to_disk` directory or parquet files, read with pyarrow alone."""
+
+import bisect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vugen_cli.data.captions import CAPTION_COLUMNS
+from vugen_cli.data.sample import Sample
+from vugen_cli.data.writer import hash_of
+from vugen_cli.errors import VugenError
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
+_LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+class HuggingFaceDataset:
+    """Rows with an image and captions, or an image and a class label whose names the data set's features
+    give.
+
+    The image column holds the file's bytes, or a struct of `bytes` and `path`, which is how `datasets` stores
+    images. An Arrow directory is memory-mapped; of parquet, the row group around a picture is read each time
+    (`datasets` writes groups of 100), which is several times slower.
+
+    Args:
+        path: a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, a `.parquet` file,
+            or a folder of them (also within `data/`), named `train-*.parquet` and so on where it has several
+            splits.
+        split: "train" or "val" (also "validation" and "test" where there is no other).
+
+    Raises:
+        VugenError: pyarrow is missing, no such data, or no image and caption columns in it.
+    """
+
+    name = "hf"
+    licence = "that of the source"
+    classes: Sequence[str]
+
+    def __init__(self, path: str | Path, split: str = "train"):
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise VugenError("--dataset hf needs pyarrow: pip install 'vugen-cli[hf]'") from None
+        path = Path(path)
+        if not path.exists():
+            raise VugenError(
+                f"there is no {path}: point --source at a save_to_disk directory or parquet files"
+            )
+        self.origin = str(path)
+        self.files = _find_files(path, split)
+        self._tables: dict[int, Any] = {}  # opened where they are needed, and not sent to workers
+        self.ends: list[int] = []
+        rows = 0
+        for number in range(len(self.files)):
+            rows += self._rows(number)
+            self.ends.append(rows)
+        names, features = self._columns()
+        self.image_column = next((name for name in IMAGE_COLUMNS if name in names), "")
+        self.caption_column = next((name for name in CAPTION_COLUMNS if name in names), "")
+        self.label_column = next((name for name in _LABEL_COLUMNS if name in names), "")
+        self.classes = features.get(self.label_column, {}).get("names") or []
+        if not self.image_column or not (self.caption_column or self.classes):
+            raise VugenError(
+                f"{path} has the columns {', '.join(names)}: expected an image column "
+                f"({', '.join(IMAGE_COLUMNS)}) and a caption column ({', '.join(CAPTION_COLUMNS)}) or a "
+                "label column with class names"
+            )
+        self.fingerprint = hash_of([(file.name, file.stat().st_size) for file in self.files])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}}
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        number = bisect.bisect_right(self.ends, index)
+        row = self._row(number, index - (self.ends[number - 1] if number else 0))
+        key = f"{self.files[number].name}/{index}"
+        image = row[self.image_column]
+        if isinstance(image, dict):
+            data, path = image.get("bytes"), image.get("path")
+            if (
+                data is None and path
+            ):  # a reference to a file beside the data set, or anywhere on the writer's disk
+                raise OSError(
+                    0, f"the picture is not stored but lies at {path}: embed it (datasets.Image)", key
+                )
+            image = data
+        if not isinstance(image, bytes):
+            raise OSError(0, "no image in the row", key)
+        meta: dict[str, Any] = {}
+        label = row.get(self.label_column)
+        if self.classes and isinstance(label, int) and 0 <= label < len(self.classes):
+            meta = {"class": self.classes[label], "label": label}
+        captions = row.get(self.caption_column) or (meta["class"].replace("_", " ") if meta else [])
+        return Sample(
+            key=key,
+            image=image,
+            captions=[captions] if isinstance(captions, str) else [str(line) for line in captions],
+            meta=meta,
+        )
+
+    def _open(self, number: int) -> Any:
+        if number not in self._tables:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            file = self.files[number]
+            try:
+                if file.suffix == ".parquet":
+                    self._tables[number] = pq.ParquetFile(file, memory_map=True)
+                else:
+                    self._tables[number] = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+            except (pa.ArrowException, OSError) as error:
+                raise VugenError(f"{file} cannot be read ({error}): copy or download it again") from error
+        return self._tables[number]
+
+    def _rows(self, number: int) -> int:
+        table = self._open(number)
+        return table.metadata.num_rows if self.files[number].suffix == ".parquet" else table.num_rows
+
+    def _columns(self) -> tuple[list[str], dict[str, Any]]:
+        """Column names, and the features that `datasets` left in the schema's metadata."""
+        table = self._open(0)
+        schema = table.schema_arrow if self.files[0].suffix == ".parquet" else table.schema
+        try:
+            features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        except (KeyError, TypeError, ValueError):
+            features = {}
+        return schema.names, {name: value for name, value in features.items() if isinstance(value, dict)}
+
+    def _row(self, number: int, row: int) -> dict[str, Any]:
+        columns = [name for name in (self.image_column, self.caption_column, self.label_column) if name]
+        table = self._open(number)
+        if self.files[number].suffix == ".parquet":
+            group = 0
+            while row >= (rows := table.metadata.row_group(group).num_rows):
+                row, group = row - rows, group + 1
+            table = table.read_row_group(group, columns=columns)
+        return table.select(columns).slice(row, 1).to_pylist()[0]
+
+
+def _find_files(path: Path, split: str) -> list[Path]:
+    """The Arrow or parquet files of a split, in order."""
+    if path.is_file():
+        if path.suffix == ".parquet":
+            return [path]
+        raise VugenError(
+            f"{path} is no parquet file: point --source at a save_to_disk directory or parquet files"
+        )
+    names = ("train",) if split == "train" else ("val", "validation", "valid", "test")
+    if (path / "dataset_dict.json").exists():
+        folder = next((path / name for name in names if (path / name).is_dir()), None)
+        if folder is None:
+            found = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
+            raise VugenError(f"{path} has no {split} split (found {found}): choose another --split")
+        path = folder
+    if (path / "state.json").exists():
+        try:
+            state = json.loads((path / "state.json").read_text())
+            files = [path / Path(entry["filename"]).name for entry in state["_data_files"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise VugenError(f"{path}/state.json is damaged ({error!r}): save the data set again") from error
+        if state.get("_indices_files") or state.get("_indices_data_files"):
+            raise VugenError(
+                f"{path} is a selection stored by an old version of datasets: flatten_indices() and save "
+                "again"
+            )
+        return files
+    files = [*sorted(path.glob("*.parquet")), *sorted(path.glob("data/*.parquet"))]
+    named = {
+        name: [f for f in files if f.name.startswith((f"{name}-", f"{name}."))] for name in ("train", *names)
+    }
+    if any(named.values()):
+        files = next((named[name] for name in names if named[name]), [])
+    if not files:
+        listing = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+        raise VugenError(
+            f"{path} holds no {split} split of a Hugging Face data set (found {listing}): expected "
+            f"dataset_dict.json, state.json or {split}-*.parquet"
+        )
+    return files

@@ -1,0 +1,198 @@
+"""Tars read in place: listing members by their headers, and existing webdataset shards as a source."""
+
+import json
+import os
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from vugen_cli.data.folder import IMAGE_SUFFIXES, split_folder
+from vugen_cli.data.sample import Sample
+from vugen_cli.data.writer import hash_of
+from vugen_cli.errors import VugenError
+
+_CAPTION_KEYS = ("caption", "captions", "text")
+
+
+def tar_members(
+    path: str | Path, inside: tuple[str, int, int] | None = None
+) -> Iterator[tuple[str, int, int]]:
+    """List the files of a tar by its headers: `(name, offset, size)`, the offset counted from the start of
+    `path`.
+
+    Args:
+        path: an uncompressed tar.
+        inside: list the tar that is this member of `path` instead.
+
+    Raises:
+        VugenError: not a tar, compressed, or cut short.
+    """
+    path = Path(path)
+    what = f"{path}" if inside is None else f"{inside[0]} in {path}"
+    try:
+        with open(path, "rb") as file:
+            start, length = (0, os.fstat(file.fileno()).st_size) if inside is None else inside[1:]
+            if inside is not None and start + length > os.fstat(file.fileno()).st_size:
+                raise VugenError(f"{path} is cut short within {inside[0]}: download or copy it again")
+            view: IO[bytes] = file
+            if inside is not None:
+                view = _Window(file, start, length)  # type: ignore[assignment]
+            with tarfile.open(fileobj=view, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    # tarfile remembers every header, which for a million is a gigabyte.
+                    tar.members = []  # type: ignore[attr-defined]
+                    if not member.isreg():
+                        continue
+                    if member.offset_data + member.size > length:
+                        raise VugenError(
+                            f"{what} is cut short within {member.name}: download or copy it again"
+                        )
+                    yield member.name, start + member.offset_data, member.size
+    except FileNotFoundError:
+        raise VugenError(f"there is no {path}: check --source") from None
+    except tarfile.TarError as error:
+        raise VugenError(
+            f"{what} is not a whole, uncompressed tar ({error}): download or copy it again, or unpack it "
+            f"if it is compressed"
+        ) from error
+    except OSError as error:
+        raise VugenError(f"cannot read {what}: {error.strerror or error}") from error
+
+
+class _Window:
+    """A stretch of a file as a file of its own; just what tarfile needs to read a tar within a tar."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int):
+        self.file, self.start, self.length, self.at = file, start, length, 0
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.length)[whence]
+        return self.at
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(self.length - self.at, 0)
+        self.file.seek(self.start + self.at)
+        data = self.file.read(left if count < 0 else min(count, left))
+        self.at += len(data)
+        return data
+
+
+def read_at(path: str | Path, offset: int, size: int) -> bytes:
+    """Read `size` bytes of a file from `offset`.
+
+    Raises:
+        OSError: the file cannot be read or is shorter.
+    """
+    with open(path, "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), size, offset)
+        while len(data) < size and (more := os.pread(file.fileno(), size - len(data), offset + len(data))):
+            data += more
+    if len(data) < size:
+        raise OSError(f"{path} is cut short")
+    return data
+
+
+class WebDatasetShards:
+    """A folder of webdataset shards, such as img2dataset writes, as a source.
+
+    Neighbouring members with the same name up to the first dot make a sample: one image, and captions from
+    `.txt` (a caption a line) or else from `caption`, `captions` or `text` in `.json`. What else the `.json`
+    holds is kept. A sample without an image (img2dataset leaves some where a download failed) is skipped and
+    counted by the writer.
+
+    Args:
+        path: the folder of `.tar` files, or one of them.
+        split: with `train/` and `val/` folders, or shards named `train-*.tar` and `val-*.tar`, which of them.
+
+    Raises:
+        VugenError: no shards, a shard that is damaged, or none of them holds images with captions.
+    """
+
+    name = "webdataset"
+    licence = "that of the source"
+    classes: Sequence[str] = ()
+
+    def __init__(self, path: str | Path, split: str = "train"):
+        path = Path(path)
+        if not path.exists():
+            raise VugenError(f"there is no {path}: point --source at a folder of webdataset shards (.tar)")
+        self.origin = str(path)
+        if path.is_dir():
+            folder = split_folder(path, split)
+            self.shards = sorted(folder.glob("*.tar"))
+            # A folder with both splits names them in its shards.
+            named = {s: [t for t in self.shards if t.name.startswith(f"{s}-")] for s in ("train", "val")}
+            if named["train"] or named["val"]:
+                self.shards = named[split]
+            if not self.shards:
+                raise VugenError(
+                    f"{folder} holds no .tar shards of the {split} split: point --source at a folder of them"
+                )
+        else:
+            self.shards = [path]
+        rows = array(
+            "q"
+        )  # a sample: its shard, then offset and size of image, .txt and .json (-1 where it has none)
+        keys: list[bytes] = []
+        for number, shard in enumerate(self.shards):
+            _index_shard(number, shard, rows, keys)
+        self.rows = np.array(rows, dtype=np.int64).reshape(-1, 7)
+        self.keys = np.array(keys, dtype=np.bytes_)
+        if not ((self.rows[:, 1] >= 0) & (self.rows[:, 3:].max(1, initial=-1) >= 0)).any():
+            found = [name for name, *_ in islice(tar_members(self.shards[0]), 5)]
+            raise VugenError(
+                f"{path} holds no webdataset samples (an image with a .txt or .json of the same name); found "
+                f"{', '.join(found) or 'nothing'} in {self.shards[0].name}"
+            )
+        self.fingerprint = hash_of([(shard.name, shard.stat().st_size) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        number, *places = self.rows[index].tolist()
+        shard = self.shards[number]
+        key = f"{shard.name}/{self.keys[index].decode('utf-8', 'replace')}"
+        if places[0] < 0:
+            raise OSError(0, "no image in the sample", key)
+        meta: dict[str, Any] = {}
+        if places[4] >= 0:
+            try:
+                meta = dict(json.loads(read_at(shard, *places[4:6])))
+            except (ValueError, TypeError) as error:
+                raise OSError(0, f"damaged .json: {error}", key) from error
+        captions: list[str] = []
+        if places[2] >= 0:
+            captions = read_at(shard, *places[2:4]).decode("utf-8", "replace").splitlines()
+        for name in _CAPTION_KEYS:
+            value = meta.pop(name, None)
+            if not captions and value:
+                captions = [value] if isinstance(value, str) else [str(line) for line in value]
+        return Sample(key=key, image=read_at(shard, *places[0:2]), captions=captions, meta=meta)
+
+
+def _index_shard(number: int, shard: Path, rows: array, keys: list[bytes]) -> None:
+    """Append a shard's samples: neighbouring members that share their name up to the first dot."""
+    last = None
+    for name, offset, size in tar_members(shard):
+        folder, _, base = name.rpartition("/")
+        stem, _, kind = base.partition(".")
+        if not stem:
+            continue
+        key = f"{folder}/{stem}".removeprefix("./").removeprefix("/")
+        if key != last:
+            rows.extend((number, -1, -1, -1, -1, -1, -1))
+            keys.append(key.encode("utf-8", "replace"))
+            last = key
+        kind = "." + kind.lower().rpartition(".")[2]
+        column = 1 if kind in IMAGE_SUFFIXES else {".txt": 3, ".json": 5}.get(kind)
+        if column and rows[column - 7] < 0:  # the first image counts
+            rows[column - 7], rows[column - 6] = offset, size

@@ -1,0 +1,124 @@
+"""What `vugen sample` does around the sampler: prompts in, a folder of pictures out."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from vugen_cli.engine.checkpoint import read_card
+from vugen_cli.engine.sampling import load_sampler
+from vugen_cli.errors import VugenError
+from vugen_cli.files import whole_file
+from vugen_cli.flow import Solver
+from vugen_cli.pictures import save_grid
+from vugen_cli.vlm.frozen import bundle
+
+GRID_IMAGES = 64  # more would not be looked at
+
+
+def collect_prompts(given: list[str], file: Path | None) -> list[str]:
+    """Prompts from the command line and from a file, in order, without repeats.
+
+    Raises:
+        VugenError: no prompt, an empty one, or an unreadable file.
+    """
+    prompts = list(given)
+    if file is not None:
+        try:
+            prompts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise VugenError(f"--prompts {file}: {getattr(error, 'strerror', None) or 'not a text file'}") from error
+    if not prompts:
+        raise VugenError('no prompt: say what to draw, as in `vugen sample "a bear in a forest"`')
+    if any(not p.strip() for p in prompts):
+        raise VugenError('a prompt is empty: say what to draw, as in `vugen sample "a bear in a forest"`')
+    return list(dict.fromkeys(p.strip() for p in prompts))
+
+
+def pick_sampler(given: Path | None) -> Path:
+    """The sampler asked for, else the newest one in the working directory, else the bundled one; says which."""
+    if given is not None:
+        return given
+    for path in sorted(Path().glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True):
+        try:
+            if read_card(path).get("stage") == "sampler":
+                print(f"sampler: {path}, the newest here")
+                return path
+        except VugenError:
+            continue
+    path = bundle("sampler.safetensors")
+    if not path.is_file():
+        raise VugenError("no sampler here: train one with `vugen train-sampler`, or pass --sampler FILE")
+    print("sampler: the bundled one (nano, OpenMoji scenes)")
+    return path
+
+
+def draw(
+    prompts: list[str],
+    n: int,
+    checkpoint: Path,
+    out: Path,
+    vlm: str | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    solver: Solver | None = None,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Draw n pictures for each prompt into a folder.
+
+    Writes `<prompt>-<hash>-<index>.png` with PNG text metadata, `grid.png` (the first 64) and `samples.jsonl`,
+    one line a picture: file, prompt, index, seed, settings, checkpoint, and the data set to compare with.
+
+    Returns:
+        The folder.
+    """
+    sampler = load_sampler(checkpoint, vlm, device)
+    settings = sampler.settings(steps, guidance, solver)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VugenError(f"cannot write to {out}: {error.strerror}") from error
+    about = {
+        "seed": seed,
+        **settings,
+        "sampler": str(checkpoint),
+        "step": sampler.card["step"],
+        "vlm": sampler.card["vlm"]["name"],
+        "dataset": sampler.card["data"]["dataset"],
+        "reference": sampler.card["data"]["path"],
+    }
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    shown: dict[tuple[int, int], torch.Tensor] = {}
+    images = sampler.sample(prompts, n, seed, steps, guidance, solver)
+    for p, i, image in tqdm(images, total=n * len(prompts), desc="sample", unit="image"):
+        name = f"{file_stem(prompts[p])}-{i:04d}.png"
+        rows[p, i] = {"file": name, "prompt": prompts[p], "index": i, **about}
+        text = PngInfo()
+        for key, value in rows[p, i].items():
+            text.add_itxt(f"vugen:{key}", str(value))
+        with whole_file(out / name) as temporary:
+            Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(
+                temporary, format="PNG", pnginfo=text
+            )
+        if p * n + i < GRID_IMAGES:
+            shown[p, i] = image
+    with whole_file(out / "samples.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))
+    labels = [prompts[p] for p, _ in sorted(shown)] if len(prompts) > 1 else None
+    columns = n if len(prompts) > 1 and n > 1 else None
+    save_grid(torch.stack([shown[key] for key in sorted(shown)]), out / "grid.png", columns, labels)
+    return out
+
+
+def file_stem(prompt: str) -> str:
+    """A readable file name for a prompt; a hash keeps long or similar ones apart."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "prompt"
+    return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}"

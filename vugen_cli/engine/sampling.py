@@ -1,0 +1,128 @@
+"""From prompts to pictures: prompt -> prefix -> ODE in z̃ -> pixel decoder."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vugen_cli.engine.checkpoint import load_checkpoint, part
+from vugen_cli.engine.seeds import seeded_noise
+from vugen_cli.engine.train_reducer import load_autoencoder, load_weights
+from vugen_cli.flow import Solver, solve
+from vugen_cli.models.generation_expert import GenerationExpert
+from vugen_cli.models.pixel_decoder import PixelDecoder
+from vugen_cli.recipe import Sampling, parse_recipe
+from vugen_cli.vlm.frozen import FrozenVLM, Prefix, load_vlm
+
+BATCH = 8  # images drawn together
+WIDTH = 32  # prompts are padded to a multiple of this many tokens
+
+
+class Sampler:
+    """A trained sampler, ready to draw.
+
+    Attributes:
+        vlm, expert, decoder: the three networks.
+        card: of its checkpoint.
+        path: of its checkpoint.
+        defaults: the recipe's sampling settings.
+    """
+
+    def __init__(
+        self, vlm: FrozenVLM, expert: GenerationExpert, decoder: PixelDecoder, card: dict[str, Any], path: str | Path
+    ):
+        self.vlm, self.expert, self.decoder, self.card, self.path = vlm, expert, decoder, card, Path(path)
+        recipe = parse_recipe(card["recipe"], str(path))
+        self.defaults: Sampling = recipe.sampling
+        self.shift = recipe.flow.shift
+
+    def settings(
+        self, steps: int | None = None, guidance: float | None = None, solver: Solver | None = None
+    ) -> dict[str, Any]:
+        """The given settings, with the recipe's where one is None."""
+        given = {"steps": steps, "guidance": guidance, "solver": solver}
+        return self.defaults.model_dump() | {key: value for key, value in given.items() if value is not None}
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        n: int = 1,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        solver: Solver | None = None,
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Draw n images for each prompt.
+
+        Image i of a prompt depends only on seed, prompt and i. Its noise is derived from them alone, and batches
+        always have BATCH rows and a prompt width that is a multiple of WIDTH, because the last bits of a matrix
+        product may depend on the shapes it runs in.
+
+        Args:
+            prompts: any texts; the empty one draws unconditionally.
+            n: images for each.
+            seed: of the noise.
+            steps, guidance, solver: see `Sampling`; None takes the checkpoint's.
+
+        Yields:
+            (prompt number, image number, uint8 [3, S, S] on the CPU): prompts of like length together, each
+            prompt's images in order.
+        """
+        settings = self.settings(steps, guidance, solver)
+        widths = [-(-self.vlm.prompt_length(prompt) // WIDTH) * WIDTH for prompt in prompts]
+        for width in sorted(set(widths)):
+            jobs = iter([(p, i) for p in range(len(prompts)) if widths[p] == width for i in range(n)])
+            while batch := list(islice(jobs, BATCH)):
+                full = batch + [batch[-1]] * (BATCH - len(batch))
+                images = self._draw([(seed, prompts[p], i) for p, i in full], width, settings)
+                yield from ((p, i, image) for (p, i), image in zip(batch, images, strict=False))
+
+    def _draw(self, keys: list[tuple[int, str, int]], width: int, settings: dict[str, Any]) -> Tensor:
+        """One batch of images, uint8 [BATCH, 3, S, S] on the CPU; a key is (seed, prompt, image number)."""
+        prompts = list(dict.fromkeys(prompt for _, prompt, _ in keys))
+        rows = torch.tensor([prompts.index(prompt) for _, prompt, _ in keys], device=self.vlm.device)
+        prefixes = [self.vlm.prefix([prompt], width) for prompt in prompts]
+        latents = self.latents(Prefix.join(prefixes).rows(rows), keys, settings)
+        size = self.card["image_size"]
+        noise = torch.stack([seeded_noise((3, size, size), *key, "pixels") for key in keys])
+        return self.decoder.decode(latents, noise.to(latents.device)).cpu()
+
+    def latents(self, prefix: Prefix, keys: list[tuple[int, str, int]], settings: dict[str, Any]) -> Tensor:
+        """Sample z̃ [B, h, w, c] with classifier-free guidance (arXiv 2207.12598) for a batch of prefixes."""
+        grid, channels = self.card["latents"]["grid"], self.card["latents"]["channels"]
+        noise = torch.stack([seeded_noise((*grid, channels), *key, "latents") for key in keys]).to(self.vlm.device)
+        scale = settings["guidance"]
+        empty = self.vlm.prefix([""], WIDTH).rows(torch.zeros(len(keys), dtype=torch.long, device=self.vlm.device))
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            conditional = self.expert(x, t, prefix)
+            if scale == 1:
+                return conditional
+            unconditional = self.expert(x, t, empty)
+            return unconditional + scale * (conditional - unconditional)
+
+        return solve(velocity, noise, settings["steps"], settings["solver"], self.shift)
+
+
+def load_sampler(path: str | Path, vlm: str | None = None, device: torch.device | str = "cpu") -> Sampler:
+    """Load a sampler checkpoint and the VLM it was trained on.
+
+    Args:
+        path: written by `vugen train-sampler`.
+        vlm: where the VLM is now, if not where the card says.
+        device: where to sample.
+
+    Raises:
+        VugenError: not a sampler, damaged, or another VLM.
+    """
+    load_checkpoint(path, "sampler")
+    autoencoder, tensors, card = load_autoencoder(path, torch.device(device))
+    frozen = load_vlm(vlm or card["vlm"]["name"], device)
+    frozen.check(card, path)
+    expert = GenerationExpert(frozen.decoder.config, card["latents"]["channels"], tuple(card["latents"]["grid"]))
+    load_weights(expert, part(tensors, "expert"), path)
+    return Sampler(frozen, expert.to(device).eval().requires_grad_(False), autoencoder.decoder, card, path)

@@ -1,0 +1,175 @@
+"""Stage 1: the reducer and the pixel decoder, trained together on the frozen VLM's latents."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream, batches, dataset_card
+from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.engine.loop import Stage, train
+from vugen_cli.engine.seeds import seeded_noise
+from vugen_cli.errors import VugenError
+from vugen_cli.flow import draw_times, flow_matching_loss
+from vugen_cli.models.pixel_decoder import PixelDecoder, to_pixels
+from vugen_cli.models.reducer import Reducer
+from vugen_cli.pictures import save_grid
+from vugen_cli.recipe import Recipe, parse_recipe
+from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
+
+STATISTICS_IMAGES = 10_000  # enough for a per-channel mean and deviation to three digits
+
+
+class Autoencoder(nn.Module):
+    """What stage 1 trains: image latents z to z̃, and z̃ back to pixels.
+
+    Args:
+        recipe: its `reducer` and `decoder` sections.
+        width: d of the VLM's z.
+    """
+
+    def __init__(self, recipe: Recipe, width: int):
+        super().__init__()
+        self.reducer = Reducer(recipe.reducer, width)
+        self.decoder = PixelDecoder(recipe.decoder, recipe.reducer.channels)
+
+    def loss(self, z: Tensor, images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+        """Flow-matching loss of the pixels given z̃, with noise on z̃ so that decoding forgives sampling error.
+
+        The noise (RAE, arXiv 2510.11690) has a standard deviation drawn between 0 and `decoder.noise` for each
+        image; z̃ has unit variance.
+        """
+        latents = self.reducer(z)
+        size = (len(latents), 1, 1, 1)
+        spread = recipe.decoder.noise * torch.rand(size, generator=generator, device=latents.device)
+        latents = latents + spread * torch.randn(latents.shape, generator=generator, device=latents.device)
+        t = draw_times(len(images), recipe.flow.time, 1.0, generator)
+        pixels = to_pixels(images).contiguous(memory_format=torch.channels_last)
+        return flow_matching_loss(lambda x, t: self.decoder(x, t, latents), pixels, t, generator)
+
+
+def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -> Path:
+    """Train stage 1 and write its checkpoint.
+
+    Args:
+        recipe: the whole run's recipe.
+        data: a prepared data set.
+        out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
+        device: where to train.
+
+    Raises:
+        VugenError: bad data, VLM or recipe; a loss that is not finite.
+    """
+    images = ShardedImages(data)
+    size = recipe.decoder.image_size or images.size
+    vlm = load_vlm(recipe.vlm, device)
+    first, _ = next(images.in_order(1))
+    _, height, width, channels = vlm.encode(torch.from_numpy(first.copy()).permute(2, 0, 1)[None]).shape
+    torch.manual_seed(recipe.seed)
+    module = Autoencoder(recipe, channels).to(device)
+    if size % module.decoder.multiple:
+        raise VugenError(f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}")
+    settings = recipe.train_reducer
+
+    def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return module.loss(vlm.encode(batch.images), batch.images, recipe, generator), {}
+
+    def stream(start: int) -> Iterator[Batch]:
+        source = TrainingStream(
+            images, settings.batch_size, recipe.seed, recipe.data.shuffle, recipe.data.flip, start, size
+        )
+        return batches(source, recipe.data.workers)
+
+    card = {
+        "stage": "reducer",
+        "step": settings.steps,
+        "recipe": recipe.model_dump(mode="json"),
+        "vlm": {"name": recipe.vlm, "fingerprint": vlm.fingerprint},
+        "data": dataset_card(data),
+        "latents": {"channels": recipe.reducer.channels, "grid": [height, width], "width": channels},
+        "image_size": size,
+    }
+    resolved = {key: card[key] for key in ("vlm", "data", "latents", "image_size")} | {
+        "recipe": recipe.model_dump(mode="json", include={"seed", "data", "reducer", "decoder", "flow", "train_reducer"})
+    }
+
+    shown = held_out_images(images, 8, size)
+
+    def preview(_module: nn.Module, path: Path) -> None:
+        decoded = decode_images(vlm, module.reducer, module.decoder, shown, recipe.seed)
+        save_grid(torch.cat([shown, decoded.cpu()]), path, columns=len(shown))
+
+    run = out.with_suffix(".run")
+    train(Stage("reducer", module, loss, preview, resolved), stream, settings, recipe.seed, run, device)
+    module.reducer.fit_statistics(latents_of(vlm, images, STATISTICS_IMAGES))
+    save_checkpoint(out, with_prefix(module.state_dict(), "autoencoder"), card)
+    return out
+
+
+def load_autoencoder(
+    path: str | Path, device: torch.device
+) -> tuple[Autoencoder, dict[str, Tensor], dict[str, Any]]:
+    """Reducer and pixel decoder of a reducer or sampler checkpoint, with all its tensors and its card."""
+    tensors, card = load_checkpoint(path)
+    if card.get("stage") not in ("reducer", "sampler"):
+        raise VugenError(f"{path} is a {card.get('stage')} checkpoint: a reducer or sampler is needed here")
+    recipe = parse_recipe(card["recipe"], str(path))
+    module = Autoencoder(recipe, card["latents"]["width"])
+    load_weights(module, part(tensors, "autoencoder"), path)
+    return module.to(device).eval().requires_grad_(False), tensors, card
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Load a state dict, whatever float type it is stored in.
+
+    Raises:
+        VugenError: a tensor is missing, unknown, or of another shape.
+    """
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise VugenError(f"{path} does not fit its own recipe: {' '.join(str(error).split())[:200]}") from error
+
+
+def held_out_images(images: ShardedImages, count: int, size: int) -> Tensor:
+    """A few images of the `val` split (of `train` if there is none), uint8 [N, 3, size, size]."""
+    split = "val" if "val" in images.manifest["splits"] else "train"
+    pictures = [torch.from_numpy(p.copy()) for p, _ in ShardedImages(images.directory, split).in_order(count)]
+    pixels = torch.stack(pictures).permute(0, 3, 1, 2)
+    if size != pixels.shape[-1]:
+        scaled = nn.functional.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
+        pixels = scaled.round().clamp(0, 255).to(torch.uint8)
+    return pixels
+
+
+def latents_of(vlm: FrozenVLM, images: ShardedImages, count: int, batch_size: int = 64) -> Iterator[Tensor]:
+    """z of the first `count` images of a split, in batches."""
+    pending: list[Tensor] = []
+    for pixels, _ in images.in_order(count):
+        pending.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+        if len(pending) == batch_size:
+            yield vlm.encode(torch.stack(pending))
+            pending.clear()
+    if pending:
+        yield vlm.encode(torch.stack(pending))
+
+
+@torch.no_grad()
+def decode_images(
+    vlm: FrozenVLM,
+    reducer: Reducer,
+    decoder: PixelDecoder,
+    images: Tensor,
+    seed: int,
+    steps: int | None = None,
+    first: int = 0,
+) -> Tensor:
+    """Images decoded from their own z̃: uint8 [B, 3, S, S] -> uint8 of the same shape.
+
+    The noise of image i depends on the seed and its number, first + i, alone.
+    """
+    latents = reducer(vlm.encode(images))
+    noise = torch.stack([seeded_noise(images.shape[1:], seed, "reconstruct", first + i) for i in range(len(images))])
+    return decoder.decode(latents, noise.to(latents.device), steps)

@@ -1,0 +1,84 @@
+"""Flow matching: the path from noise to data, its training loss, and the ODE solvers.
+
+Time runs from t = 0 (noise) to t = 1 (data) along the straight path x_t = (1 - t) noise + t data, whose velocity
+is data - noise (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], t [B]) -> velocity [B, ...]
+Solver = Literal["euler", "heun", "midpoint"]
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Move times towards the noise end by `shift` > 1 (SD3, arXiv 2403.03206, eq. 23, with sigma = 1 - t)."""
+    return t / (t + shift * (1 - t))
+
+
+def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) -> Tensor:
+    """Training times in (0, 1), float32 [count], on the generator's device.
+
+    Args:
+        kind: `uniform`, or `logit-normal` (SD3: the middle of the path is the hard part).
+        shift: see `shift_time`.
+    """
+    device = generator.device
+    if kind == "uniform":
+        t = torch.rand(count, generator=generator, device=device)
+    else:
+        t = torch.sigmoid(torch.randn(count, generator=generator, device=device))
+    return shift_time(t, shift)
+
+
+def interpolate(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
+    """x_t of the straight path; t is [B], the others [B, ...]."""
+    t = t.view(-1, *[1] * (data.ndim - 1))
+    return (1 - t) * noise + t * data
+
+
+def flow_matching_loss(velocity: Velocity, data: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity at random points of the path; a scalar.
+
+    Args:
+        velocity: the model.
+        data: [B, ...] samples of the target distribution.
+        t: [B] from `draw_times`.
+        generator: draws the noise; on the data's device.
+    """
+    noise = torch.randn(data.shape, generator=generator, device=data.device, dtype=data.dtype)
+    predicted = velocity(interpolate(noise, data, t), t)
+    return (predicted.float() - (data - noise)).square().mean()
+
+
+def solve(velocity: Velocity, noise: Tensor, steps: int, solver: Solver = "euler", shift: float = 1.0) -> Tensor:
+    """Integrate dx/dt = velocity(x, t) from t = 0 to 1.
+
+    Args:
+        velocity: called with t as a float32 tensor [B].
+        noise: x at t = 0, [B, ...].
+        steps: intervals; `euler` calls the velocity once in each, `heun` and `midpoint` twice.
+        solver: order 1 (`euler`) or 2 (`heun`, `midpoint`).
+        shift: spends more of the steps near the noise if > 1; see `shift_time`.
+
+    Returns:
+        x at t = 1, same shape and dtype as `noise`.
+    """
+    times = shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
+    x = noise
+
+    def at(x: Tensor, t: float) -> Tensor:
+        return velocity(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
+
+    for t, after in zip(times, times[1:], strict=False):
+        step = after - t
+        slope = at(x, t)
+        if solver == "heun":
+            slope = (slope + at(x + step * slope, after)) / 2
+        elif solver == "midpoint":
+            slope = at(x + step / 2 * slope, t + step / 2)
+        x = x + step * slope
+    return x

@@ -1,0 +1,172 @@
+"""PDD, the pixel diffusion decoder: z̃ to an image by flow matching straight in pixel space, without a VAE.
+
+After SSDD (arXiv 2510.04961): a U-Net of residual blocks whose middle is a transformer, conditioned on z̃ both by
+concatenation to the noised image and, with the time, through adaptive norms.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vugen_cli.flow import Solver, solve
+from vugen_cli.models.embeddings import TimeEmbedding
+from vugen_cli.recipe import PixelDecoder as PixelDecoderRecipe
+
+WINDOW = 8  # reach of the relative positions, in tokens each way: a 17 x 17 window
+
+
+class PixelDecoder(nn.Module):
+    """Velocity of a noised image given the latents.
+
+    Args:
+        recipe: widths and depths.
+        channels: of z̃.
+    """
+
+    def __init__(self, recipe: PixelDecoderRecipe, channels: int):
+        super().__init__()
+        self.recipe = recipe
+        widths, condition = recipe.channels, recipe.channels[-1]
+        folded = 3 * recipe.patch**2
+        self.time = TimeEmbedding(condition)
+        self.latents = nn.Conv2d(channels, condition, 3, padding=1)
+        self.inward = nn.Conv2d(folded + condition // 4, widths[0], 3, padding=1)
+        self.beside = nn.Conv2d(condition, condition // 4, 1)
+        self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
+        skips = []
+        for level, width in enumerate(widths):
+            self.shrink.append(nn.Conv2d(widths[level - 1], width, 3, 2, 1) if level else nn.Identity())
+            self.down.append(nn.ModuleList(ResidualBlock(width, width, condition) for _ in range(recipe.blocks)))
+            skips += [width] * recipe.blocks
+        self.middle = nn.ModuleList(
+            TransformerBlock(widths[-1], recipe.heads, condition) for _ in range(recipe.middle_layers)
+        )
+        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            self.up.append(nn.ModuleList(ResidualBlock(width + skips.pop(), width, condition) for _ in range(recipe.blocks)))
+            self.grow.append(nn.Conv2d(width, widths[level - 1], 3, padding=1) if level else nn.Identity())
+        self.norm = nn.GroupNorm(8, widths[0])
+        self.outward = nn.Conv2d(widths[0], folded, 3, padding=1)
+        nn.init.zeros_(self.outward.weight)
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def multiple(self) -> int:
+        """Image sides must be a multiple of this: the pixels of one middle token."""
+        return self.recipe.patch * 2 ** (len(self.recipe.channels) - 1)
+
+    def forward(self, noised: Tensor, t: Tensor, latents: Tensor) -> Tensor:
+        """Velocity, float [B, 3, H, W].
+
+        Args:
+            noised: [B, 3, H, W], pixels in [-1, 1] on the path to noise; H and W multiples of `multiple`.
+            t: [B] in [0, 1].
+            latents: z̃ [B, h, w, c]; the grid is stretched over the image whatever its size.
+        """
+        time = self.time(t)[:, :, None, None]
+        condition = functional.silu(self.latents(latents.permute(0, 3, 1, 2)) + time)
+        x = functional.pixel_unshuffle(noised, self.recipe.patch)
+        beside = functional.interpolate(self.beside(condition), x.shape[-2:], mode="bilinear")
+        x = self.inward(torch.cat([x, beside.to(x.dtype)], 1).contiguous(memory_format=torch.channels_last))
+        skips = []
+        for shrink, blocks in zip(self.shrink, self.down, strict=True):
+            x = shrink(x)
+            for block in blocks:  # type: ignore[union-attr]
+                x = block(x, condition)
+                skips.append(x)
+        height, width = x.shape[-2:]
+        tokens = x.flatten(2).transpose(1, 2)
+        seen = functional.interpolate(condition, (height, width), mode="nearest").flatten(2).transpose(1, 2)
+        for layer in self.middle:
+            tokens = layer(tokens, seen, height, width)
+        x = x + tokens.transpose(1, 2).unflatten(2, (height, width))
+        for blocks, grow in zip(self.up, self.grow, strict=True):
+            for block in blocks:  # type: ignore[union-attr]
+                x = block(torch.cat([x, skips.pop()], 1), condition)
+            if isinstance(grow, nn.Conv2d):
+                x = grow(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        x = self.outward(functional.silu(self.norm(x)))
+        return functional.pixel_shuffle(x, self.recipe.patch)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, noise: Tensor, steps: int | None = None, solver: Solver = "euler") -> Tensor:
+        """Images of some latents, uint8 [B, 3, H, W].
+
+        Args:
+            latents: z̃ [B, h, w, c].
+            noise: standard normal [B, 3, H, W]; fixes the picture.
+            steps: ODE steps; default from the recipe.
+            solver: see `flow.solve`.
+        """
+        pixels = solve(lambda x, t: self(x, t, latents), noise, steps or self.recipe.steps, solver)
+        return to_uint8(pixels)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] to uint8, rounded and clipped."""
+    return (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 images to float32 pixels in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions; the first norm is modulated by the condition at each place (AdaGN)."""
+
+    def __init__(self, width_in: int, width: int, condition: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, width_in), nn.GroupNorm(8, width)
+        self.modulation = nn.Conv2d(condition, 2 * width_in, 1)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.skip = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x [B, width_in, H, W] and the condition [B, condition, h, w] -> [B, width, H, W]."""
+        modulation = functional.interpolate(self.modulation(condition), x.shape[-2:], mode="nearest")
+        scale, bias = modulation.chunk(2, 1)
+        h = self.conv1(functional.silu(self.norm1(x) * (1 + scale) + bias))
+        h = self.conv2(functional.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+class TransformerBlock(nn.Module):
+    """Attention with a learned table of relative positions, then GEGLU; both norms are adaptive (AdaLN)."""
+
+    def __init__(self, width: int, heads: int, condition: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(condition, 6 * width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.table = nn.Parameter(torch.zeros(heads, (2 * WINDOW + 1) ** 2))
+        self.gate = nn.Linear(width, 8 * width)
+        self.shrink = nn.Linear(4 * width, width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor, height: int, width: int) -> Tensor:
+        """x and condition [B, height * width, ...] -> [B, height * width, ...]."""
+        scale1, bias1, gate1, scale2, bias2, gate2 = self.modulation(condition).chunk(6, -1)
+        h = self.norm(x) * (1 + scale1) + bias1
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = functional.scaled_dot_product_attention(q, k, v, attn_mask=self.positions(height, width).to(q.dtype))
+        x = x + gate1 * self.out(h.transpose(1, 2).flatten(2))
+        h = self.norm(x) * (1 + scale2) + bias2
+        value, gate = self.gate(h).chunk(2, -1)
+        return x + gate2 * self.shrink(value * functional.gelu(gate))
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Attention bias [1, heads, N, N]; -inf outside the 17 x 17 window."""
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        dy = (y.flatten()[:, None] - y.flatten()).to(self.table.device)
+        dx = (x.flatten()[:, None] - x.flatten()).to(self.table.device)
+        index = (dy.clamp(-WINDOW, WINDOW) + WINDOW) * (2 * WINDOW + 1) + dx.clamp(-WINDOW, WINDOW) + WINDOW
+        near = (dy.abs() <= WINDOW) & (dx.abs() <= WINDOW)
+        return self.table[:, index].masked_fill(~near, float("-inf"))[None]
