@@ -48,8 +48,9 @@ def sample(
     """
     from vugen_cli.engine.draw import collect_prompts, draw, pick_sampler
     from vugen_cli.engine.loop import pick_device
+    from vugen_cli.engine.sampling import load_sampler
 
     texts = collect_prompts(prompts or [], prompts_file)
-    chosen = pick_sampler(sampler)
-    folder = draw(texts, n, chosen, out, vlm, seed, steps, guidance, solver.value if solver else None, pick_device(device))
+    loaded = load_sampler(pick_sampler(sampler), vlm, pick_device(device))
+    folder = draw(loaded, texts, n, out, seed, steps, guidance, solver.value if solver else None)
     typer.echo(f"wrote {len(texts) * n} pictures, grid.png and samples.jsonl to {folder}/")

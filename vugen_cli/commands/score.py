@@ -28,15 +28,13 @@ def score(
     ] = False,
     images: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder, tar, zip or npz of images.  [default: the last samples]", show_default=False
-        ),
+        typer.Option(help="Folder, tar, zip or npz of images.", show_default="the last samples"),
     ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Such images, a prepared data set or statistics (.npz).  [default: the samples' data]",
-            show_default=False,
+            help="Such images, a prepared data set or statistics (.npz).",
+            show_default="the samples' data",
         ),
     ] = None,
     features: Annotated[
@@ -59,7 +57,7 @@ def score(
     out: Annotated[Path, typer.Option(help="Where the scores are written.")] = Path("scores.json"),
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]", show_default=False),
+        typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one"),
     ] = None,
 ) -> None:
     """Score a set of images against a reference.
@@ -95,8 +93,8 @@ def score(
     result = score_sets(
         images, reference, extractor, count=count, batch_size=batch_size, save_stats=save_stats
     )
+    _print_table([result])  # before it is written: an unwritable file should not cost an hour's result
     write_json(out, {"scores": [result]})
-    _print_table([result])
     typer.echo(f"Written to {out}.")
 
 

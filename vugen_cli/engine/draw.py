@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from vugen_cli.engine.checkpoint import read_card
-from vugen_cli.engine.sampling import load_sampler
+from vugen_cli.engine.sampling import Sampler
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file
 from vugen_cli.flow import Solver
@@ -61,16 +61,14 @@ def pick_sampler(given: Path | None) -> Path:
 
 
 def draw(
+    sampler: Sampler,
     prompts: list[str],
     n: int,
-    checkpoint: Path,
     out: Path,
-    vlm: str | None = None,
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
     solver: Solver | None = None,
-    device: torch.device | str = "cpu",
 ) -> Path:
     """Draw n pictures for each prompt into a folder.
 
@@ -80,7 +78,6 @@ def draw(
     Returns:
         The folder.
     """
-    sampler = load_sampler(checkpoint, vlm, device)
     settings = sampler.settings(steps, guidance, solver)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +86,7 @@ def draw(
     about = {
         "seed": seed,
         **settings,
-        "sampler": str(checkpoint),
+        "sampler": str(sampler.path),
         "step": sampler.card["step"],
         "vlm": sampler.card["vlm"]["name"],
         "dataset": sampler.card["data"]["dataset"],
