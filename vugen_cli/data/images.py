@@ -5,6 +5,7 @@ Pillow. Both end in the same thing: `uint8 [H, W, 3]`, values 0 to 255, upright,
 """
 
 import io
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ MAX_ASPECT = 50
 JPEG_QUALITY = 95
 
 # Pillow would also hand EPS to Ghostscript and open rarities with large attack surface: name what we accept.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
+_ACCEPTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
 
 # libjpeg's complaints that leave the picture whole: stray bytes between segments, odd scan headers.
 _HARMLESS = ("extraneous bytes", "Invalid SOS parameters", "unknown Adobe color transform")
@@ -82,7 +83,7 @@ def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
         raise ValueError(f"corrupt JPEG: {err}") from err
     if b"Exif\0\0" in data[:65536]:  # APP1 comes first and holds at most 64 KiB
         try:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as header:
+            with Image.open(io.BytesIO(data), formats=_formats()) as header:
                 return _upright(pixels, _orientation(header))
         except (OSError, SyntaxError):
             return pixels
@@ -93,7 +94,7 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
     if not data:
         raise ValueError("empty file")
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _check_size(*image.size)
             orientation = _orientation(image)
             pixels = np.asarray(_to_rgb(image))
@@ -106,6 +107,13 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
     except Exception as err:  # a damaged file makes Pillow's plugins raise nearly anything
         raise ValueError(" ".join(f"unreadable image: {err or type(err).__name__}".split())) from err
     return _upright(pixels, orientation)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The accepted formats that this build of Pillow knows; naming another to `Image.open` fails."""
+    Image.init()
+    return tuple(name for name in _ACCEPTED if name in Image.OPEN)
 
 
 def _check_size(width: int, height: int) -> None:

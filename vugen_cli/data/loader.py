@@ -268,7 +268,7 @@ class TrainingStream(IterableDataset[Batch]):
                 pixels = np.asarray(resize_crop(Image.fromarray(pixels), self.size))
             if self.flip and rng.random() < 0.5:
                 pixels = pixels[:, ::-1]
-            pictures.append(torch.from_numpy(np.ascontiguousarray(pixels)))
+            pictures.append(torch.from_numpy(np.array(pixels)))
             captions.append(meta["captions"][rng.integers(len(meta["captions"]))] if meta["captions"] else "")
             metas.append(meta)
         return Batch(torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), captions, metas, corrupt)

@@ -30,10 +30,17 @@ class Source(Protocol):
     A sample that cannot be read raises `OSError` or `ValueError`; the writer counts and lists it.
     """
 
-    name: str
-    origin: str
-    licence: str
-    classes: Sequence[str]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def origin(self) -> str: ...
+
+    @property
+    def licence(self) -> str: ...
+
+    @property
+    def classes(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
 

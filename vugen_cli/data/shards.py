@@ -53,6 +53,10 @@ def tar_members(
                             f"{what} is cut short within {member.name}: download or copy it again"
                         )
                     yield member.name, start + member.offset_data, member.size
+                # tarfile takes a damaged or missing header for the end; the true end is marked by zeros.
+                view.seek(tar.offset)
+                if view.read(512) != bytes(512):
+                    raise VugenError(f"{what} is cut short or damaged: download or copy it again")
     except FileNotFoundError:
         raise VugenError(f"there is no {path}: check --source") from None
     except tarfile.TarError as error:

@@ -525,13 +525,15 @@ def _add_split(
         },
     }
     splits = dict(sorted({**manifest.get("splits", {}), split: entry}.items()))
-    classes = list(dict.fromkeys([*manifest.get("classes", []), *source.classes]))
+    known = manifest.get("classes", [])
+    # Labels index this list: it stays as the source gives it, ImageNet's two cranes included, or grows.
+    new = [name for name in source.classes if name not in known] if known else source.classes
     return {
         "format": FORMAT,
         "dataset": source.name,
         "size": plan["size"],
         "splits": splits,
-        "classes": classes,
+        "classes": [*known, *new],
         "source": next(iter(splits.values()))["source"],
         "licence": source.licence,
         "tool": _tool(),

@@ -275,7 +275,8 @@ def resume(run: Path, stage: Stage, average: Average, optimizer: torch.optim.Opt
                     tensor.copy_(saved[name])
         for name, parameter in stage.module.named_parameters():
             optimizer.state[parameter] = {
-                key: tensor if key == "step" else tensor.to(parameter.device)
+                # laid out in memory like the parameter: the fused optimiser walks both together
+                key: tensor if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(tensor)
                 for key, tensor in part(tensors, f"optimizer.{name}").items()
             }
         return int(card["step"])

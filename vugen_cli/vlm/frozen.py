@@ -222,7 +222,7 @@ def load_vlm(name: str, device: torch.device | str | None = None) -> FrozenVLM:
         model = AutoModelForImageTextToText.from_pretrained(
             source, local_files_only=local, dtype=torch.float32, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a foreign directory can fail in as many ways as there are model classes
         raise VugenError(f"{name} could not be loaded as a vision-language model: {_first_line(error)}") from error
     return FrozenVLM(name, model.to(device or "cpu"), processor)
 

@@ -1,0 +1,93 @@
+"""A tiny VLM on disk and a small data set, made once for the whole suite."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+from vugen_cli.data.openmoji import OpenMojiScenes
+from vugen_cli.data.writer import write_dataset
+from vugen_cli.recipe import NanoVLM, Recipe, load_recipe
+from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
+from vugen_cli.vlm.nano import build, save_vlm, train_tokenizer
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+TINY = NanoVLM(
+    vision_width=32, vision_layers=2, vision_heads=2, width=64, layers=2, heads=2, mlp=128, vocabulary=512
+)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set: 96 training scenes in four shards and 24 held-out ones."""
+    out = tmp_path_factory.mktemp("scenes") / "openmoji"
+    write_dataset(OpenMojiScenes(96, "train", 64), out, "train", 64, shard_size=24, progress=False)
+    write_dataset(OpenMojiScenes(24, "val", 64), out, "val", 64, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def vlm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llava of random weights, saved as a Hugging Face directory."""
+    return save_random_vlm(tmp_path_factory.mktemp("vlm") / "tiny", seed=0)
+
+
+def save_random_vlm(path: Path, seed: int) -> Path:
+    texts = [caption for i in range(40) for caption in OpenMojiScenes(40)[i].captions]
+    torch.manual_seed(seed)
+    save_vlm(*build(TINY, 64, train_tokenizer(texts, TINY.vocabulary)), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def vlm(vlm_path: Path) -> FrozenVLM:
+    return load_vlm(str(vlm_path))
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(vlm_path: Path) -> Recipe:
+    """A recipe whose every stage takes seconds."""
+    return load_recipe(None, tiny_overrides(vlm_path))
+
+
+def tiny_overrides(vlm_path: Path) -> list[str]:
+    stages = ("train_reducer", "train_sampler", "train_vlm")
+    return [
+        f"vlm={vlm_path}",
+        "decoder.channels=[8,16,16]",
+        "decoder.heads=2",
+        "decoder.middle_layers=1",
+        "decoder.steps=1",
+        "reducer.channels=4",
+        "data.workers=0",
+        "sampling.steps=2",
+        *(f"{stage}.{setting}" for stage in stages for setting in ("steps=4", "batch_size=4", "precision=float32")),
+    ]
+
+
+@pytest.fixture(scope="session")
+def trained(scenes: Path, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `reducer.safetensors` and `sampler.safetensors` of four steps each."""
+    from vugen_cli.engine.train_reducer import train_reducer
+    from vugen_cli.engine.train_sampler import train_sampler
+
+    out = tmp_path_factory.mktemp("trained")
+    device = torch.device("cpu")
+    reducer = train_reducer(tiny_recipe, scenes, out / "reducer.safetensors", device)
+    train_sampler(tiny_recipe, reducer, scenes, out / "sampler.safetensors", device)
+    return out
+
+
+def vugen(*arguments: str | Path, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "vugen_cli", *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip

@@ -1,0 +1,567 @@
+"""The sources of `vugen prepare`: the layouts they read, what they say of others, and real samples."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vugen_cli.commands.prepare import Dataset, open_source, prepare
+from vugen_cli.data.captions import CaptionedImages
+from vugen_cli.data.coco import CocoCaptions
+from vugen_cli.data.folder import ImageFolder
+from vugen_cli.data.hf import HuggingFaceDataset
+from vugen_cli.data.imagenet import ImageNet, class_names
+from vugen_cli.data.shards import WebDatasetShards
+from vugen_cli.data.writer import write_dataset
+from vugen_cli.errors import VugenError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def jpeg(seed: int = 0, kind: str = "JPEG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def put(root: Path, files: dict[str, bytes | str]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return root
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def content(source) -> dict[str, tuple[list[str], bytes]]:
+    samples = [source[i] for i in range(len(source))]
+    return {sample.key: (sample.captions, sample.image) for sample in samples}
+
+
+# --- ImageNet
+
+TENCH, FISH = "n01440764", "n01443537"
+PICTURES = {f"{wnid}/{wnid}_{i}.JPEG": jpeg(i) for wnid in (TENCH, FISH) for i in range(3)}
+
+
+def class_tars() -> dict[str, bytes]:
+    return {
+        f"{wnid}.tar": tar_of({name[10:]: data for name, data in PICTURES.items() if name.startswith(wnid)})
+        for wnid in (FISH, TENCH)
+    }
+
+
+def imagenet_layouts(root: Path) -> dict[str, Path]:
+    """The same six pictures in every layout."""
+    under = {f"train/{name}": data for name, data in PICTURES.items()}
+    put(root, {"plain.tar": tar_of(under), "bare.tar": tar_of(PICTURES)})
+    put(
+        root,
+        {
+            "ILSVRC2012_img_train.tar": tar_of(class_tars()),
+            "has/ILSVRC2012_img_train.tar": tar_of(class_tars()),
+        },
+    )
+    return {
+        "train and val folders": put(root / "extracted", under | {"val/x": b""}),
+        "the train folder": root / "extracted" / "train",
+        "class folders": put(root / "classes", PICTURES),
+        "kaggle": put(root / "kaggle", {f"ILSVRC/Data/CLS-LOC/{name}": data for name, data in under.items()}),
+        "class tars": put(root / "tars", class_tars()),
+        "class tars in train": put(
+            root / "tars2", {f"train/{name}": data for name, data in class_tars().items()}
+        ),
+        "the official tar": root / "ILSVRC2012_img_train.tar",
+        "a folder with the official tar": root / "has",
+        "a plain tar": root / "plain.tar",
+        "a tar of class folders": root / "bare.tar",
+    }
+
+
+def test_every_imagenet_layout_gives_the_same(tmp_path):
+    expected = {name: (class_names()[name[:9]], data) for name, data in PICTURES.items()}
+    for layout, path in imagenet_layouts(tmp_path).items():
+        source = ImageNet(path)
+        assert content(source) == expected, layout
+        assert list(content(source)) == sorted(expected), layout
+        assert source.classes == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
+    assert source[0].captions == ["tench", "Tinca tinca"]
+    assert source[5].meta == {"class": "goldfish, Carassius auratus", "label": 1, "wnid": FISH}
+
+
+def test_imagenet_layouts_give_the_same_shards(tmp_path):
+    hashes = set()
+    for number, path in enumerate(imagenet_layouts(tmp_path).values()):
+        manifest = write_dataset(ImageNet(path), tmp_path / f"out{number}", size=16, progress=False)
+        hashes.add(manifest["splits"]["train"]["shards"][0]["sha256"])
+    assert len(hashes) == 1
+
+
+def test_the_class_table():
+    names = class_names()
+    assert len(names) == 1000 and list(names) == sorted(names)
+    assert names["n02012849"] == ["crane"] and names[TENCH] == ["tench", "Tinca tinca"]
+    assert all(lemma and lemma == lemma.strip() for lemmas in names.values() for lemma in lemmas)
+
+
+def test_flat_val_with_labels_beside_it(tmp_path):
+    flat = {"ILSVRC2012_val_00000001.JPEG": jpeg(1), "ILSVRC2012_val_00000002.JPEG": jpeg(2)}
+    folder = put(tmp_path / "data", {f"val/{name}": data for name, data in flat.items()})
+    put(tmp_path / "tar", {"ILSVRC2012_img_val.tar": tar_of(flat)})
+    paths = [folder, tmp_path / "tar", tmp_path / "tar" / "ILSVRC2012_img_val.tar"]
+    for path in paths:
+        with pytest.raises(VugenError, match=r"LOC_val_solution\.csv"):
+            ImageNet(path, "val")
+    rows = (
+        "ImageId,PredictionString",
+        f"ILSVRC2012_val_00000001,{FISH} 1 2 3 4",
+        f"ILSVRC2012_val_00000002,{TENCH} 1 2 3 4 ",
+    )
+    solution = "\n".join(rows)
+    index = "ILSVRC2012_val_00000001.JPEG 1\nILSVRC2012_val_00000002.JPEG 0\n"
+    for file, text in (("LOC_val_solution.csv", solution), ("val.txt", index)):
+        for path in paths:
+            beside = put(folder if path == folder else tmp_path / "tar", {file: text}) / file
+            source = ImageNet(path, "val")
+            assert [source[i].meta["wnid"] for i in range(2)] == [FISH, TENCH]
+            beside.unlink()
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "words"),
+    [
+        ({}, "train", "found nothing"),
+        ({"cats/1.jpg": jpeg()}, "train", r"found cats.*n01440764/.*image-net\.org"),
+        ({"train/n01440764/1.JPEG": jpeg()}, "val", "found train"),
+        ({"n01440764/readme.txt": b""}, "train", "no images"),
+        ({"n00004475/1.JPEG": jpeg()}, "train", "no ILSVRC2012 class: n00004475"),
+    ],
+)
+def test_wrong_imagenet_layouts(tmp_path, files, split, words):
+    with pytest.raises(VugenError, match=words):
+        ImageNet(put(tmp_path, files), split)
+
+
+def test_wrong_imagenet_paths(tmp_path):
+    put(
+        tmp_path,
+        {"a.zip": b"PK", "val/n01440764/1.JPEG": jpeg(), "coco.tar": tar_of({"train2017/1.jpg": jpeg()})},
+    )
+    for name, words in (
+        ("none", "there is no"),
+        ("a.zip", "neither a tar nor"),
+        ("coco.tar", "found neither"),
+    ):
+        with pytest.raises(VugenError, match=words):
+            ImageNet(tmp_path / name)
+    with pytest.raises(VugenError, match="use --split val"):
+        ImageNet(tmp_path / "val")
+    put(tmp_path, {"plain.tar": tar_of({f"train/{name}": data for name, data in PICTURES.items()})})
+    with pytest.raises(VugenError, match="found train/"):
+        ImageNet(tmp_path / "plain.tar", "val")
+
+
+def test_truncated_tars_are_named(tmp_path):
+    layouts = imagenet_layouts(tmp_path)
+    for name in ("the official tar", "a plain tar"):
+        whole = layouts[name].read_bytes()
+        for keep in (0.1, 0.2, 0.3, 0.4):
+            cut = put(tmp_path, {"cut.tar": whole[: int(len(whole) * keep)]}) / "cut.tar"
+            with pytest.raises(VugenError, match=r"cut\.tar.*again"):
+                ImageNet(cut)
+    put(layouts["class tars"], {f"{FISH}.tar": class_tars()[f"{FISH}.tar"][:3000]})
+    with pytest.raises(VugenError, match=rf"{FISH}\.tar.*again"):
+        ImageNet(layouts["class tars"])
+    for data in (b"not a tar at all" * 100, b"\x1f\x8b\x08\0" + b"\0" * 2000):
+        with pytest.raises(VugenError, match="uncompressed tar"):
+            ImageNet(put(tmp_path, {"junk.tar": data}) / "junk.tar")
+
+
+def test_a_tar_cut_after_it_was_listed_costs_only_what_is_lost(tmp_path):
+    path = put(tmp_path, {"bare.tar": tar_of(PICTURES)}) / "bare.tar"
+    source = ImageNet(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    manifest = write_dataset(source, tmp_path / "out", size=16, progress=False)
+    train = manifest["splits"]["train"]
+    assert 0 < train["count"] < 6 and train["count"] + train["skipped_count"] == 6
+    assert "cut short" in train["skipped"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "variable", "words"),
+    [
+        (Dataset.imagenet, "IMAGENET_DIR", r"ILSVRC2012_img_train\.tar.*\$IMAGENET_DIR"),
+        (Dataset.coco, "COCO_DIR", r"annotations_trainval2017\.zip.*\$COCO_DIR"),
+    ],
+)
+def test_without_a_source_it_says_what_to_get(monkeypatch, tmp_path, dataset, variable, words):
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(VugenError, match=words):
+        open_source(dataset, None, "train", 64, None, 0)
+    monkeypatch.setenv(variable, str(tmp_path / "gone"))
+    with pytest.raises(VugenError, match="gone"):
+        open_source(dataset, None, "train", 64, None, 0)
+
+
+@pytest.mark.parametrize("dataset", [Dataset.folder, Dataset.captions, Dataset.webdataset, Dataset.hf])
+def test_sources_that_must_be_named_and_exist(tmp_path, dataset):
+    with pytest.raises(VugenError, match="needs --source"):
+        open_source(dataset, None, "train", 64, None, 0)
+    with pytest.raises(VugenError, match="there is no"):
+        open_source(dataset, tmp_path / "none", "train", 64, None, 0)
+
+
+# --- COCO
+
+
+def coco_table(**changes) -> str:
+    table = {
+        "images": [
+            {"id": 7, "file_name": "b.jpg", "license": 1},
+            {"id": 3, "file_name": "a.jpg", "license": 1},
+        ],
+        "annotations": [
+            {"id": 10 - i, "image_id": image, "caption": f"caption {10 - i} of {image}\n"}
+            for image in (3, 7)
+            for i in range(5)
+        ],
+        "licenses": [{"id": 1, "url": "http://licence"}],
+    }
+    return json.dumps(table | changes)
+
+
+@pytest.mark.parametrize(("year", "images"), [("2017", ""), ("2014", ""), ("2017", "images/")])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_coco(tmp_path, year, images, split):
+    folder = f"{images}{split}{year}"
+    files = {
+        f"{folder}/a.jpg": jpeg(1),
+        f"{folder}/b.jpg": jpeg(2),
+        f"annotations/captions_{split}{year}.json": coco_table(),
+    }
+    source = CocoCaptions(put(tmp_path, files), split)
+    assert [source[i].key for i in range(2)] == ["a.jpg", "b.jpg"]
+    assert source[1].captions == [f"caption {i} of 7\n" for i in range(6, 11)]
+    assert source[0].meta == {"image_id": 3, "image_licence": "http://licence"}
+    write_dataset(source, tmp_path / "out", split, size=16, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("{", "no COCO caption file"),
+        ("[]", "no COCO caption file"),
+        (coco_table(annotations=[{"image_id": 3}]), "no COCO caption file"),
+        (coco_table(annotations=[]), "no captioned images"),
+        (coco_table(images=[{"id": 3, "file_name": "../../secret.jpg"}]), "secret"),
+    ],
+)
+def test_damaged_coco_tables(tmp_path, table, words):
+    put(tmp_path, {"annotations/captions_train2017.json": table, "train2017/a.jpg": jpeg()})
+    with pytest.raises(VugenError, match=words):
+        CocoCaptions(tmp_path)
+
+
+def test_wrong_coco_layouts(tmp_path):
+    with pytest.raises(VugenError, match=r"captions_train2017\.json; found nothing"):
+        CocoCaptions(tmp_path)
+    put(tmp_path, {"annotations/captions_train2017.json": coco_table()})
+    with pytest.raises(VugenError, match=r"no train2017/ folder.*train2017\.zip"):
+        CocoCaptions(tmp_path)
+    with pytest.raises(VugenError, match=r"captions_val2017.*found annotations"):
+        CocoCaptions(tmp_path, "val")
+    with pytest.raises(VugenError, match=r"archive.*unpack"):
+        CocoCaptions(put(tmp_path, {"coco.tar": tar_of({})}) / "coco.tar")
+
+
+# --- folders
+
+
+def test_class_folders(tmp_path):
+    put(
+        tmp_path,
+        {
+            "train/big_cat/1.jpg": jpeg(1),
+            "train/big_cat/more/2.PNG": jpeg(2, "PNG"),
+            "train/dog/1.webp": jpeg(3, "WEBP"),
+        },
+    )
+    put(
+        tmp_path,
+        {
+            "test/dog/9.jpg": jpeg(9),
+            "train/dog/notes.md": "",
+            "train/.cache/1.jpg": jpeg(),
+            "train/dog/._1.jpg": b"",
+        },
+    )
+    source = ImageFolder(tmp_path)
+    assert list(content(source)) == ["big_cat/1.jpg", "big_cat/more/2.PNG", "dog/1.webp"]
+    assert source[0].captions == ["big cat"] and source[0].meta == {"class": "big cat", "label": 0}
+    assert list(content(ImageFolder(tmp_path, "val"))) == ["dog/9.jpg"]
+    assert content(ImageFolder(tmp_path / "train")) == content(source)
+
+
+def test_flat_folder_says_file_names(tmp_path):
+    put(tmp_path, {"a-red_car-01.jpg": jpeg(), "sunset 2.png": jpeg(0, "PNG"), "two 3 legs.jpg": jpeg()})
+    captions = [sample.captions for sample in map(ImageFolder(tmp_path).__getitem__, range(3))]
+    assert captions == [["a red car"], ["sunset"], ["two 3 legs"]]
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "words"),
+    [
+        ({"a.txt": ""}, "train", "holds no images; found a.txt"),
+        ({"cat/1.jpg": b"", "2.jpg": b""}, "train", r"beside them \(2\.jpg\)"),
+        ({"0001.jpg": b"", "0002.jpg": b""}, "train", "say nothing"),
+        ({"train/cat/1.jpg": b""}, "val", "has a train/ folder but no val/"),
+    ],
+)
+def test_wrong_folders(tmp_path, files, split, words):
+    with pytest.raises(VugenError, match=words):
+        ImageFolder(put(tmp_path, files), split)
+
+
+def test_a_folder_that_is_an_archive_or_the_other_split(tmp_path):
+    put(tmp_path, {"cifar10.tar": tar_of({}), "x.jpg": jpeg(), "val/cat/1.jpg": jpeg()})
+    for name, words in (
+        ("cifar10.tar", "unpack it"),
+        ("x.jpg", "folder is expected"),
+        ("val", "--split val"),
+    ):
+        with pytest.raises(VugenError, match=words):
+            ImageFolder(tmp_path / name)
+
+
+# --- captions
+
+
+def test_text_beside_images(tmp_path):
+    put(
+        tmp_path,
+        {
+            "a.jpg": jpeg(1),
+            "a.txt": "\ufeffone\ntwo\n\n",
+            "sub/b.png": jpeg(2, "PNG"),
+            "sub/b.txt": "three",
+            "c.jpg": b"",
+        },
+    )
+    manifest = write_dataset(CaptionedImages(tmp_path), tmp_path / "out", size=16, progress=False)
+    assert manifest["splits"]["train"]["count"] == 2 and manifest["splits"]["train"]["captions"]["count"] == 3
+    assert content(CaptionedImages(tmp_path))["a.jpg"][0] == ["one", "two", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", 'Image,Caption\nimg/a.jpg,"a cat, sitting"\nimg/b.jpg,b\n./img/a.jpg,again\n'),
+        (
+            "t.tsv",
+            "split\tfilename\ttext\nx\timg/a.jpg\ta cat, sitting\nx\timg/b.jpg\tb\nx\timg/a.jpg\tagain\n",
+        ),
+        (
+            "t.jsonl",
+            '{"file_name": "img/a.jpg", "caption": ["a cat, sitting", "again"]}\n\n'
+            '{"path": "img/b.jpg", "text": "b"}\n',
+        ),
+    ],
+)
+def test_tables(tmp_path, name, text):
+    put(tmp_path, {"img/a.jpg": jpeg(1), "img/b.jpg": jpeg(2), name: text})
+    for path in (tmp_path, tmp_path / name):
+        assert content(CaptionedImages(path)) == {
+            "img/a.jpg": (["a cat, sitting", "again"], jpeg(1)),
+            "img/b.jpg": (["b"], jpeg(2)),
+        }
+
+
+@pytest.mark.parametrize("path", ["../secret.jpg", "/etc/passwd", "a/../../secret.jpg", ".."])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_paths_that_leave_the_folder_are_refused(tmp_path, path, kind):
+    put(tmp_path, {"secret.jpg": jpeg()})
+    text = f"path,caption\n{path},x\n" if kind == "csv" else json.dumps({"path": path, "caption": "x"})
+    with pytest.raises(VugenError, match=r"line \d.*leaves the table's folder"):
+        CaptionedImages(put(tmp_path / "data", {f"t.{kind}": text}))
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"t.csv": "a,b\n1,2\n"}, "line 2: expected a column named path.*found a, b"),
+        ({"t.csv": "path,caption\n"}, "no lines below"),
+        ({"t.csv": "path,caption\nx.jpg\n"}, "line 2"),
+        ({"t.jsonl": "{"}, "cannot be read as UTF-8 jsonl"),
+        ({"t.jsonl": "[1]"}, "line 1.*found none"),
+        ({"t.csv": b"path,caption\na.jpg,\xff\xfe\n"}, "UTF-8"),
+        ({"a.jpg": b"", "b.jpg": b""}, r"found a\.jpg, b\.jpg"),
+        ({"t.csv": "", "u.csv": ""}, r"not exactly one .*found t\.csv, u\.csv"),
+    ],
+)
+def test_wrong_captions(tmp_path, files, words):
+    with pytest.raises(VugenError, match=words):
+        CaptionedImages(put(tmp_path, files))
+
+
+def test_missing_pictures_of_a_table_are_listed(tmp_path):
+    put(tmp_path, {"a.jpg": jpeg(), "t.csv": "path,caption\na.jpg,x\ngone.jpg,y\n"})
+    train = write_dataset(CaptionedImages(tmp_path), tmp_path / "out", size=16, progress=False)["splits"][
+        "train"
+    ]
+    assert train["count"] == 1 and train["skipped"][0]["reason"] == "No such file or directory"
+    assert train["skipped"][0]["key"].endswith("gone.jpg")
+
+
+# --- webdataset
+
+
+def test_shards_as_img2dataset_writes_them(tmp_path):
+    meta = {"caption": "from json", "url": "http://x", "key": "000000001", "status": "success"}
+    put(
+        tmp_path,
+        {
+            "00000.tar": tar_of(
+                {
+                    "000000000.jpg": jpeg(0),
+                    "000000000.json": json.dumps({"caption": "ignored", "url": "u"}).encode(),
+                    "000000000.txt": b"from text",
+                    "000000001.json": json.dumps(meta).encode(),
+                    "000000001.webp": jpeg(1, "WEBP"),
+                    "000000002.json": b'{"status": "failed_to_download"}',
+                }
+            ),
+            "00001.tar": tar_of(
+                {"./d/000000003.png": jpeg(3, "PNG"), "./d/000000003.cls": b"1", "./d/000000003.json": b"{"}
+            ),
+            "00000_stats.json": "{}",
+        },
+    )
+    source = WebDatasetShards(tmp_path)
+    assert len(source) == 4
+    assert (source[0].captions, source[0].meta) == (["from text"], {"url": "u"})
+    assert source[1].captions == ["from json"] and source[1].image == jpeg(1, "WEBP")
+    assert source[1].meta["url"] == "http://x" and source[1].key == "00000.tar/000000001"
+    train = write_dataset(source, tmp_path / "out", size=16, progress=False)["splits"]["train"]
+    skipped = {item["key"]: item["reason"] for item in train["skipped"]}
+    assert skipped["00000.tar/000000002"] == "no image in the sample"
+    assert "damaged .json" in skipped["00001.tar/d/000000003"]
+    # And our own shards are webdataset shards.
+    again = WebDatasetShards(tmp_path / "out")
+    assert sorted(c for i in range(2) for c in again[i].captions) == ["from json", "from text"]
+
+
+def test_wrong_shards(tmp_path):
+    with pytest.raises(VugenError, match=r"no \.tar shards"):
+        WebDatasetShards(tmp_path)
+    put(tmp_path, {"a.tar": tar_of({"x.jpg": jpeg(), "y.bin": b""})})
+    with pytest.raises(VugenError, match=r"no webdataset samples.*found x\.jpg, y\.bin"):
+        WebDatasetShards(tmp_path)
+    put(tmp_path, {"b.tar": tar_of({"x.jpg": jpeg(), "x.txt": b"x"})[:900]})
+    with pytest.raises(VugenError, match=r"b\.tar.*again"):
+        WebDatasetShards(tmp_path)
+
+
+def test_resharding_into_the_source_is_refused(tmp_path):
+    put(tmp_path, {"train-000000.tar": tar_of({"x.jpg": jpeg(), "x.txt": b"x"})})
+    before = (tmp_path / "train-000000.tar").read_bytes()
+    with pytest.raises(VugenError, match="another --out"):
+        prepare(Dataset.webdataset, source=tmp_path, out=tmp_path, workers=1)
+    assert (tmp_path / "train-000000.tar").read_bytes() == before
+
+
+# --- Hugging Face
+
+
+def test_hf_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows = {
+        "image": [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(5)],
+        "text": [f"text {i}" for i in range(5)],
+    }
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "data" / "train-00000-of-00001.parquet", row_group_size=2)
+    pq.write_table(
+        pa.table({k: v[:1] for k, v in rows.items()}), tmp_path / "data" / "test-00000-of-00001.parquet"
+    )
+    source = HuggingFaceDataset(tmp_path)
+    assert [source[i].captions for i in range(5)] == [[f"text {i}"] for i in range(5)]
+    assert all(source[i].image == jpeg(i) for i in range(5))
+    assert len(HuggingFaceDataset(tmp_path, "val")) == 1
+    write_dataset(source, tmp_path / "one", size=16, shard_size=2, progress=False)
+    write_dataset(source, tmp_path / "two", size=16, shard_size=2, workers=2, progress=False)
+    assert (tmp_path / "one/dataset.json").read_bytes() == (tmp_path / "two/dataset.json").read_bytes()
+    bad = tmp_path / "bad.parquet"
+    pq.write_table(pa.table({"a": [1]}), bad)
+    with pytest.raises(VugenError, match="has the columns a"):
+        HuggingFaceDataset(bad)
+    bad.write_bytes(b"PAR1" + b"\0" * 50)
+    with pytest.raises(VugenError, match="cannot be read"):
+        HuggingFaceDataset(bad)
+
+
+def test_hf_save_to_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=["big_cat", "dog"])}
+    )
+    rows = {"img": [{"bytes": jpeg(i), "path": None} for i in range(4)], "label": [0, 1, 1, 0]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    data.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict({"train": data, "test": data.select([2])}).save_to_disk(tmp_path / "both")
+    for path in (tmp_path / "one", tmp_path / "both"):
+        source = HuggingFaceDataset(path)
+        assert source.classes == ["big_cat", "dog"]
+        assert [source[i].captions for i in range(4)] == [["big cat"], ["dog"], ["dog"], ["big cat"]]
+        assert [source[i].image for i in range(4)] == [jpeg(i) for i in range(4)]
+    assert HuggingFaceDataset(tmp_path / "both", "val")[0].meta == {"class": "dog", "label": 1}
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(VugenError, match=r"state\.json is damaged"):
+        HuggingFaceDataset(tmp_path / "one")
+
+
+def test_hf_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(VugenError, match=r"pip install 'vugen-cli\[hf\]'"):
+        HuggingFaceDataset(tmp_path)
+
+
+def test_hf_of_another_layout(tmp_path):
+    pytest.importorskip("pyarrow")
+    with pytest.raises(VugenError, match=r"found a\.txt"):
+        HuggingFaceDataset(put(tmp_path, {"a.txt": ""}))
+
+
+# --- real samples
+
+
+@pytest.mark.skipif(not (SHARED / "imagenet-sample.tar").exists(), reason="the ImageNet sample is not here")
+def test_real_imagenet(tmp_path):
+    tar = SHARED / "imagenet-sample.tar"
+    manifest = write_dataset(ImageNet(tar), tmp_path / "out", size=64, count=60, progress=False)
+    assert manifest["splits"]["train"]["count"] == 60 and len(manifest["classes"]) == 1000
+
+
+@pytest.mark.skipif(not (SHARED / "coco-mini.tar").exists(), reason="the COCO sample is not here")
+def test_real_coco(tmp_path):
+    with tarfile.open(SHARED / "coco-mini.tar") as tar:
+        tar.extractall(tmp_path / "coco", filter="data")
+    train = write_dataset(CocoCaptions(tmp_path / "coco"), tmp_path / "out", progress=False)["splits"][
+        "train"
+    ]
+    assert train["count"] == 80 and train["captions"] == train["captions"] | {"count": 400, "per_image": 5.0}

@@ -1,0 +1,59 @@
+"""Recipes: overrides, and errors that name the fix."""
+
+from pathlib import Path
+
+import pytest
+
+from vugen_cli.errors import VugenError
+from vugen_cli.recipe import Recipe, find_recipe, load_recipe, parse_recipe
+
+
+@pytest.mark.parametrize("name", ["nano", "imagenet-256"])
+def test_shipped_recipes_load(name: str) -> None:
+    assert load_recipe(name).name == name
+
+
+def test_overrides_reach_nested_values_and_read_numbers() -> None:
+    recipe = load_recipe(None, ["train_sampler.lr=1e-4", "decoder.channels=[8, 16]", "decoder.heads=2", "data.flip=true"])
+    assert recipe.train_sampler.lr == 1e-4
+    assert recipe.decoder.channels == [8, 16]
+    assert recipe.data.flip is True
+
+
+def test_a_recipe_survives_its_own_card() -> None:
+    recipe = load_recipe("nano")
+    assert parse_recipe(recipe.model_dump(mode="json"), "card") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train_sampler.learning_rat=1", r"unknown recipe key `train_sampler.learning_rat`; did you mean `train_sampler\."),
+        ("redcer.channels=4", "did you mean `reducer`"),
+        ("train_sampler.steps=-3", "train_sampler.steps"),
+        ("sampling.solver=rk4", "sampling.solver"),
+        ("decoder.heads=7", "decoder.heads must divide"),
+        ("steps", "expected key=value"),
+        ("seed.x=1", "seed is a value, not a section"),
+    ],
+)
+def test_a_wrong_override_is_explained(override: str, message: str) -> None:
+    with pytest.raises(VugenError, match=message):
+        load_recipe(None, [override])
+
+
+def test_files_that_are_not_recipes_are_refused(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1,")
+    with pytest.raises(VugenError, match="not valid YAML"):
+        load_recipe(broken)
+    broken.write_text("- 1\n- 2\n")
+    with pytest.raises(VugenError, match="not a recipe"):
+        load_recipe(broken)
+    with pytest.raises(VugenError, match="shipped recipes .*nano"):
+        find_recipe(tmp_path / "none.yaml")
+
+
+def test_every_recipe_value_is_described_or_plain() -> None:
+    schema = Recipe.model_json_schema()
+    assert {"vlm", "reducer", "decoder", "expert", "flow", "sampling"} <= set(schema["properties"])

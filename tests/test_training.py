@@ -1,0 +1,217 @@
+"""The engine: both stages learn, resume exactly, stop clearly, and never touch the VLM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_random_vlm, tiny_overrides
+
+from vugen_cli.engine.checkpoint import load_checkpoint, read_card
+from vugen_cli.engine.loop import Average, cpu_flags, differences, learning_rate, pick_device, wants_bfloat16
+from vugen_cli.engine.train_reducer import load_autoencoder, train_reducer
+from vugen_cli.engine.train_sampler import train_sampler
+from vugen_cli.errors import VugenError
+from vugen_cli.recipe import Recipe, Training, load_recipe
+from vugen_cli.vlm.frozen import load_vlm
+
+CPU = torch.device("cpu")
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def changed(recipe: Recipe, *overrides: str) -> Recipe:
+    from vugen_cli.recipe import parse_recipe
+
+    return parse_recipe(recipe.model_dump(), "test", list(overrides))
+
+
+def test_a_stage_leaves_checkpoint_metrics_curves_and_pictures(trained: Path, vlm_path: Path, scenes: Path) -> None:
+    for stage in ("reducer", "sampler"):
+        card = read_card(trained / f"{stage}.safetensors")
+        assert card["stage"] == stage and card["step"] == 4
+        assert card["data"]["path"] == str(scenes) and card["data"]["dataset"] == "openmoji"
+        assert card["vlm"]["name"] == str(vlm_path) and card["latents"]["grid"] == [8, 8]
+        run = trained / f"{stage}.run"
+        assert [row["step"] for row in metrics(run)] == [0, 1, 2, 3]
+        assert (run / "curves.png").stat().st_size and (run / "preview-0000004.png").stat().st_size
+
+
+def test_a_sampler_holds_expert_reducer_and_decoder_and_nothing_of_the_vlm(trained: Path, vlm_path: Path) -> None:
+    tensors, _ = load_checkpoint(trained / "sampler.safetensors", "sampler")
+    assert {name.split(".")[0] for name in tensors} == {"expert", "autoencoder"}
+    assert not any("embed_tokens" in name or "vision" in name for name in tensors)
+    reducer, _ = load_checkpoint(trained / "reducer.safetensors", "reducer")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in reducer.items())
+
+
+def test_training_leaves_the_vlm_bit_for_bit_as_it_was(
+    scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    path = save_random_vlm(tmp_path / "vlm", seed=3)
+    files = {file: file.read_bytes() for file in path.iterdir()}
+    before = load_vlm(str(path)).fingerprint
+    recipe = changed(tiny_recipe, f"vlm={path}")
+    reducer = train_reducer(recipe, scenes, tmp_path / "r.safetensors", CPU)
+    train_sampler(recipe, reducer, scenes, tmp_path / "s.safetensors", CPU)
+    assert {file: file.read_bytes() for file in path.iterdir()} == files
+    assert read_card(tmp_path / "s.safetensors")["vlm"]["fingerprint"] == before
+
+
+def test_the_same_command_gives_the_same_bytes(trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    again = train_reducer(tiny_recipe, scenes, tmp_path / "reducer.safetensors", CPU)
+    assert again.read_bytes() == (trained / "reducer.safetensors").read_bytes()
+
+
+def test_losses_fall(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = changed(
+        tiny_recipe,
+        *(f"{s}.{k}" for s in ("train_reducer", "train_sampler") for k in ("steps=50", "lr=5e-3", "warmup=5", "batch_size=8")),
+    )
+    reducer = train_reducer(recipe, scenes, tmp_path / "r.safetensors", CPU)
+    train_sampler(recipe, reducer, scenes, tmp_path / "s.safetensors", CPU)
+    for run in ("r.run", "s.run"):
+        losses = [row["loss"] for row in metrics(tmp_path / run)]
+        assert sum(losses[-10:]) < 0.95 * sum(losses[:10]), run
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_was_killed_ends_with_the_same_weights(
+    scenes: Path, vlm_path: Path, tmp_path: Path, workers: int
+) -> None:
+    overrides = [*tiny_overrides(vlm_path), "train_reducer.steps=8", "train_reducer.checkpoint_every=2", f"data.workers={workers}"]
+    recipe = load_recipe(None, overrides)
+    whole = train_reducer(recipe, scenes, tmp_path / "whole.safetensors", CPU)
+    out = tmp_path / "killed.safetensors"
+    command = [sys.executable, "-m", "vugen_cli", "train-reducer", "--data", str(scenes), "--out", str(out)]
+    command += [part for o in overrides for part in ("--set", o)]
+    states = tmp_path / "killed.run"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for(lambda: list(states.glob("state-*.safetensors")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert out.read_bytes() == whole.read_bytes()
+    assert [row["step"] for row in metrics(states)] == list(range(8))
+
+
+def test_sigterm_saves_and_the_next_run_goes_on(scenes: Path, vlm_path: Path, tmp_path: Path) -> None:
+    overrides = [*tiny_overrides(vlm_path), "train_reducer.steps=100000"]
+    command = [sys.executable, "-m", "vugen_cli", "train-reducer", "--data", str(scenes), "--out", str(tmp_path / "r.safetensors")]
+    command += [part for o in overrides for part in ("--set", o)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "r.run" / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in errors.splitlines()[-1]
+    (state,) = (tmp_path / "r.run").glob("state-*.safetensors")
+    assert read_card(state)["step"] == len(metrics(tmp_path / "r.run"))
+    assert not (tmp_path / "r.safetensors").exists()
+
+
+def wait_for(condition: object, process: subprocess.Popen[str] | subprocess.Popen[bytes], seconds: float = 90) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, "the run ended before it was interrupted"
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = changed(tiny_recipe, "train_reducer.checkpoint_every=2")
+    out = tmp_path / "r.safetensors"
+    whole = train_reducer(recipe, scenes, out, CPU).read_bytes()
+    newest = sorted((tmp_path / "r.run").glob("state-*"))[-1]
+    newest.write_bytes(newest.read_bytes()[:2000])
+    out.unlink()
+    assert train_reducer(recipe, scenes, out, CPU).read_bytes() == whole
+
+
+def test_a_changed_recipe_does_not_resume(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "r.safetensors"
+    train_reducer(tiny_recipe, scenes, out, CPU)
+    with pytest.raises(VugenError, match=r"train_reducer\.lr: .* -> 0\.5.*delete"):
+        train_reducer(changed(tiny_recipe, "train_reducer.lr=0.5"), scenes, out, CPU)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
+    scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = changed(tiny_recipe, "train_reducer.lr=1e30", "train_reducer.warmup=0", "train_reducer.steps=50", "train_reducer.checkpoint_every=1")
+    with pytest.raises(VugenError, match="the loss of step .* is (nan|inf).*last good state is kept"):
+        train_reducer(recipe, scenes, tmp_path / "r.safetensors", CPU)
+    assert not (tmp_path / "r.safetensors").exists()
+    assert list((tmp_path / "r.run").glob("state-*"))
+
+
+def test_stage_two_refuses_the_wrong_checkpoint_and_another_vlm(
+    trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "s.safetensors"
+    with pytest.raises(VugenError, match="is a sampler checkpoint, but a reducer is needed"):
+        train_sampler(tiny_recipe, trained / "sampler.safetensors", scenes, out, CPU)
+    other = save_random_vlm(tmp_path / "other", seed=9)
+    with pytest.raises(VugenError, match="was trained on the VLM .*tiny.* but this is .*other"):
+        train_sampler(changed(tiny_recipe, f"vlm={other}"), trained / "reducer.safetensors", scenes, out, CPU)
+    assert not out.exists()
+
+
+def test_a_recipe_that_does_not_fit_the_images_is_refused(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(VugenError, match="needs a multiple of 8"):
+        train_reducer(changed(tiny_recipe, "decoder.image_size=60"), scenes, tmp_path / "r.safetensors", CPU)
+
+
+def test_a_loaded_autoencoder_is_frozen_and_the_same(trained: Path) -> None:
+    module, tensors, _ = load_autoencoder(trained / "reducer.safetensors", CPU)
+    assert not module.training and not any(p.requires_grad for p in module.parameters())
+    assert all(torch.equal(tensors[f"autoencoder.{name}"], value) for name, value in module.state_dict().items())
+
+
+def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
+    settings = Training(steps=100, warmup=10, cooldown=0.2, lr=1.0)
+    rates = [learning_rate(step, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 == rates[80] and rates[99] == pytest.approx(0.05)
+
+
+def test_the_average_is_the_closed_form() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    average = Average(module, 0.9)
+    expected = module.weight.detach().clone()
+    for step in range(200):
+        with torch.no_grad():
+            module.weight.fill_(float(step))
+        average.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert torch.allclose(average.weights["weight"], expected, rtol=1e-5)
+    with average.in_place():
+        assert torch.allclose(module.weight, expected, rtol=1e-5)
+    assert module.weight.item() == 199
+
+
+def test_differences_name_the_keys() -> None:
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
+
+
+def test_precision_follows_the_hardware() -> None:
+    assert wants_bfloat16("bfloat16", CPU) and not wants_bfloat16("float32", CPU)
+    assert wants_bfloat16("auto", CPU) == ("avx512_bf16" in cpu_flags())
+
+
+def test_a_missing_gpu_is_explained() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(VugenError, match="no usable GPU"):
+        pick_device("cuda")
+    with pytest.raises(VugenError, match="--device abacus"):
+        pick_device("abacus")
