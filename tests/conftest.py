@@ -68,7 +68,11 @@ def tiny_overrides(vlm_path: Path) -> list[str]:
         "reducer.channels=4",
         "data.workers=0",
         "sampling.steps=2",
-        *(f"{stage}.{setting}" for stage in stages for setting in ("steps=4", "batch_size=4", "precision=float32")),
+        *(
+            f"{stage}.{setting}"
+            for stage in stages
+            for setting in ("steps=4", "batch_size=4", "precision=float32")
+        ),
     ]
 
 

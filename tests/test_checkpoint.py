@@ -17,7 +17,10 @@ def test_tensors_and_card_come_back(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_checkpoint(path, TENSORS, {"stage": "reducer", "latents": {"grid": [8, 8]}})
     tensors, card = load_checkpoint(path, "reducer")
-    assert all(torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+    assert all(
+        torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype
+        for name, tensor in TENSORS.items()
+    )
     assert read_card(path) == card and card["latents"] == {"grid": [8, 8]} and card["version"]
 
 
@@ -34,11 +37,16 @@ def test_prefixes_are_undone() -> None:
 def test_another_stage_is_refused_with_the_command_to_run(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_checkpoint(path, TENSORS, {"stage": "reducer"})
-    with pytest.raises(VugenError, match="is a reducer checkpoint, but a sampler is needed here.*train-sampler"):
+    with pytest.raises(
+        VugenError, match="is a reducer checkpoint, but a sampler is needed here.*train-sampler"
+    ):
         load_checkpoint(path, "sampler")
 
 
-@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 100, struct.pack("<Q", 10) + b"not json!!", struct.pack("<Q", 4) + b"[1,2"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"short", b"\xff" * 100, struct.pack("<Q", 10) + b"not json!!", struct.pack("<Q", 4) + b"[1,2"],
+)
 def test_what_is_not_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
@@ -68,7 +76,9 @@ def test_a_file_of_another_tool_and_a_newer_format_are_refused(tmp_path: Path) -
         read_card(tmp_path / "none")
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x.safetensors"
     save_checkpoint(path, TENSORS, {"stage": "reducer"})
     before = path.read_bytes()

@@ -85,7 +85,9 @@ def test_directories_that_are_no_vlm_are_refused(tmp_path: Path, vlm_path: Path)
         load_vlm(str(broken))
 
 
-def test_an_unreachable_hub_id_fails_within_seconds(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_id_fails_within_seconds(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://10.255.255.1")  # nobody answers there
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
@@ -93,4 +95,6 @@ def test_an_unreachable_hub_id_fails_within_seconds(scenes: Path, tmp_path: Path
     result = vugen("train-reducer", "--vlm", "nobody/nothing", "--data", scenes, cwd=tmp_path)
     assert result.returncode == 1
     assert "hub cannot be reached" in result.stderr and len(result.stderr.strip().splitlines()) == 1
-    assert time.perf_counter() - started < 25  # the wait itself is 5 s; the rest is importing on a busy machine
+    assert (
+        time.perf_counter() - started < 25
+    )  # the wait itself is 5 s; the rest is importing on a busy machine

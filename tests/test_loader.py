@@ -61,15 +61,23 @@ def test_flipped_images_are_mirrored(scenes: Path) -> None:
     images = ShardedImages(scenes)
     plain = take(TrainingStream(images, 32, seed=0), 1)[0].images
     mixed = take(TrainingStream(images, 32, seed=0, flip=True), 1)[0].images
-    kinds = ["same" if torch.equal(a, b) else "flipped" if torch.equal(a, b.flip(-1)) else "other" for a, b in zip(plain, mixed, strict=True)]
+    kinds = [
+        "same" if torch.equal(a, b) else "flipped" if torch.equal(a, b.flip(-1)) else "other"
+        for a, b in zip(plain, mixed, strict=True)
+    ]
     assert set(kinds) == {"same", "flipped"}
 
 
 def test_another_size_is_resized(scenes: Path) -> None:
-    assert take(TrainingStream(ShardedImages(scenes), 2, seed=0, size=32), 1)[0].images.shape == (2, 3, 32, 32)
+    assert take(TrainingStream(ShardedImages(scenes), 2, seed=0, size=32), 1)[0].images.shape == (
+        2,
+        3,
+        32,
+        32,
+    )
 
 
-@pytest.fixture()
+@pytest.fixture
 def copy(scenes: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(scenes, tmp_path / "copy"))
 

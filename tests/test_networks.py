@@ -85,7 +85,9 @@ def test_the_decoder_makes_any_size_from_any_grid(decoder: PixelDecoder, size: i
 def test_decoding_is_invariant_to_the_batch_and_repeatable(decoder: PixelDecoder) -> None:
     noise, latents = torch.randn(5, 3, 32, 32), torch.randn(5, 4, 4, 4)
     together = decoder.decode(latents, noise, steps=3)
-    alone = torch.cat([decoder.decode(a[None], b[None], steps=3) for a, b in zip(latents, noise, strict=True)])
+    alone = torch.cat(
+        [decoder.decode(a[None], b[None], steps=3) for a, b in zip(latents, noise, strict=True)]
+    )
     assert (together.int() - alone.int()).abs().max() <= 1
     assert torch.equal(together, decoder.decode(latents, noise, steps=3))
 
@@ -107,7 +109,11 @@ def test_a_latent_changes_the_picture_most_where_it_lies() -> None:
     moved = latents.clone()
     moved[0, 1, 6] += 3
     noise = torch.randn(1, 3, 64, 64)
-    change = (decoder(noise, torch.ones(1) / 2, moved) - decoder(noise, torch.ones(1) / 2, latents)).abs().mean(1)[0]
+    change = (
+        (decoder(noise, torch.ones(1) / 2, moved) - decoder(noise, torch.ones(1) / 2, latents))
+        .abs()
+        .mean(1)[0]
+    )
     cells = change.unflatten(0, (8, 8)).unflatten(-1, (8, 8)).mean((1, 3))
     near = cells[0:3, 5:8].mean()
     assert near > 3 * (cells.sum() - 9 * near) / (64 - 9)
@@ -129,7 +135,9 @@ def test_pixels_survive_the_round_trip() -> None:
 # --- generation expert ---
 
 
-def test_image_tokens_see_the_prompt_and_each_other_both_ways(expert: GenerationExpert, vlm: FrozenVLM) -> None:
+def test_image_tokens_see_the_prompt_and_each_other_both_ways(
+    expert: GenerationExpert, vlm: FrozenVLM
+) -> None:
     x, t = torch.randn(1, 8, 8, 4), torch.full((1,), 0.5)
     prefix = vlm.prefix(["a bear in a forest"])
     base = expert(x, t, prefix)
@@ -149,7 +157,9 @@ def test_velocities_do_not_depend_on_padding_or_company(expert: GenerationExpert
     assert torch.isfinite(together).all()
     assert torch.allclose(together, wide, atol=1e-5)
     for i, prompt in enumerate(prompts):
-        assert torch.allclose(together[i], expert(x[i : i + 1], t[i : i + 1], vlm.prefix([prompt]))[0], atol=1e-5)
+        assert torch.allclose(
+            together[i], expert(x[i : i + 1], t[i : i + 1], vlm.prefix([prompt]))[0], atol=1e-5
+        )
 
 
 def test_the_prefix_is_read_and_never_written(expert: GenerationExpert, vlm: FrozenVLM) -> None:
@@ -166,7 +176,9 @@ def test_the_cached_prompt_gives_what_one_joint_sequence_gives(vlm: FrozenVLM) -
     torch.manual_seed(0)
     expert = GenerationExpert(vlm.decoder.config, 4, (8, 8), vlm.decoder).eval()
     prompt = "a bear in a forest"
-    ids = vlm.processor.tokenizer(vlm.prompt_text(prompt), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = vlm.processor.tokenizer(vlm.prompt_text(prompt), add_special_tokens=False, return_tensors="pt")[
+        "input_ids"
+    ]
     x, t = torch.randn(1, 8, 8, 4), torch.full((1,), 0.4)
     tokens = expert.inward(x.flatten(1, 2)) + expert.position + expert.time(t)[:, None]
     text, image = ids.shape[1], tokens.shape[1]

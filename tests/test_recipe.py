@@ -14,7 +14,9 @@ def test_shipped_recipes_load(name: str) -> None:
 
 
 def test_overrides_reach_nested_values_and_read_numbers() -> None:
-    recipe = load_recipe(None, ["train_sampler.lr=1e-4", "decoder.channels=[8, 16]", "decoder.heads=2", "data.flip=true"])
+    recipe = load_recipe(
+        None, ["train_sampler.lr=1e-4", "decoder.channels=[8, 16]", "decoder.heads=2", "data.flip=true"]
+    )
     assert recipe.train_sampler.lr == 1e-4
     assert recipe.decoder.channels == [8, 16]
     assert recipe.data.flip is True
@@ -28,7 +30,10 @@ def test_a_recipe_survives_its_own_card() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train_sampler.learning_rat=1", r"unknown recipe key `train_sampler.learning_rat`; did you mean `train_sampler\."),
+        (
+            "train_sampler.learning_rat=1",
+            r"unknown recipe key `train_sampler.learning_rat`; did you mean `train_sampler\.",
+        ),
         ("redcer.channels=4", "did you mean `reducer`"),
         ("train_sampler.steps=-3", "train_sampler.steps"),
         ("sampling.solver=rk4", "sampling.solver"),

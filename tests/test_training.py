@@ -33,7 +33,9 @@ def changed(recipe: Recipe, *overrides: str) -> Recipe:
     return parse_recipe(recipe.model_dump(), "test", list(overrides))
 
 
-def test_a_stage_leaves_checkpoint_metrics_curves_and_pictures(trained: Path, vlm_path: Path, scenes: Path) -> None:
+def test_a_stage_leaves_checkpoint_metrics_curves_and_pictures(
+    trained: Path, vlm_path: Path, scenes: Path
+) -> None:
     for stage in ("reducer", "sampler"):
         card = read_card(trained / f"{stage}.safetensors")
         assert card["stage"] == stage and card["step"] == 4
@@ -44,7 +46,9 @@ def test_a_stage_leaves_checkpoint_metrics_curves_and_pictures(trained: Path, vl
         assert (run / "curves.png").stat().st_size and (run / "preview-0000004.png").stat().st_size
 
 
-def test_a_sampler_holds_expert_reducer_and_decoder_and_nothing_of_the_vlm(trained: Path, vlm_path: Path) -> None:
+def test_a_sampler_holds_expert_reducer_and_decoder_and_nothing_of_the_vlm(
+    trained: Path, vlm_path: Path
+) -> None:
     tensors, _ = load_checkpoint(trained / "sampler.safetensors", "sampler")
     assert {name.split(".")[0] for name in tensors} == {"expert", "autoencoder"}
     assert not any("embed_tokens" in name or "vision" in name for name in tensors)
@@ -65,7 +69,9 @@ def test_training_leaves_the_vlm_bit_for_bit_as_it_was(
     assert read_card(tmp_path / "s.safetensors")["vlm"]["fingerprint"] == before
 
 
-def test_the_same_command_gives_the_same_bytes(trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_the_same_command_gives_the_same_bytes(
+    trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
     again = train_reducer(tiny_recipe, scenes, tmp_path / "reducer.safetensors", CPU)
     assert again.read_bytes() == (trained / "reducer.safetensors").read_bytes()
 
@@ -73,7 +79,11 @@ def test_the_same_command_gives_the_same_bytes(trained: Path, scenes: Path, tiny
 def test_losses_fall(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = changed(
         tiny_recipe,
-        *(f"{s}.{k}" for s in ("train_reducer", "train_sampler") for k in ("steps=50", "lr=5e-3", "warmup=5", "batch_size=8")),
+        *(
+            f"{s}.{k}"
+            for s in ("train_reducer", "train_sampler")
+            for k in ("steps=50", "lr=5e-3", "warmup=5", "batch_size=8")
+        ),
     )
     reducer = train_reducer(recipe, scenes, tmp_path / "r.safetensors", CPU)
     train_sampler(recipe, reducer, scenes, tmp_path / "s.safetensors", CPU)
@@ -86,14 +96,21 @@ def test_losses_fall(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
 def test_a_run_that_was_killed_ends_with_the_same_weights(
     scenes: Path, vlm_path: Path, tmp_path: Path, workers: int
 ) -> None:
-    overrides = [*tiny_overrides(vlm_path), "train_reducer.steps=8", "train_reducer.checkpoint_every=2", f"data.workers={workers}"]
+    overrides = [
+        *tiny_overrides(vlm_path),
+        "train_reducer.steps=8",
+        "train_reducer.checkpoint_every=2",
+        f"data.workers={workers}",
+    ]
     recipe = load_recipe(None, overrides)
     whole = train_reducer(recipe, scenes, tmp_path / "whole.safetensors", CPU)
     out = tmp_path / "killed.safetensors"
     command = [sys.executable, "-m", "vugen_cli", "train-reducer", "--data", str(scenes), "--out", str(out)]
     command += [part for o in overrides for part in ("--set", o)]
     states = tmp_path / "killed.run"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     wait_for(lambda: list(states.glob("state-*.safetensors")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -105,7 +122,16 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(
 
 def test_sigterm_saves_and_the_next_run_goes_on(scenes: Path, vlm_path: Path, tmp_path: Path) -> None:
     overrides = [*tiny_overrides(vlm_path), "train_reducer.steps=100000"]
-    command = [sys.executable, "-m", "vugen_cli", "train-reducer", "--data", str(scenes), "--out", str(tmp_path / "r.safetensors")]
+    command = [
+        sys.executable,
+        "-m",
+        "vugen_cli",
+        "train-reducer",
+        "--data",
+        str(scenes),
+        "--out",
+        str(tmp_path / "r.safetensors"),
+    ]
     command += [part for o in overrides for part in ("--set", o)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "r.run" / "metrics.jsonl"
@@ -119,7 +145,9 @@ def test_sigterm_saves_and_the_next_run_goes_on(scenes: Path, vlm_path: Path, tm
     assert not (tmp_path / "r.safetensors").exists()
 
 
-def wait_for(condition: object, process: subprocess.Popen[str] | subprocess.Popen[bytes], seconds: float = 90) -> None:
+def wait_for(
+    condition: object, process: subprocess.Popen[str] | subprocess.Popen[bytes], seconds: float = 90
+) -> None:
     limit = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert process.poll() is None, "the run ended before it was interrupted"
@@ -127,7 +155,9 @@ def wait_for(condition: object, process: subprocess.Popen[str] | subprocess.Pope
         time.sleep(0.05)
 
 
-def test_a_damaged_state_falls_back_to_the_one_before(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_damaged_state_falls_back_to_the_one_before(
+    scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
     recipe = changed(tiny_recipe, "train_reducer.checkpoint_every=2")
     out = tmp_path / "r.safetensors"
     whole = train_reducer(recipe, scenes, out, CPU).read_bytes()
@@ -147,7 +177,13 @@ def test_a_changed_recipe_does_not_resume(scenes: Path, tiny_recipe: Recipe, tmp
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     scenes: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
-    recipe = changed(tiny_recipe, "train_reducer.lr=1e30", "train_reducer.warmup=0", "train_reducer.steps=50", "train_reducer.checkpoint_every=1")
+    recipe = changed(
+        tiny_recipe,
+        "train_reducer.lr=1e30",
+        "train_reducer.warmup=0",
+        "train_reducer.steps=50",
+        "train_reducer.checkpoint_every=1",
+    )
     with pytest.raises(VugenError, match="the loss of step .* is (nan|inf).*last good state is kept"):
         train_reducer(recipe, scenes, tmp_path / "r.safetensors", CPU)
     assert not (tmp_path / "r.safetensors").exists()
@@ -166,7 +202,9 @@ def test_stage_two_refuses_the_wrong_checkpoint_and_another_vlm(
     assert not out.exists()
 
 
-def test_a_recipe_that_does_not_fit_the_images_is_refused(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_recipe_that_does_not_fit_the_images_is_refused(
+    scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
     with pytest.raises(VugenError, match="needs a multiple of 8"):
         train_reducer(changed(tiny_recipe, "decoder.image_size=60"), scenes, tmp_path / "r.safetensors", CPU)
 
@@ -174,13 +212,17 @@ def test_a_recipe_that_does_not_fit_the_images_is_refused(scenes: Path, tiny_rec
 def test_a_loaded_autoencoder_is_frozen_and_the_same(trained: Path) -> None:
     module, tensors, _ = load_autoencoder(trained / "reducer.safetensors", CPU)
     assert not module.training and not any(p.requires_grad for p in module.parameters())
-    assert all(torch.equal(tensors[f"autoencoder.{name}"], value) for name, value in module.state_dict().items())
+    assert all(
+        torch.equal(tensors[f"autoencoder.{name}"], value) for name, value in module.state_dict().items()
+    )
 
 
 def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
     settings = Training(steps=100, warmup=10, cooldown=0.2, lr=1.0)
     rates = [learning_rate(step, settings) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 == rates[80] and rates[99] == pytest.approx(0.05)
+    assert (
+        rates[0] == pytest.approx(0.1) and rates[9] == 1.0 == rates[80] and rates[99] == pytest.approx(0.05)
+    )
 
 
 def test_the_average_is_the_closed_form() -> None:
@@ -200,7 +242,10 @@ def test_the_average_is_the_closed_form() -> None:
 
 
 def test_differences_name_the_keys() -> None:
-    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
+        "a.c: 2 -> 3",
+        "d: None -> 4",
+    ]
 
 
 def test_precision_follows_the_hardware() -> None:

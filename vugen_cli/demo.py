@@ -68,7 +68,9 @@ def run_demo(out: Path, device: torch.device) -> Path:
     reducer = train_reducer(recipe, data, out / "reducer.safetensors", device)
 
     _say("3/6 train-sampler: a velocity field in that space, given a prompt")
-    trained = load_sampler(train_sampler(recipe, reducer, data, out / "sampler.safetensors", device), device=device)
+    trained = load_sampler(
+        train_sampler(recipe, reducer, data, out / "sampler.safetensors", device), device=device
+    )
 
     _say("4/6 sample: before training and after")
     for name, sampler in (("untrained", _untrained(trained)), ("samples", trained)):
@@ -85,7 +87,9 @@ def run_demo(out: Path, device: torch.device) -> Path:
     minutes = (time.perf_counter() - started) / 60
     report = out / "report.html"
     with whole_file(report) as temporary:
-        temporary.write_text(report_page(out, recipe.model_dump(), scores, reconstruction, minutes), encoding="utf-8")
+        temporary.write_text(
+            report_page(out, recipe.model_dump(), scores, reconstruction, minutes), encoding="utf-8"
+        )
     before, after = scores["untrained"]["value"], scores["samples"]["value"]
     _say(
         f"done in {minutes:.1f} min: Fréchet distance {before:.2f} before training, {after:.2f} after; "
@@ -109,7 +113,11 @@ def _untrained(trained: Sampler) -> Sampler:
 
 
 def report_page(
-    out: Path, recipe: dict[str, Any], scores: dict[str, dict[str, Any]], reconstruction: dict[str, Any], minutes: float
+    out: Path,
+    recipe: dict[str, Any],
+    scores: dict[str, dict[str, Any]],
+    reconstruction: dict[str, Any],
+    minutes: float,
 ) -> str:
     """The demo's page: pictures beside it in `out`, no script, no network, light and dark, wide and narrow."""
     manifest = read_manifest(out / "data")
@@ -118,23 +126,61 @@ def report_page(
     before, after = scores["untrained"], scores["samples"]
     counts = {split: facts["count"] for split, facts in manifest["splits"].items()}
     cards = [
-        ("Fréchet distance to held-out scenes", f"{before['value']:.2f} → {after['value']:.2f}", "before → after training; on VLM features, not FID; lower is better"),
-        ("Reconstruction", f"{reconstruction['psnr']:.1f} dB", f"PSNR of {reconstruction['images']['count']} held-out scenes from z̃; SSIM {reconstruction['ssim']:.3f}"),
+        (
+            "Fréchet distance to held-out scenes",
+            f"{before['value']:.2f} → {after['value']:.2f}",
+            "before → after training; on VLM features, not FID; lower is better",
+        ),
+        (
+            "Reconstruction",
+            f"{reconstruction['psnr']:.1f} dB",
+            f"PSNR of {reconstruction['images']['count']} held-out scenes from z̃; SSIM {reconstruction['ssim']:.3f}",
+        ),
         ("Time", f"{minutes:.1f} min", "every stage, on this machine"),
     ]
     figures = [
-        ("Samples after training", "samples/grid.png", "The first prompts, one row each. This sampler trained for minutes; the bundled one behind <code>vugen sample</code> trained for longer."),
-        ("The same prompts before training", "untrained/grid.png", "The expert's velocity is zero, so the decoder is shown pure noise."),
-        ("Reconstruction", "reconstruction.png", "Rows of originals, each above what the pixel decoder makes of its reduced latents."),
-        ("Reducer and pixel decoder: training", "curves-reducer.png", f"{recipe['train_reducer']['steps']} steps of {recipe['train_reducer']['batch_size']} images."),
-        ("Sampler: training", "curves-sampler.png", f"{recipe['train_sampler']['steps']} steps of {recipe['train_sampler']['batch_size']} images."),
+        (
+            "Samples after training",
+            "samples/grid.png",
+            "The first prompts, one row each. This sampler trained for minutes; the bundled one behind <code>vugen sample</code> trained for longer.",
+        ),
+        (
+            "The same prompts before training",
+            "untrained/grid.png",
+            "The expert's velocity is zero, so the decoder is shown pure noise.",
+        ),
+        (
+            "Reconstruction",
+            "reconstruction.png",
+            "Rows of originals, each above what the pixel decoder makes of its reduced latents.",
+        ),
+        (
+            "Reducer and pixel decoder: training",
+            "curves-reducer.png",
+            f"{recipe['train_reducer']['steps']} steps of {recipe['train_reducer']['batch_size']} images.",
+        ),
+        (
+            "Sampler: training",
+            "curves-sampler.png",
+            f"{recipe['train_sampler']['steps']} steps of {recipe['train_sampler']['batch_size']} images.",
+        ),
     ]
-    tiles = "".join(f"<div class=card><small>{html.escape(a)}</small><b>{html.escape(b)}</b><small>{html.escape(c)}</small></div>" for a, b, c in cards)
+    tiles = "".join(
+        f"<div class=card><small>{html.escape(a)}</small><b>{html.escape(b)}</b><small>{html.escape(c)}</small></div>"
+        for a, b, c in cards
+    )
     pictures = "".join(
         f"<figure><h2>{html.escape(title)}</h2><a href='{path}'><img src='{path}' alt='{html.escape(title)}'></a><figcaption>{text}</figcaption></figure>"
         for title, path, text in figures
     )
-    return PAGE.format(tiles=tiles, pictures=pictures, train=f"{counts['train']:,}", val=f"{counts['val']:,}", licence=html.escape(manifest["licence"]), prompts=html.escape("; ".join(PROMPTS)))
+    return PAGE.format(
+        tiles=tiles,
+        pictures=pictures,
+        train=f"{counts['train']:,}",
+        val=f"{counts['val']:,}",
+        licence=html.escape(manifest["licence"]),
+        prompts=html.escape("; ".join(PROMPTS)),
+    )
 
 
 PAGE = """<!doctype html>

@@ -54,7 +54,9 @@ def flow_matching_loss(velocity: Velocity, data: Tensor, t: Tensor, generator: t
     return (predicted.float() - (data - noise)).square().mean()
 
 
-def solve(velocity: Velocity, noise: Tensor, steps: int, solver: Solver = "euler", shift: float = 1.0) -> Tensor:
+def solve(
+    velocity: Velocity, noise: Tensor, steps: int, solver: Solver = "euler", shift: float = 1.0
+) -> Tensor:
     """Integrate dx/dt = velocity(x, t) from t = 0 to 1.
 
     Args:

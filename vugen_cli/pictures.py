@@ -11,7 +11,9 @@ from torch import Tensor
 from vugen_cli.files import whole_file
 
 
-def save_grid(images: Tensor, path: str | Path, columns: int | None = None, labels: list[str] | None = None) -> None:
+def save_grid(
+    images: Tensor, path: str | Path, columns: int | None = None, labels: list[str] | None = None
+) -> None:
     """Write a PNG grid, row by row.
 
     Args:
@@ -32,7 +34,9 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, labe
     draw = ImageDraw.Draw(sheet)
     for i, picture in enumerate(images.cpu().permute(0, 2, 3, 1).numpy()):
         x, y = gap + i % columns * (tile[0] + gap), gap + i // columns * (tile[1] + gap)
-        enlarged = Image.fromarray(np.ascontiguousarray(picture)).resize((tile[0], height * zoom), Image.Resampling.NEAREST)
+        enlarged = Image.fromarray(np.ascontiguousarray(picture)).resize(
+            (tile[0], height * zoom), Image.Resampling.NEAREST
+        )
         sheet.paste(enlarged, (x, y))
         if texts:
             draw.text((x, y + height * zoom + 2), "\n".join(texts[i]), fill="black", font=font, spacing=2)

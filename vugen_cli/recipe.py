@@ -42,8 +42,12 @@ class NanoVLM(Section):
     mlp: PositiveInt = 704
     vocabulary: PositiveInt = 1024
     vision_steps: int = Field(0, ge=0, description="first steps that train the vision encoder alone")
-    words_weight: float = Field(0.5, ge=0, description="weight of predicting the caption's words from the image")
-    pixels_weight: float = Field(1.0, ge=0, description="weight of reconstructing each patch from its own latent")
+    words_weight: float = Field(
+        0.5, ge=0, description="weight of predicting the caption's words from the image"
+    )
+    pixels_weight: float = Field(
+        1.0, ge=0, description="weight of reconstructing each patch from its own latent"
+    )
 
 
 class Reducer(Section):
@@ -63,7 +67,9 @@ class PixelDecoder(Section):
     middle_layers: PositiveInt = 4
     heads: PositiveInt = 5
     steps: PositiveInt = Field(4, description="ODE steps when decoding")
-    noise: float = Field(0.1, ge=0, description="largest standard deviation of the noise added to z̃ in training")
+    noise: float = Field(
+        0.1, ge=0, description="largest standard deviation of the noise added to z̃ in training"
+    )
     image_size: PositiveInt | None = Field(None, description="pixels a side; default: that of the data set")
 
 
@@ -77,7 +83,9 @@ class Flow(Section):
     """Flow matching: how training times are drawn."""
 
     time: Literal["uniform", "logit-normal"] = "logit-normal"
-    shift: float = Field(1.0, gt=0, description="moves training and sampling times towards the noise end if > 1")
+    shift: float = Field(
+        1.0, gt=0, description="moves training and sampling times towards the noise end if > 1"
+    )
 
 
 class Sampling(Section):
@@ -95,7 +103,9 @@ class Training(Section):
     batch_size: PositiveInt = 64
     lr: float = Field(1e-3, gt=0)
     warmup: int = Field(100, ge=0)
-    cooldown: float = Field(0.3, ge=0, le=1, description="last part of the steps, over which lr falls to zero")
+    cooldown: float = Field(
+        0.3, ge=0, le=1, description="last part of the steps, over which lr falls to zero"
+    )
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
@@ -103,7 +113,9 @@ class Training(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     checkpoint_every: PositiveInt = 500
     preview_every: PositiveInt = 1000
-    prompt_dropout: float = Field(0.1, ge=0, lt=1, description="samples trained without a prompt, for guidance")
+    prompt_dropout: float = Field(
+        0.1, ge=0, lt=1, description="samples trained without a prompt, for guidance"
+    )
 
 
 class Recipe(Section):

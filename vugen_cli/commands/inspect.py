@@ -6,7 +6,9 @@ from typing import Annotated, Any
 import typer
 
 
-def inspect(file: Annotated[Path, typer.Argument(help="A .safetensors checkpoint or a data set folder.")]) -> None:
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A .safetensors checkpoint or a data set folder.")],
+) -> None:
     """Show the card of a checkpoint, or the manifest of a data set.
 
     \b

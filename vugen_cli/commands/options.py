@@ -15,9 +15,12 @@ RecipeOption = Annotated[
     str | None, typer.Option(help="Recipe: a YAML file or the name of a shipped one. [default: nano]")
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a recipe value, as in train_sampler.lr=1e-4. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", help="Override a recipe value, as in train_sampler.lr=1e-4. Repeatable."),
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: a GPU if there is one]")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N. [default: a GPU if there is one]")
+]
 VlmOption = Annotated[
     str | None, typer.Option(help="VLM: `nano` (bundled), a Hugging Face directory, or a hub id.")
 ]
@@ -67,4 +70,6 @@ def _overrides(
 def require_safetensors(out: Path) -> None:
     """Refuse an output name that would not say what the file is."""
     if out.suffix != ".safetensors":
-        raise VugenError(f"--out {out}: checkpoints are safetensors files; give a name that ends in .safetensors")
+        raise VugenError(
+            f"--out {out}: checkpoints are safetensors files; give a name that ends in .safetensors"
+        )

@@ -15,9 +15,13 @@ def reconstruct(
     ] = Path("reducer.safetensors"),
     out: Annotated[Path, typer.Option(help="Folder for the grid and the figures.")] = Path("reconstructions"),
     count: Annotated[int | None, typer.Option(min=1, help="At most this many images. [default: all]")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Decoder steps. [default: the checkpoint's]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Decoder steps. [default: the checkpoint's]")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the decoder's noise.")] = 0,
-    vlm: Annotated[str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")] = None,
+    vlm: Annotated[
+        str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
     """Show what survives the reducer: originals beside what is decoded from their reduced latents.
@@ -38,4 +42,6 @@ def reconstruct(
         f"wrote {out / 'reconstruction.png'}"
     )
     if report["images"]["bad"]:
-        typer.echo(f"{len(report['images']['bad'])} images could not be read; they are listed in reconstruction.json")
+        typer.echo(
+            f"{len(report['images']['bad'])} images could not be read; they are listed in reconstruction.json"
+        )

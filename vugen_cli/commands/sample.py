@@ -18,22 +18,32 @@ class SolverName(StrEnum):
 
 
 def sample(
-    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw; each argument is one prompt.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="What to draw; each argument is one prompt.")
+    ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Images for each prompt.")] = 1,
     prompts_file: Annotated[
         Path | None, typer.Option("--prompts", help="More prompts: a text file, one on each line.")
     ] = None,
     sampler: Annotated[
-        Path | None, typer.Option(help="Checkpoint of `vugen train-sampler`. [default: the newest here, else the bundled]")
+        Path | None,
+        typer.Option(
+            help="Checkpoint of `vugen train-sampler`. [default: the newest here, else the bundled]"
+        ),
     ] = None,
-    vlm: Annotated[str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")] = None,
+    vlm: Annotated[
+        str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     steps: Annotated[int | None, typer.Option(min=1, help="ODE steps. [default: the checkpoint's]")] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is none. [default: the checkpoint's]")
+        float | None,
+        typer.Option(min=0, help="Classifier-free guidance; 1 is none. [default: the checkpoint's]"),
     ] = None,
     solver: Annotated[SolverName | None, typer.Option(help="ODE solver. [default: the checkpoint's]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i of a prompt depends only on seed, prompt and i.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Image i of a prompt depends only on seed, prompt and i.")
+    ] = 0,
     device: DeviceOption = None,
 ) -> None:
     """Draw pictures for prompts.

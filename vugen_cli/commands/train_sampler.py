@@ -9,8 +9,12 @@ from vugen_cli.commands.options import DeviceOption, RecipeOption, SetOption, Vl
 
 
 def train_sampler(
-    reducer: Annotated[Path, typer.Option(help="Checkpoint of `vugen train-reducer`.")] = Path("reducer.safetensors"),
-    data: Annotated[Path | None, typer.Option(help="Data set. [default: the one the reducer was trained on]")] = None,
+    reducer: Annotated[Path, typer.Option(help="Checkpoint of `vugen train-reducer`.")] = Path(
+        "reducer.safetensors"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="Data set. [default: the one the reducer was trained on]")
+    ] = None,
     vlm: VlmOption = None,
     recipe: RecipeOption = None,
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")] = Path("sampler.safetensors"),

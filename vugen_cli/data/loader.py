@@ -7,6 +7,7 @@ samples of a window of neighbouring shards together, so reading stays local to a
 """
 
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
+import webdataset as wds
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
+from vugen_cli.data.images import adm_crop
 from vugen_cli.errors import VugenError
 
 
@@ -41,6 +44,11 @@ class Batch:
     captions: list[str]
     meta: list[dict[str, Any]]
     corrupt: int
+
+    def pin_memory(self) -> "Batch":
+        """Called by the DataLoader so that the copy to the GPU need not wait."""
+        self.images = self.images.pin_memory()
+        return self
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -92,7 +100,9 @@ class ShardedImages:
         self.manifest = read_manifest(path)
         if split not in self.manifest["splits"]:
             found = ", ".join(self.manifest["splits"]) or "none"
-            raise VugenError(f"{path} has no {split} split (found: {found}): run `vugen prepare --split {split}`")
+            raise VugenError(
+                f"{path} has no {split} split (found: {found}): run `vugen prepare --split {split}`"
+            )
         shards = [s for s in self.manifest["splits"][split]["shards"] if s["samples"]]
         self.names = [s["name"] for s in shards]
         self.counts = np.array([s["samples"] for s in shards], dtype=np.int64)
@@ -206,7 +216,9 @@ class ShuffledOrder:
 
     def _window_samples(self, epoch: int, window: int) -> np.ndarray:
         shards = self._epoch(epoch)[0][window]
-        pairs = np.concatenate([np.stack([np.full(self.counts[s], s), np.arange(self.counts[s])], 1) for s in shards])
+        pairs = np.concatenate(
+            [np.stack([np.full(self.counts[s], s), np.arange(self.counts[s])], 1) for s in shards]
+        )
         return np.random.default_rng([self.seed, epoch, window, 1]).permutation(pairs)
 
     def __getitem__(self, n: int) -> tuple[int, int, int]:
@@ -220,7 +232,7 @@ class ShuffledOrder:
 
 
 class TrainingStream(IterableDataset[Batch]):
-    """An endless stream of batches from batch number `start`.
+    """An endless stream of batches from batch number `start`: a webdataset pipeline over the planned order.
 
     Args:
         images: the split to read.
@@ -242,54 +254,62 @@ class TrainingStream(IterableDataset[Batch]):
         start: int = 0,
         size: int | None = None,
     ):
-        self.images, self.batch_size, self.seed, self.window = images, batch_size, seed, window
-        self.flip, self.start, self.size = flip, start, size or images.size
+        self.images, self.batch_size, self.seed, self.flip = images, batch_size, seed, flip
+        self.start, self.size = start, size or images.size
+        self.order = ShuffledOrder(images.counts, seed, window)
 
     def __iter__(self) -> Iterator[Batch]:
+        pipeline = wds.DataPipeline(
+            self.positions,
+            wds.map(self.read),
+            wds.batched(self.batch_size, collation_fn=collate, partial=False),
+        )
+        return iter(pipeline)
+
+    def positions(self) -> Iterator[int]:
+        """Sample numbers of this worker's batches; worker w of W makes batches start + w, start + w + W, ..."""
         worker = get_worker_info()
         number, of = (worker.id, worker.num_workers) if worker else (0, 1)
-        order = ShuffledOrder(self.images.counts, self.seed, self.window)
-        batch = self.start + number
-        while True:
-            yield self.batch(order, batch)
-            batch += of
+        for batch in itertools.count(self.start + number, of):
+            yield from range(batch * self.batch_size, (batch + 1) * self.batch_size)
 
-    def batch(self, order: ShuffledOrder, number: int) -> Batch:
-        """Batch `number` of the stream."""
-        pictures, captions, metas, corrupt = [], [], [], 0
-        for n in range(number * self.batch_size, (number + 1) * self.batch_size):
-            epoch, shard, index = order[n]
-            rng = np.random.default_rng([self.seed, epoch, shard, index, 2])
-            pixels, meta, bad = self._read_or_neighbour(shard, index)
-            corrupt += bad
-            if pixels.shape[0] != self.size:
-                from vugen_cli.data.images import resize_crop
-
-                pixels = np.asarray(resize_crop(Image.fromarray(pixels), self.size))
-            if self.flip and rng.random() < 0.5:
-                pixels = pixels[:, ::-1]
-            pictures.append(torch.from_numpy(np.array(pixels)))
-            captions.append(meta["captions"][rng.integers(len(meta["captions"]))] if meta["captions"] else "")
-            metas.append(meta)
-        return Batch(torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), captions, metas, corrupt)
+    def read(self, n: int) -> tuple[Tensor, str, dict[str, Any], int]:
+        """Sample n: image uint8 [S, S, 3], caption, meta, and 1 if it stands in for a damaged one."""
+        epoch, shard, index = self.order[n]
+        rng = np.random.default_rng([self.seed, epoch, shard, index, 2])
+        pixels, meta, corrupt = self._read_or_neighbour(shard, index)
+        if pixels.shape[:2] != (self.size, self.size):
+            pixels = adm_crop(pixels, self.size)
+        if self.flip and rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        captions = meta["captions"]
+        caption = captions[rng.integers(len(captions))] if captions else ""
+        return torch.from_numpy(np.array(pixels)), caption, meta, corrupt
 
     def _read_or_neighbour(self, shard: int, index: int) -> tuple[np.ndarray, dict[str, Any], int]:
         """A sample, or the next readable one of its shard (then of the others) if it is damaged."""
-        bad = 0
+        corrupt = 0
         for s in [shard, *range(len(self.images.counts))]:
             count = int(self.images.counts[s])
             for step in range(count):
                 try:
                     pixels, meta = self.images.read(s, (index + step) % count)
-                    return pixels, meta, bad
+                    return pixels, meta, corrupt
                 except (ValueError, OSError):
-                    bad = 1
+                    corrupt = 1
         raise VugenError(f"no readable sample in {self.images.directory}: run `vugen prepare` again")
+
+
+def collate(samples: list[tuple[Tensor, str, dict[str, Any], int]]) -> Batch:
+    """Samples to a batch."""
+    pixels, captions, meta, corrupt = zip(*samples, strict=True)
+    images = torch.stack(pixels).permute(0, 3, 1, 2).contiguous()
+    return Batch(images, list(captions), list(meta), sum(corrupt))
 
 
 def batches(stream: TrainingStream, workers: int) -> Iterator[Batch]:
     """Iterate over a stream, decoding in `workers` processes (0: in this one)."""
-    loader = DataLoader(
+    loader = wds.WebLoader(
         stream,
         batch_size=None,
         num_workers=workers,

@@ -61,7 +61,9 @@ def read_card(path: str | Path) -> dict[str, Any]:
         raise VugenError(f"{file} was not written by vugen: its header has no card")
     card = json.loads(text)
     if card.get("format", 0) > FORMAT:
-        raise VugenError(f"{file} is in format {card['format']}, newer than this vugen reads: upgrade vugen-cli")
+        raise VugenError(
+            f"{file} is in format {card['format']}, newer than this vugen reads: upgrade vugen-cli"
+        )
     return card
 
 
@@ -92,7 +94,9 @@ def load_checkpoint(path: str | Path, stage: str | None = None) -> tuple[dict[st
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with `prefix.`, without it."""
-    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")}
+    return {
+        name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")
+    }
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

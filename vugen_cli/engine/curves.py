@@ -20,10 +20,14 @@ def plot_curves(runs: list[Path], path: Path | None = None) -> Path:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    logs = {run: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs}
+    logs = {
+        run: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs
+    }
     hidden = {"step", "corrupt", "data_wait"}
     names = [k for k in next(iter(logs.values()))[0] if k not in hidden]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.6 * len(names), 3), layout="constrained", squeeze=False
+    )
     for axis, name in zip(axes[0], names, strict=True):
         for run, log in logs.items():
             steps = np.array([row["step"] for row in log if name in row])

@@ -34,7 +34,9 @@ def collect_prompts(given: list[str], file: Path | None) -> list[str]:
         try:
             prompts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise VugenError(f"--prompts {file}: {getattr(error, 'strerror', None) or 'not a text file'}") from error
+            raise VugenError(
+                f"--prompts {file}: {getattr(error, 'strerror', None) or 'not a text file'}"
+            ) from error
     if not prompts:
         raise VugenError('no prompt: say what to draw, as in `vugen sample "a bear in a forest"`')
     if any(not p.strip() for p in prompts):
@@ -108,7 +110,9 @@ def draw(
         if p * n + i < GRID_IMAGES:
             shown[p, i] = image
     with whole_file(out / "samples.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))
+        temporary.write_text(
+            "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows))
+        )
     labels = [prompts[p] for p, _ in sorted(shown)] if len(prompts) > 1 else None
     columns = n if len(prompts) > 1 and n > 1 else None
     save_grid(torch.stack([shown[key] for key in sorted(shown)]), out / "grid.png", columns, labels)

@@ -84,7 +84,9 @@ def train(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=wants_bfloat16(settings.precision, device))
     generator = torch.Generator(device)
     stop = StopSignals()
-    progress = tqdm(total=settings.steps, initial=first, desc=f"train {stage.name}", unit="step", smoothing=0.05)
+    progress = tqdm(
+        total=settings.steps, initial=first, desc=f"train {stage.name}", unit="step", smoothing=0.05
+    )
     stream = batches_from(first) if first < settings.steps else iter(())
     with stop, progress:
         for step in range(first, settings.steps):
@@ -129,7 +131,9 @@ def train(
                 log.flush()
                 plot_curves([run])
             if stop.asked and not last:
-                raise Stopped(f"stopped at step {done} of {settings.steps}; run the same command again to go on")
+                raise Stopped(
+                    f"stopped at step {done} of {settings.steps}; run the same command again to go on"
+                )
             if stage.preview and (last or done % settings.preview_every == 0):
                 with average.in_place():
                     module.eval()
@@ -222,7 +226,9 @@ def pick_device(name: str | None = None) -> torch.device:
         VugenError: a GPU was asked for and there is none.
     """
     if name and name.startswith("cuda") and not torch.cuda.is_available():
-        raise VugenError(f"--device {name}: this machine has no usable GPU; leave --device out to run on the CPU")
+        raise VugenError(
+            f"--device {name}: this machine has no usable GPU; leave --device out to run on the CPU"
+        )
     try:
         return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -232,7 +238,9 @@ def pick_device(name: str | None = None) -> torch.device:
 # --- state: what a killed run goes on from -------------------------------------------------------------------
 
 
-def save_state(run: Path, stage: Stage, average: Average, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_state(
+    run: Path, stage: Stage, average: Average, optimizer: torch.optim.Optimizer, step: int
+) -> None:
     """Save weights, average and optimiser after `step` steps; the two newest states are kept."""
     names = {id(p): n for n, p in stage.module.named_parameters()}
     tensors = with_prefix(dict(stage.module.named_parameters()), "module")
@@ -276,7 +284,9 @@ def resume(run: Path, stage: Stage, average: Average, optimizer: torch.optim.Opt
         for name, parameter in stage.module.named_parameters():
             optimizer.state[parameter] = {
                 # laid out in memory like the parameter: the fused optimiser walks both together
-                key: tensor if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+                key: tensor
+                if key == "step"
+                else torch.empty_like(parameter, requires_grad=False).copy_(tensor)
                 for key, tensor in part(tensors, f"optimizer.{name}").items()
             }
         return int(card["step"])
@@ -312,7 +322,9 @@ class MetricsLog:
 
     def add(self, **values: float) -> None:
         """Append one step."""
-        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+        self.file.write(
+            json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n"
+        )
 
     def flush(self) -> None:
         """Make what was added visible to readers."""

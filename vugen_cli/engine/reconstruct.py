@@ -56,7 +56,10 @@ def reconstruct(
     with tqdm(total=total, desc="reconstruct", unit="image") as progress:
         for chunk in batches(source, 8):
             originals = torch.stack(
-                [torch.from_numpy(adm_crop(i.transpose(1, 2, 0), size).copy()).permute(2, 0, 1) for i in chunk]
+                [
+                    torch.from_numpy(adm_crop(i.transpose(1, 2, 0), size).copy()).permute(2, 0, 1)
+                    for i in chunk
+                ]
             )
             decoded = decode_images(
                 frozen, autoencoder.reducer, autoencoder.decoder, originals, seed, steps, progress.n

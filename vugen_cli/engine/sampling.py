@@ -32,7 +32,12 @@ class Sampler:
     """
 
     def __init__(
-        self, vlm: FrozenVLM, expert: GenerationExpert, decoder: PixelDecoder, card: dict[str, Any], path: str | Path
+        self,
+        vlm: FrozenVLM,
+        expert: GenerationExpert,
+        decoder: PixelDecoder,
+        card: dict[str, Any],
+        path: str | Path,
     ):
         self.vlm, self.expert, self.decoder, self.card, self.path = vlm, expert, decoder, card, Path(path)
         recipe = parse_recipe(card["recipe"], str(path))
@@ -94,9 +99,13 @@ class Sampler:
     def latents(self, prefix: Prefix, keys: list[tuple[int, str, int]], settings: dict[str, Any]) -> Tensor:
         """Sample z̃ [B, h, w, c] with classifier-free guidance (arXiv 2207.12598) for a batch of prefixes."""
         grid, channels = self.card["latents"]["grid"], self.card["latents"]["channels"]
-        noise = torch.stack([seeded_noise((*grid, channels), *key, "latents") for key in keys]).to(self.vlm.device)
+        noise = torch.stack([seeded_noise((*grid, channels), *key, "latents") for key in keys]).to(
+            self.vlm.device
+        )
         scale = settings["guidance"]
-        empty = self.vlm.prefix([""], WIDTH).rows(torch.zeros(len(keys), dtype=torch.long, device=self.vlm.device))
+        empty = self.vlm.prefix([""], WIDTH).rows(
+            torch.zeros(len(keys), dtype=torch.long, device=self.vlm.device)
+        )
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             conditional = self.expert(x, t, prefix)
@@ -123,6 +132,8 @@ def load_sampler(path: str | Path, vlm: str | None = None, device: torch.device 
     autoencoder, tensors, card = load_autoencoder(path, torch.device(device))
     frozen = load_vlm(vlm or card["vlm"]["name"], device)
     frozen.check(card, path)
-    expert = GenerationExpert(frozen.decoder.config, card["latents"]["channels"], tuple(card["latents"]["grid"]))
+    expert = GenerationExpert(
+        frozen.decoder.config, card["latents"]["channels"], tuple(card["latents"]["grid"])
+    )
     load_weights(expert, part(tensors, "expert"), path)
     return Sampler(frozen, expert.to(device).eval().requires_grad_(False), autoencoder.decoder, card, path)

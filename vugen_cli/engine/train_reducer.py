@@ -70,7 +70,9 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     torch.manual_seed(recipe.seed)
     module = Autoencoder(recipe, channels).to(device)
     if size % module.decoder.multiple:
-        raise VugenError(f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}")
+        raise VugenError(
+            f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}"
+        )
     settings = recipe.train_reducer
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -92,7 +94,9 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
         "image_size": size,
     }
     resolved = {key: card[key] for key in ("vlm", "data", "latents", "image_size")} | {
-        "recipe": recipe.model_dump(mode="json", include={"seed", "data", "reducer", "decoder", "flow", "train_reducer"})
+        "recipe": recipe.model_dump(
+            mode="json", include={"seed", "data", "reducer", "decoder", "flow", "train_reducer"}
+        )
     }
 
     shown = held_out_images(images, 8, size)
@@ -130,7 +134,9 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise VugenError(f"{path} does not fit its own recipe: {' '.join(str(error).split())[:200]}") from error
+        raise VugenError(
+            f"{path} does not fit its own recipe: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def held_out_images(images: ShardedImages, count: int, size: int) -> Tensor:
@@ -171,5 +177,7 @@ def decode_images(
     The noise of image i depends on the seed and its number, first + i, alone.
     """
     latents = reducer(vlm.encode(images))
-    noise = torch.stack([seeded_noise(images.shape[1:], seed, "reconstruct", first + i) for i in range(len(images))])
+    noise = torch.stack(
+        [seeded_noise(images.shape[1:], seed, "reconstruct", first + i) for i in range(len(images))]
+    )
     return decoder.decode(latents, noise.to(latents.device), steps)

@@ -48,7 +48,9 @@ def train_sampler(recipe: Recipe, reducer: Path, data: Path, out: Path, device: 
     settings = recipe.train_sampler
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        dropped = torch.rand(len(batch.captions), generator=generator, device=device) < settings.prompt_dropout
+        dropped = (
+            torch.rand(len(batch.captions), generator=generator, device=device) < settings.prompt_dropout
+        )
         prompts = ["" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True)]
         prefix = vlm.prefix(prompts)
         with torch.no_grad():

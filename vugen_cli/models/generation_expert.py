@@ -23,7 +23,9 @@ class PrefixCache(DynamicCache):
         super().__init__()
         self.prefix = prefix
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """[B, kv_heads, N, head_dim] -> [B, kv_heads, T + N, head_dim], twice."""
         keys, values = self.prefix.keys[layer_idx], self.prefix.values[layer_idx]
         return (
@@ -78,7 +80,9 @@ class GenerationExpert(nn.Module):
         positions = prefix.lengths[:, None] + torch.arange(count, device=tokens.device)
         visible = torch.cat([prefix.mask, prefix.mask.new_ones(batch, count)], 1)
         mask = torch.zeros(visible.shape, dtype=tokens.dtype, device=tokens.device)
-        mask = mask.masked_fill(~visible, torch.finfo(tokens.dtype).min)[:, None, None].expand(-1, 1, count, -1)
+        mask = mask.masked_fill(~visible, torch.finfo(tokens.dtype).min)[:, None, None].expand(
+            -1, 1, count, -1
+        )
         hidden = self.decoder(
             inputs_embeds=tokens,
             attention_mask=mask,

@@ -36,14 +36,20 @@ class PixelDecoder(nn.Module):
         skips = []
         for level, width in enumerate(widths):
             self.shrink.append(nn.Conv2d(widths[level - 1], width, 3, 2, 1) if level else nn.Identity())
-            self.down.append(nn.ModuleList(ResidualBlock(width, width, condition) for _ in range(recipe.blocks)))
+            self.down.append(
+                nn.ModuleList(ResidualBlock(width, width, condition) for _ in range(recipe.blocks))
+            )
             skips += [width] * recipe.blocks
         self.middle = nn.ModuleList(
             TransformerBlock(widths[-1], recipe.heads, condition) for _ in range(recipe.middle_layers)
         )
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
-            self.up.append(nn.ModuleList(ResidualBlock(width + skips.pop(), width, condition) for _ in range(recipe.blocks)))
+            self.up.append(
+                nn.ModuleList(
+                    ResidualBlock(width + skips.pop(), width, condition) for _ in range(recipe.blocks)
+                )
+            )
             self.grow.append(nn.Conv2d(width, widths[level - 1], 3, padding=1) if level else nn.Identity())
         self.norm = nn.GroupNorm(8, widths[0])
         self.outward = nn.Conv2d(widths[0], folded, 3, padding=1)
@@ -89,7 +95,9 @@ class PixelDecoder(nn.Module):
         return functional.pixel_shuffle(x, self.recipe.patch)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, noise: Tensor, steps: int | None = None, solver: Solver = "euler") -> Tensor:
+    def decode(
+        self, latents: Tensor, noise: Tensor, steps: int | None = None, solver: Solver = "euler"
+    ) -> Tensor:
         """Images of some latents, uint8 [B, 3, H, W].
 
         Args:
@@ -156,7 +164,9 @@ class TransformerBlock(nn.Module):
         scale1, bias1, gate1, scale2, bias2, gate2 = self.modulation(condition).chunk(6, -1)
         h = self.norm(x) * (1 + scale1) + bias1
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        h = functional.scaled_dot_product_attention(q, k, v, attn_mask=self.positions(height, width).to(q.dtype))
+        h = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.positions(height, width).to(q.dtype)
+        )
         x = x + gate1 * self.out(h.transpose(1, 2).flatten(2))
         h = self.norm(x) * (1 + scale2) + bias2
         value, gate = self.gate(h).chunk(2, -1)

@@ -23,7 +23,10 @@ class Reducer(nn.Module):
             self.net: nn.Module = nn.Linear(width, recipe.channels)
         else:
             self.net = nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, recipe.hidden), nn.GELU(), nn.Linear(recipe.hidden, recipe.channels)
+                nn.LayerNorm(width),
+                nn.Linear(width, recipe.hidden),
+                nn.GELU(),
+                nn.Linear(recipe.hidden, recipe.channels),
             )
         self.register_buffer("mean", torch.zeros(recipe.channels))
         self.register_buffer("std", torch.ones(recipe.channels))

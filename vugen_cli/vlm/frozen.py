@@ -83,7 +83,9 @@ class FrozenVLM:
             images = (images * 255).round().clamp(0, 255).to(torch.uint8)
         inputs = self.processor.image_processor(images=list(images.to(self.device)), return_tensors="pt")
         with projector_inputs(self.model) as seen, torch.autocast(self.device.type, enabled=False):
-            self.model.get_image_features(pixel_values=inputs["pixel_values"].to(self.device, self.model.dtype))
+            self.model.get_image_features(
+                pixel_values=inputs["pixel_values"].to(self.device, self.model.dtype)
+            )
         z = seen[0].float()
         side = math.isqrt(z.shape[1])
         if side * side != z.shape[1]:
@@ -101,7 +103,9 @@ class FrozenVLM:
         Raises:
             VugenError: more than the model has positions for.
         """
-        length = len(self.processor.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"])
+        length = len(
+            self.processor.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"]
+        )
         longest = getattr(self.decoder.config, "max_position_embeddings", None)
         if longest and length > longest // 2:
             raise VugenError(
@@ -223,7 +227,9 @@ def load_vlm(name: str, device: torch.device | str | None = None) -> FrozenVLM:
             source, local_files_only=local, dtype=torch.float32, use_safetensors=True
         )
     except Exception as error:  # a foreign directory can fail in as many ways as there are model classes
-        raise VugenError(f"{name} could not be loaded as a vision-language model: {_first_line(error)}") from error
+        raise VugenError(
+            f"{name} could not be loaded as a vision-language model: {_first_line(error)}"
+        ) from error
     return FrozenVLM(name, model.to(device or "cpu"), processor)
 
 

@@ -194,7 +194,9 @@ class NanoTraining(nn.Module):
         logits = self.model.lm_head(hidden[:, :-1][predicts])
         return functional.cross_entropy(logits.float(), ids[:, 1:][predicts])
 
-    def _conversations(self, batch: Batch, image_tokens: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _conversations(
+        self, batch: Batch, image_tokens: int, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Token ids [B, T] (right-padded) and which of them the model must predict [B, T] (bool)."""
         texts: list[str] = []
         plans: list[list[tuple[str, int, bool]]] = []  # (special token before, index of the text, supervised)
@@ -263,7 +265,9 @@ def other_caption(row: int, batch: Batch, rng: np.random.Generator) -> str:
 
 def word_rarity(tokenizer: Any, captions: list[str]) -> Tensor:
     """Inverse document frequency of each token over some captions [vocabulary]."""
-    seen = Counter(token for ids in tokenizer(captions, add_special_tokens=False)["input_ids"] for token in set(ids))
+    seen = Counter(
+        token for ids in tokenizer(captions, add_special_tokens=False)["input_ids"] for token in set(ids)
+    )
     rarity = torch.zeros(len(tokenizer))
     for token, count in seen.items():
         rarity[token] = float(np.log(1 + len(captions) / (1 + count)))

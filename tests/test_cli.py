@@ -1,0 +1,222 @@
+"""The command line as a user meets it: help, errors in one line, nothing half-written."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import save_random_vlm, vugen
+from PIL import Image
+
+COMMANDS = [
+    "prepare",
+    "train-reducer",
+    "train-sampler",
+    "sample",
+    "score",
+    "reconstruct",
+    "train-vlm",
+    "inspect",
+    "demo",
+]
+
+
+def fails(*arguments: str | Path, cwd: Path) -> str:
+    """The one line a command ends in when it fails."""
+    result = vugen(*arguments, cwd=cwd)
+    assert result.returncode == 1, result.stderr
+    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.rstrip().endswith(lines[0])
+    return lines[0]
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = "import sys; from vugen_cli.app import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'numpy', 'transformers', 'pydantic', 'PIL', 'yaml'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("[]")
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+def test_version(tmp_path: Path) -> None:
+    assert vugen("--version", cwd=tmp_path).stdout.startswith("vugen 0.")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command: str, tmp_path: Path) -> None:
+    result = vugen(command, "--help", cwd=tmp_path)
+    assert result.returncode == 0 and f"vugen {command}" in result.stdout
+
+
+def test_sampling_depends_only_on_seed_prompt_and_number(trained: Path, tmp_path: Path) -> None:
+    sampler = trained / "sampler.safetensors"
+
+    def pictures(out: str, *arguments: str) -> dict[str, bytes]:
+        result = vugen("sample", *arguments, "--sampler", sampler, "--out", out, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        return {p.name: np.asarray(Image.open(p)).tobytes() for p in (tmp_path / out).glob("a-*.png")}
+
+    long = "a cat " + "and a very large red car " * 12
+    one = pictures("one", "a bear", "-n", "1")
+    many = pictures("many", "a bear", "a cat", long, "-n", "11")
+    again = pictures("again", "a cat", "a bear", "-n", "3")
+    other = pictures("other", "a bear", "--seed", "1")
+    assert len(many) == 33 and len(set(many.values())) == 33
+    for part in (one, again):
+        assert all(many[name] == pixels for name, pixels in part.items())
+    assert other.keys() == one.keys() and other != one
+
+
+def test_samples_say_how_they_were_made(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    arguments = [
+        "sample",
+        "a bear in a forest",
+        "-n",
+        "2",
+        "--steps",
+        "3",
+        "--solver",
+        "heun",
+        "--guidance",
+        "1",
+    ]
+    result = vugen(*arguments, "--sampler", trained / "sampler.safetensors", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "samples/samples.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == [0, 1]
+    assert rows[0]["prompt"] == "a bear in a forest" and rows[0]["solver"] == "heun" and rows[0]["steps"] == 3
+    assert rows[0]["reference"] == str(scenes)
+    with Image.open(tmp_path / "samples" / rows[1]["file"]) as image:
+        assert image.size == (64, 64) and image.text["vugen:prompt"] == "a bear in a forest"  # type: ignore[attr-defined]
+    assert (tmp_path / "samples/grid.png").exists()
+
+
+def test_the_newest_sampler_here_is_taken_and_scored_against_its_reference(
+    trained: Path, tmp_path: Path
+) -> None:
+    for stage in ("reducer", "sampler"):
+        (tmp_path / f"{stage}.safetensors").write_bytes((trained / f"{stage}.safetensors").read_bytes())
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    (tmp_path / "prompts.txt").write_text("a bear\n\na cat\n")
+    result = vugen("sample", "--prompts", "prompts.txt", "-n", "2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "sampler: sampler.safetensors, the newest here" in result.stdout
+    vlm = json.loads(vugen_card(tmp_path / "sampler.safetensors"))["vlm"]["name"]
+    result = vugen("score", "--fid", "--features", "vlm", "--vlm", vlm, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (score,) = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert score["metric"] == "frechet_vlm" and score["value"] > 0 and "not FID" in score["name"]
+    assert score["images"]["count"] == 4 and score["reference"]["count"] == 24 and score["warning"]
+
+
+def vugen_card(path: Path) -> str:
+    from vugen_cli.engine.checkpoint import read_card
+
+    return json.dumps(read_card(path))
+
+
+def test_reconstruct_measures_and_shows(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    result = vugen(
+        "reconstruct",
+        "--reducer",
+        trained / "reducer.safetensors",
+        "--images",
+        scenes,
+        "--count",
+        "10",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "reconstructions/reconstruction.json").read_text())
+    assert report["images"]["count"] == 10 and 0 < report["psnr"] < 30 and -1 <= report["ssim"] <= 1
+    assert (tmp_path / "reconstructions/reconstruction.png").exists()
+
+
+def test_inspect_shows_cards_and_manifests(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    assert "stage: sampler" in vugen("inspect", trained / "sampler.safetensors", cwd=tmp_path).stdout
+    assert "CC BY-SA" in vugen("inspect", scenes, cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample"], "no prompt"),
+        (["sample", ""], "a prompt is empty"),
+        (["sample", "  ", "a bear"], "a prompt is empty"),
+        (["sample", "a bear", "--prompts", "none.txt"], "none.txt: No such file"),
+        (["sample", "a bear", "--sampler", "none.safetensors"], "no checkpoint at none.safetensors"),
+        (["sample", "a bear", "--sampler", "{reducer}"], "is a reducer checkpoint, but a sampler is needed"),
+        (["sample", "a bear", "--sampler", "{sampler}", "--vlm", "{other}"], "was trained on the VLM"),
+        (["sample", "bear " * 5000, "--sampler", "{sampler}"], "too long"),
+        (["sample", "a bear", "--sampler", "{sampler}", "--out", "/proc/x"], "cannot write to /proc/x"),
+        (["train-reducer", "--data", "nowhere"], "no data set at nowhere"),
+        (["train-reducer", "--data", "{scenes}", "--set", "redcer.channels=3"], "did you mean `reducer`"),
+        (["train-reducer", "--data", "{scenes}", "--recipe", "none"], "no recipe at none"),
+        (["train-reducer", "--data", "{scenes}", "--out", "model.ckpt"], "ends in .safetensors"),
+        (["train-reducer", "--data", "{scenes}", "--vlm", "{vlm}", "--device", "cuda"], "no usable GPU"),
+        (["train-reducer", "--data", "{scenes}", "--vlm", "{vlm}", "--out", "/proc/x.safetensors"], "/proc/x"),
+        (["train-sampler", "--reducer", "{sampler}"], "is a sampler checkpoint, but a reducer is needed"),
+        (["train-sampler", "--reducer", "{truncated}"], "truncated.safetensors"),
+        (["reconstruct", "--reducer", "{reducer}", "--images", "nowhere"], "nowhere"),
+        (["score", "--fid"], "no samples under"),
+        (["inspect", "nothing"], "no checkpoint at nothing"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_in_one_line(
+    arguments: list[str], message: str, trained: Path, scenes: Path, vlm_path: Path, tmp_path: Path
+) -> None:
+    if "cuda" in arguments and __import__("torch").cuda.is_available():
+        pytest.skip("there is a GPU here")
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes((trained / "reducer.safetensors").read_bytes()[:-100])
+    names = {"reducer": trained / "reducer.safetensors", "sampler": trained / "sampler.safetensors", "scenes": scenes, "vlm": vlm_path, "truncated": truncated}  # fmt: skip
+    if "{other}" in arguments:
+        names["other"] = save_random_vlm(tmp_path / "other", seed=5)
+    before = set(tmp_path.rglob("*"))
+    line = fails(*(a.format(**names) if "{" in a else a for a in arguments), cwd=tmp_path)
+    assert message in line
+    assert not [p for p in set(tmp_path.rglob("*")) - before if p.suffix == ".safetensors"]
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    assert "Traceback" in vugen("inspect", "nothing", "--debug", cwd=tmp_path).stderr
+
+
+def test_an_unknown_option_is_a_usage_error(tmp_path: Path) -> None:
+    assert vugen("sample", "--colour", cwd=tmp_path).returncode == 2
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(trained: Path, tmp_path: Path) -> None:
+    """A small file system stands in for a full disk; where none can be mounted, a file size limit does."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "sys.argv = ['vugen', 'sample', 'a bear', '--sampler', sys.argv[1], '--out', 'full'];"
+        "from vugen_cli.app import main; main()"
+    )
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(trained / "sampler.safetensors")],
+        cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120, check=False,
+    )  # fmt: skip
+    assert (
+        result.returncode == 1 and "cannot write full/" in result.stderr and "Traceback" not in result.stderr
+    )
+    assert not list((tmp_path / "full").iterdir())
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    """Not a benchmark: only that nobody imports torch here again (0.4 s is the aim on an idle machine)."""
+    best = min(_seconds(tmp_path) for _ in range(3))
+    assert best < 2
+
+
+def _seconds(cwd: Path) -> float:
+    started = time.perf_counter()
+    vugen("--help", cwd=cwd)
+    return time.perf_counter() - started

@@ -1,0 +1,100 @@
+"""Every command shown in the README and in docs/ runs."""
+
+import os
+import re
+import shlex
+import shutil
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from conftest import tiny_overrides, vugen
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = {  # what makes a documented command finish in seconds; everything else runs as it is written
+    "prepare": ["--count", "40", "--workers", "1"],
+    "train-reducer": ["--steps", "2", "--batch-size", "4"],
+    "train-sampler": ["--steps", "2", "--batch-size", "4"],
+    "train-vlm": ["--steps", "2", "--batch-size", "4"],
+}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The `vugen` commands of a page's shell blocks, in order."""
+    found = []
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words and words[0] == "vugen":
+                found.append(words[1:])
+    return found
+
+
+def jpeg(seed: int) -> bytes:
+    buffer = BytesIO()
+    Image.effect_noise((96, 80), 40 + seed).convert("RGB").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, vlm_path: Path) -> Path:
+    """The inputs that the pages speak of: an ImageNet tar, COCO, a folder of photos, a VLM."""
+    with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as outer:
+        for wnid in ("n01440764", "n01443537"):
+            inner = BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for i in range(4):
+                    member = tarfile.TarInfo(f"{wnid}_{i}.JPEG")
+                    member.size = len(jpeg(i))
+                    tar.addfile(member, BytesIO(jpeg(i)))
+            entry = tarfile.TarInfo(f"{wnid}.tar")
+            entry.size = len(inner.getvalue())
+            outer.addfile(entry, BytesIO(inner.getvalue()))
+    (tmp_path / "coco/train2017").mkdir(parents=True)
+    (tmp_path / "coco/annotations").mkdir()
+    (tmp_path / "photos/cats").mkdir(parents=True)
+    for i in range(6):
+        (tmp_path / f"coco/train2017/{i:012d}.jpg").write_bytes(jpeg(i))
+        (tmp_path / f"photos/cats/{i}.jpg").write_bytes(jpeg(i))
+    captions = ", ".join(f'{{"image_id": {i}, "id": {i}, "caption": "a thing {i}"}}' for i in range(6))
+    images = ", ".join(f'{{"id": {i}, "file_name": "{i:012d}.jpg"}}' for i in range(6))
+    (tmp_path / "coco/annotations/captions_train2017.json").write_text(
+        f'{{"images": [{images}], "annotations": [{captions}]}}'
+    )
+    shutil.copytree(vlm_path, tmp_path / "my-vlm")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_runs_in_order(page: Path, workplace: Path) -> None:
+    shown = commands(page)
+    if not shown:
+        pytest.skip("this page shows no command")
+    for words in shown:
+        small = (
+            [p for o in tiny_overrides(workplace / "my-vlm")[1:] for p in ("--set", o)]
+            if "train" in words[0]
+            else []
+        )
+        result = vugen(*words, *SHORT.get(words[0], []), *small, cwd=workplace, timeout=300)
+        assert result.returncode == 0, f"vugen {' '.join(words)}\n{result.stderr}"
+
+
+def test_the_two_setup_commands_are_one_line_each() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name, last in (("demo", ".venv/bin/vugen demo"), ("test", ".venv/bin/python -m pytest")):
+        block = re.search(rf"<!-- command: {name} -->\n```bash\n(.*?)```", text, re.DOTALL)
+        assert block
+        (line,) = block.group(1).strip().splitlines()
+        assert line.startswith("python3 -m venv") and line.endswith(last)
+
+
+def test_links_of_the_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    assert os.access(ROOT / ".ci/run", os.X_OK)
