@@ -159,7 +159,7 @@ def test_inspect_shows_cards_and_manifests(trained: Path, scenes: Path, tmp_path
         (["train-reducer", "--data", "{scenes}", "--recipe", "none"], "no recipe at none"),
         (["train-reducer", "--data", "{scenes}", "--out", "model.ckpt"], "ends in .safetensors"),
         (["train-reducer", "--data", "{scenes}", "--vlm", "{vlm}", "--device", "cuda"], "no usable GPU"),
-        (["train-reducer", "--data", "{scenes}", "--vlm", "{vlm}", "--out", "/proc/x.safetensors"], "/proc/x"),
+        (["train-reducer", "--data", "{scenes}", "--vlm", "{vlm}", "--out", "/proc/x.safetensors"], "/proc"),
         (["train-sampler", "--reducer", "{sampler}"], "is a sampler checkpoint, but a reducer is needed"),
         (["train-sampler", "--reducer", "{truncated}"], "truncated.safetensors"),
         (["reconstruct", "--reducer", "{reducer}", "--images", "nowhere"], "nowhere"),
@@ -174,7 +174,8 @@ def test_bad_input_ends_in_one_line(
         pytest.skip("there is a GPU here")
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes((trained / "reducer.safetensors").read_bytes()[:-100])
-    names = {"reducer": trained / "reducer.safetensors", "sampler": trained / "sampler.safetensors", "scenes": scenes, "vlm": vlm_path, "truncated": truncated}  # fmt: skip
+    names = {name: trained / f"{name}.safetensors" for name in ("reducer", "sampler")}
+    names |= {"scenes": scenes, "vlm": vlm_path, "truncated": truncated}
     if "{other}" in arguments:
         names["other"] = save_random_vlm(tmp_path / "other", seed=5)
     before = set(tmp_path.rglob("*"))

@@ -4,6 +4,7 @@ import html
 import shutil
 import time
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vugen_cli.metrics.frechet import score_sets, vlm_extractor
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.recipe import load_recipe
 
+PAGE = Path(__file__).with_name("report.html")
 PROMPTS = [
     "a bear in a forest",
     "a rocket in space",
@@ -119,30 +121,27 @@ def report_page(
     reconstruction: dict[str, Any],
     minutes: float,
 ) -> str:
-    """The demo's page: pictures beside it in `out`, no script, no network, light and dark, wide and narrow."""
+    """The demo's page; it opens from disk, and the pictures it shows lie beside it in `out`."""
     manifest = read_manifest(out / "data")
     for stage in ("reducer", "sampler"):
         shutil.copyfile(out / f"{stage}.run" / "curves.png", out / f"curves-{stage}.png")
-    before, after = scores["untrained"], scores["samples"]
-    counts = {split: facts["count"] for split, facts in manifest["splits"].items()}
+    counts = {split: f"{facts['count']:,}" for split, facts in manifest["splits"].items()}
+    steps = {stage: recipe[f"train_{stage}"]["steps"] for stage in ("reducer", "sampler")}
+    count, quality = reconstruction["images"]["count"], f"{reconstruction['psnr']:.1f} dB"
     cards = [
         (
             "Fréchet distance to held-out scenes",
-            f"{before['value']:.2f} → {after['value']:.2f}",
+            f"{scores['untrained']['value']:.2f} → {scores['samples']['value']:.2f}",
             "before → after training; on VLM features, not FID; lower is better",
         ),
-        (
-            "Reconstruction",
-            f"{reconstruction['psnr']:.1f} dB",
-            f"PSNR of {reconstruction['images']['count']} held-out scenes from z̃; SSIM {reconstruction['ssim']:.3f}",
-        ),
+        ("Reconstruction", quality, f"PSNR of {count} held-out scenes; SSIM {reconstruction['ssim']:.3f}"),
         ("Time", f"{minutes:.1f} min", "every stage, on this machine"),
     ]
     figures = [
         (
             "Samples after training",
             "samples/grid.png",
-            "The first prompts, one row each. This sampler trained for minutes; the bundled one behind <code>vugen sample</code> trained for longer.",
+            "One row a prompt. This sampler trained for minutes, the bundled one for longer.",
         ),
         (
             "The same prompts before training",
@@ -154,53 +153,23 @@ def report_page(
             "reconstruction.png",
             "Rows of originals, each above what the pixel decoder makes of its reduced latents.",
         ),
-        (
-            "Reducer and pixel decoder: training",
-            "curves-reducer.png",
-            f"{recipe['train_reducer']['steps']} steps of {recipe['train_reducer']['batch_size']} images.",
-        ),
-        (
-            "Sampler: training",
-            "curves-sampler.png",
-            f"{recipe['train_sampler']['steps']} steps of {recipe['train_sampler']['batch_size']} images.",
-        ),
+        ("Training the reducer and the pixel decoder", "curves-reducer.png", f"{steps['reducer']} steps."),
+        ("Training the sampler", "curves-sampler.png", f"{steps['sampler']} steps."),
     ]
-    tiles = "".join(
-        f"<div class=card><small>{html.escape(a)}</small><b>{html.escape(b)}</b><small>{html.escape(c)}</small></div>"
-        for a, b, c in cards
-    )
-    pictures = "".join(
-        f"<figure><h2>{html.escape(title)}</h2><a href='{path}'><img src='{path}' alt='{html.escape(title)}'></a><figcaption>{text}</figcaption></figure>"
-        for title, path, text in figures
-    )
-    return PAGE.format(
-        tiles=tiles,
-        pictures=pictures,
-        train=f"{counts['train']:,}",
-        val=f"{counts['val']:,}",
+    tiles = [
+        f"<div class=card><small>{title}</small><b>{value}</b><small>{about}</small></div>"
+        for title, value, about in cards
+    ]
+    pictures = [
+        f"<figure><h2>{title}</h2><a href='{path}'><img src='{path}' alt='{title}'></a>"
+        f"<figcaption>{about}</figcaption></figure>"
+        for title, path, about in figures
+    ]
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(
+        tiles="\n".join(tiles),
+        pictures="\n".join(pictures),
+        train=counts["train"],
+        val=counts["val"],
         licence=html.escape(manifest["licence"]),
         prompts=html.escape("; ".join(PROMPTS)),
     )
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>vugen demo</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1c2024; --soft: #60646c; --page: #fbfbfc; --tile: #fff; --line: #e3e5e9; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #edeef0; --soft: #a5abb5; --page: #111317; --tile: #1a1d22; --line: #2e333b; }} }}
-body {{ margin: 0 auto; max-width: 1080px; padding: 2rem 1rem; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }}
-h1 {{ font-size: 1.9rem; margin: 0 0 .3rem; }} h2 {{ font-size: 1.1rem; margin: 0 0 .6rem; }} p, figcaption, small {{ color: var(--soft); }}
-.cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 1rem; margin: 1.5rem 0; }}
-.card, figure {{ background: var(--tile); border: 1px solid var(--line); border-radius: 12px; padding: 1rem; margin: 0; }}
-.card b {{ display: block; font-size: 1.6rem; }}
-figure {{ margin: 0 0 1rem; }} img {{ width: 100%; height: auto; border-radius: 6px; background: #fff; }}
-</style></head><body>
-<h1>vugen demo</h1>
-<p>A vision-language model, frozen, made to draw: its own embeddings were reduced, a copy of its decoder learned to sample
-them for a prompt, and a pixel decoder turned them into pictures. {train} scenes to train on, {val} held out.</p>
-<div class="cards">{tiles}</div>
-{pictures}
-<p>Prompts: {prompts}. Pictures: {licence}.</p>
-</body></html>
-"""

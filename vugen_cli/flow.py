@@ -1,9 +1,10 @@
 """Flow matching: the path from noise to data, its training loss, and the ODE solvers.
 
-Time runs from t = 0 (noise) to t = 1 (data) along the straight path x_t = (1 - t) noise + t data, whose velocity
-is data - noise (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003).
+Time runs from t = 0 (noise) to t = 1 (data) along the straight path x_t = (1 - t) noise + t data, whose
+velocity is data - noise (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003).
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -75,7 +76,7 @@ def solve(
     def at(x: Tensor, t: float) -> Tensor:
         return velocity(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
 
-    for t, after in zip(times, times[1:], strict=False):
+    for t, after in itertools.pairwise(times):
         step = after - t
         slope = at(x, t)
         if solver == "heun":

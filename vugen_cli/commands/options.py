@@ -49,7 +49,7 @@ def sampler_recipe(
     overrides: list[str] | None,
     vlm: str | None,
 ) -> "Recipe":
-    """The recipe of stage 2: the given one, or the reducer's own; reducer and decoder are always the reducer's."""
+    """The recipe of stage 2: the given one or the reducer's, with the reducer's networks and VLM."""
     from vugen_cli.recipe import load_recipe, parse_recipe
 
     stored = card.get("recipe", {})

@@ -25,8 +25,8 @@ def train_sampler(
 ) -> None:
     """Stage 2: train the generation expert to sample the reduced latents for a prompt.
 
-    VLM, data and recipe come from the reducer's card unless given. Metrics, curves and sample grids go to a .run
-    folder beside the checkpoint. Stopped or killed, the same command goes on where it was.
+    VLM, data and recipe come from the reducer's card unless given. Metrics, curves and sample grids go to a
+    .run folder beside the checkpoint. Stopped or killed, the same command goes on where it was.
 
     \b
     Examples:

@@ -2,8 +2,8 @@
 
 Sample number n of a run is a pure function of (data set, seed, n). Batch b holds samples b*B to b*B+B-1, so a
 run resumes to the sample by starting at another b, and worker processes cannot change what is seen: worker w
-of W makes batches w, w+W, ... and the DataLoader takes them in turn. The order shuffles whole shards, then the
-samples of a window of neighbouring shards together, so reading stays local to a few files.
+of W makes batches w, w+W, ... and the DataLoader takes them in turn. The order shuffles whole shards, then
+the samples of a window of neighbouring shards together, so reading stays local to a few files.
 """
 
 import io
@@ -267,7 +267,7 @@ class TrainingStream(IterableDataset[Batch]):
         return iter(pipeline)
 
     def positions(self) -> Iterator[int]:
-        """Sample numbers of this worker's batches; worker w of W makes batches start + w, start + w + W, ..."""
+        """Sample numbers of this worker's batches: worker w of W makes start + w, start + w + W, ..."""
         worker = get_worker_info()
         number, of = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in itertools.count(self.start + number, of):

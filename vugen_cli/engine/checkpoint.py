@@ -84,7 +84,8 @@ def load_checkpoint(path: str | Path, stage: str | None = None) -> tuple[dict[st
     if stage and card.get("stage") != stage:
         command = {"reducer": "train-reducer", "sampler": "train-sampler"}[stage]
         raise VugenError(
-            f"{path} is a {card.get('stage')} checkpoint, but a {stage} is needed here: make one with `vugen {command}`"
+            f"{path} is a {card.get('stage')} checkpoint, but a {stage} is needed here: "
+            f"make one with `vugen {command}`"
         )
     try:
         return load_file(path), card

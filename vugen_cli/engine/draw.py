@@ -45,7 +45,7 @@ def collect_prompts(given: list[str], file: Path | None) -> list[str]:
 
 
 def pick_sampler(given: Path | None) -> Path:
-    """The sampler asked for, else the newest one in the working directory, else the bundled one; says which."""
+    """The sampler asked for, else the newest in the working directory, else the bundled one; says which."""
     if given is not None:
         return given
     for path in sorted(Path().glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True):
@@ -74,8 +74,9 @@ def draw(
 ) -> Path:
     """Draw n pictures for each prompt into a folder.
 
-    Writes `<prompt>-<hash>-<index>.png` with PNG text metadata, `grid.png` (the first 64) and `samples.jsonl`,
-    one line a picture: file, prompt, index, seed, settings, checkpoint, and the data set to compare with.
+    Writes `<prompt>-<hash>-<index>.png` with PNG text metadata, `grid.png` (the first 64) and
+    `samples.jsonl`, one line a picture: file, prompt, index, seed, settings, checkpoint, and the data set to
+    compare with.
 
     Returns:
         The folder.

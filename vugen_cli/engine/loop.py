@@ -6,6 +6,7 @@ of the data is the same whenever it is asked for, so a run that is killed and st
 weights as one that never stopped.
 """
 
+import contextlib
 import json
 import math
 import signal
@@ -106,8 +107,8 @@ def train(
             norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
             if not math.isfinite(loss.item() + norm.item()):
                 raise VugenError(
-                    f"the loss of step {step} is {loss.item()} (gradient norm {norm.item()}): training stopped and "
-                    f"the last good state is kept in {run}; try a lower train_{stage.name}.lr or float32 precision"
+                    f"the loss of step {step} is {loss.item()} (gradient norm {norm.item()}): training stopped "
+                    f"and the last good state is kept in {run}; try a lower train_{stage.name}.lr, or float32"
                 )
             optimizer.step()
             average.update(step)
@@ -143,7 +144,7 @@ def train(
 
 
 class Average:
-    """An exponential moving average of a module's trained weights (float32), as EDM2 and most samplers use."""
+    """An exponential moving average of a module's trained weights, in float32."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
@@ -235,7 +236,7 @@ def pick_device(name: str | None = None) -> torch.device:
         raise VugenError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
-# --- state: what a killed run goes on from -------------------------------------------------------------------
+# --- state: what a killed run goes on from ---
 
 
 def save_state(
@@ -340,10 +341,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self.before: dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
-            try:
+            with contextlib.suppress(ValueError):  # not the main thread: a notebook or a test
                 self.before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: a notebook or a test
-                pass
         return self
 
     def _ask(self, number: int, _frame: object) -> None:

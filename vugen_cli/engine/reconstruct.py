@@ -1,4 +1,4 @@
-"""Originals beside what the pixel decoder makes of their z̃ (the paper's Figure 2, without its middle column)."""
+"""Originals beside what the pixel decoder makes of their z̃: the paper's Figure 2 without the full z."""
 
 from pathlib import Path
 from typing import Any

@@ -63,9 +63,9 @@ class Sampler:
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Draw n images for each prompt.
 
-        Image i of a prompt depends only on seed, prompt and i. Its noise is derived from them alone, and batches
-        always have BATCH rows and a prompt width that is a multiple of WIDTH, because the last bits of a matrix
-        product may depend on the shapes it runs in.
+        Image i of a prompt depends only on seed, prompt and i. Its noise is derived from them alone, and
+        batches always have BATCH rows and a prompt width that is a multiple of WIDTH, because the last bits
+        of a matrix product may depend on the shapes it runs in.
 
         Args:
             prompts: any texts; the empty one draws unconditionally.

@@ -38,8 +38,8 @@ class Autoencoder(nn.Module):
     def loss(self, z: Tensor, images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
         """Flow-matching loss of the pixels given z̃, with noise on z̃ so that decoding forgives sampling error.
 
-        The noise (RAE, arXiv 2510.11690) has a standard deviation drawn between 0 and `decoder.noise` for each
-        image; z̃ has unit variance.
+        The noise (RAE, arXiv 2510.11690) has a standard deviation drawn between 0 and `decoder.noise` for
+        each image; z̃ has unit variance.
         """
         latents = self.reducer(z)
         size = (len(latents), 1, 1, 1)

@@ -16,7 +16,7 @@ def sinusoid(values: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
 
 
 def grid_positions(height: int, width: int, channels: int) -> Tensor:
-    """2-D sine-cosine positions, row by row, float32 [height * width, channels] (ViT of MAE, arXiv 2111.06377)."""
+    """2-D sine-cosine positions (MAE, arXiv 2111.06377), row by row: float32 [height * width, channels]."""
     rows = sinusoid(torch.arange(height), channels // 2)
     columns = sinusoid(torch.arange(width), channels - channels // 2)
     return torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], -1).flatten(

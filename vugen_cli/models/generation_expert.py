@@ -1,8 +1,9 @@
 """The generation expert: the image tokens' own copy of the language model's decoder.
 
-A Mixture of Transformers without a fork of any model. The expert is a Hugging Face decoder fed `inputs_embeds`;
-its cache returns the prompt's keys and values (computed once by the frozen VLM) followed by its own and stores
-nothing. Image tokens see the whole prompt and each other both ways; the prompt was computed before they existed.
+A Mixture of Transformers without a fork of any model. The expert is a Hugging Face decoder fed
+`inputs_embeds`; its cache returns the prompt's keys and values (computed once by the frozen VLM) followed by
+its own and stores nothing. Image tokens see the whole prompt and each other both ways; the prompt was
+computed before they existed.
 """
 
 import copy

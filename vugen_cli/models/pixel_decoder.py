@@ -1,7 +1,7 @@
 """PDD, the pixel diffusion decoder: z̃ to an image by flow matching straight in pixel space, without a VAE.
 
-After SSDD (arXiv 2510.04961): a U-Net of residual blocks whose middle is a transformer, conditioned on z̃ both by
-concatenation to the noised image and, with the time, through adaptive norms.
+After SSDD (arXiv 2510.04961): a U-Net of residual blocks whose middle is a transformer, conditioned on z̃
+both by concatenation to the noised image and, with the time, through adaptive norms.
 """
 
 import torch

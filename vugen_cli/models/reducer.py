@@ -9,8 +9,8 @@ from vugen_cli.recipe import Reducer as ReducerRecipe
 class Reducer(nn.Module):
     """z [B, h, w, d] -> z̃ [B, h, w, channels] with zero mean and unit variance in each channel.
 
-    Normalising inside the reducer fixes the latents' scale while it trains, so that it cannot outrun the noise
-    that is added to z̃ by growing, and the sampler always works in a normalised space.
+    Normalising inside the reducer fixes the latents' scale while it trains, so that it cannot outrun the
+    noise that is added to z̃ by growing, and the sampler always works in a normalised space.
 
     Args:
         recipe: kind and sizes.

@@ -109,8 +109,8 @@ class FrozenVLM:
         longest = getattr(self.decoder.config, "max_position_embeddings", None)
         if longest and length > longest // 2:
             raise VugenError(
-                f"a prompt of {length} tokens is too long for {self.name}, which reads {longest // 2} beside an "
-                f"image: shorten it ({prompt[:40]}...)"
+                f"a prompt of {length} tokens is too long for {self.name}, which reads {longest // 2} beside "
+                f"an image: shorten it ({prompt[:40]}...)"
             )
         return length
 
@@ -153,8 +153,8 @@ class FrozenVLM:
         trained = card["vlm"]
         if trained["fingerprint"] != self.fingerprint:
             raise VugenError(
-                f"{checkpoint} was trained on the VLM {trained['name']} ({trained['fingerprint'][:12]}), but this is "
-                f"{self.name} ({self.fingerprint[:12]}): pass --vlm with the one it was trained on"
+                f"{checkpoint} was trained on the VLM {trained['name']} ({trained['fingerprint'][:12]}), "
+                f"but this is {self.name} ({self.fingerprint[:12]}): pass --vlm with the one it was trained on"
             )
 
 
@@ -182,7 +182,7 @@ def find_projector(model: Any) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over every weight's name, shape and values (as float32, so the loading dtype does not matter)."""
+    """SHA-256 over every weight's name, shape and values, as float32 whatever the loading dtype."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

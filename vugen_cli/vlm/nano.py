@@ -1,16 +1,16 @@
-"""The small vision-language model of the embedded default: built from Hugging Face configs, trained from scratch.
+"""The small vision-language model of the embedded default, built from Hugging Face configs.
 
-It is a `LlavaForConditionalGeneration` (a SigLIP vision tower and a Llama decoder) with a BPE tokenizer trained
-on the captions, so that the embedded default runs through the very code that a real VLM does.
+It is a `LlavaForConditionalGeneration` (a SigLIP vision tower and a Llama decoder) with a BPE tokenizer
+trained on the captions, so that the embedded default runs through the very code that a real VLM does.
 
 What it is trained on, and why:
 
 - *image first*: caption the picture, then answer questions about it;
 - *text first*: does this caption (given before the image) match? which answers this question (given before)?
-  A decoder trained only to caption forgets a word as soon as it has passed it, and the generation expert reads
-  the prompt through exactly those states;
-- the words of the caption predicted from the mean vision feature (SuperClass, arXiv 2411.03313), a dense signal
-  that makes a vision tower from scratch learn objects quickly;
+  A decoder trained only to caption forgets a word as soon as it has passed it, and the generation expert
+  reads the prompt through exactly those states;
+- the words of the caption predicted from the mean vision feature (SuperClass, arXiv 2411.03313), a dense
+  signal that makes a vision tower from scratch learn objects quickly;
 - each patch's pixels reconstructed from its own latent, so that z keeps the detail a captioner would drop.
 """
 
@@ -292,8 +292,8 @@ def caption_accuracy(model: Any, processor: Any, images: ShardedImages, count: i
         count: scenes to caption, at most, in each group.
 
     Returns:
-        `seen_subject`, `seen_setting`, `held_out_subject`, `held_out_setting` as fractions, and the counts; empty
-        when the data set does not say what its scenes show.
+        `seen_subject`, `seen_setting`, `held_out_subject`, `held_out_setting` as fractions, and the counts;
+        empty when the data set does not say what its scenes show.
     """
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
