@@ -107,8 +107,8 @@ def train(
             norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
             if not math.isfinite(loss.item() + norm.item()):
                 raise VugenError(
-                    f"the loss of step {step} is {loss.item()} (gradient norm {norm.item()}): training stopped "
-                    f"and the last good state is kept in {run}; try a lower train_{stage.name}.lr, or float32"
+                    f"the loss of step {step} is {loss.item()} (gradient norm {norm.item()}): stopped, "
+                    f"and the last good state is kept in {run}; try a lower lr or float32"
                 )
             optimizer.step()
             average.update(step)

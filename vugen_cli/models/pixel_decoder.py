@@ -77,7 +77,7 @@ class PixelDecoder(nn.Module):
         skips = []
         for shrink, blocks in zip(self.shrink, self.down, strict=True):
             x = shrink(x)
-            for block in blocks:  # type: ignore[union-attr]
+            for block in blocks:
                 x = block(x, condition)
                 skips.append(x)
         height, width = x.shape[-2:]
@@ -87,7 +87,7 @@ class PixelDecoder(nn.Module):
             tokens = layer(tokens, seen, height, width)
         x = x + tokens.transpose(1, 2).unflatten(2, (height, width))
         for blocks, grow in zip(self.up, self.grow, strict=True):
-            for block in blocks:  # type: ignore[union-attr]
+            for block in blocks:
                 x = block(torch.cat([x, skips.pop()], 1), condition)
             if isinstance(grow, nn.Conv2d):
                 x = grow(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -131,7 +131,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.skip = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
         nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.modulation.bias)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

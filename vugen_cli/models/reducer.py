@@ -1,5 +1,7 @@
 """The reducer: understanding embeddings z to the reduced latents z̃ that are generated."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -43,10 +45,11 @@ class Reducer(nn.Module):
         return (raw - mean) / std
 
     @torch.no_grad()
-    def fit_statistics(self, batches: "list[Tensor] | object") -> None:
+    def fit_statistics(self, batches: Iterable[Tensor]) -> None:
         """Replace the running statistics by exact ones over an iterable of z, streaming in float64."""
-        count, total, squares = 0, 0.0, 0.0
-        for z in batches:  # type: ignore[attr-defined]
+        count = 0
+        total = squares = torch.zeros_like(self.mean, dtype=torch.float64)
+        for z in batches:
             raw = self.net(z).double().flatten(0, 2)
             count, total, squares = count + len(raw), total + raw.sum(0), squares + raw.square().sum(0)
         mean = total / count

@@ -154,7 +154,7 @@ class FrozenVLM:
         if trained["fingerprint"] != self.fingerprint:
             raise VugenError(
                 f"{checkpoint} was trained on the VLM {trained['name']} ({trained['fingerprint'][:12]}), "
-                f"but this is {self.name} ({self.fingerprint[:12]}): pass --vlm with the one it was trained on"
+                f"but this is {self.name} ({self.fingerprint[:12]}): pass the right one with --vlm"
             )
 
 
