@@ -61,7 +61,7 @@ def tiny_overrides(vlm_path: Path) -> list[str]:
     stages = ("train_reducer", "train_sampler", "train_vlm")
     return [
         f"vlm={vlm_path}",
-        "decoder.channels=[8,16,16]",
+        "decoder.channels=[8,16]",
         "decoder.heads=2",
         "decoder.middle_layers=1",
         "decoder.steps=1",

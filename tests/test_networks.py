@@ -12,7 +12,7 @@ from vugen_cli.recipe import PixelDecoder as DecoderRecipe
 from vugen_cli.recipe import Reducer as ReducerRecipe
 from vugen_cli.vlm.frozen import FrozenVLM
 
-SMALL = DecoderRecipe(channels=[8, 16, 16], heads=2, middle_layers=2)
+SMALL = DecoderRecipe(channels=[8, 16], heads=2, middle_layers=2)
 
 
 def wake(module: nn.Module) -> nn.Module:

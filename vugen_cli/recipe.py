@@ -61,8 +61,8 @@ class Reducer(Section):
 class PixelDecoder(Section):
     """The pixel diffusion decoder (PDD): a U-Net with a transformer in the middle, conditioned on z̃."""
 
-    patch: PositiveInt = Field(2, description="pixels folded into channels before the first convolution")
-    channels: list[PositiveInt] = Field([48, 96, 160], description="width of each level, finest first")
+    patch: PositiveInt = Field(4, description="pixels folded into channels before the first convolution")
+    channels: list[PositiveInt] = Field([96, 160], description="width of each level, finest first")
     blocks: PositiveInt = Field(1, description="residual blocks a level, down and up")
     middle_layers: PositiveInt = 4
     heads: PositiveInt = 5

@@ -120,6 +120,13 @@ def to_pixels(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def modulate(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """x (1 + scale) + bias in the modulation's dtype: norms come back in float32 under autocast, and mixed
+    products convert their operands slowly.
+    """
+    return torch.addcmul(bias, x.to(bias.dtype), 1 + scale)
+
+
 class ResidualBlock(nn.Module):
     """Two convolutions; the first norm is modulated by the condition at each place (AdaGN)."""
 
@@ -138,7 +145,7 @@ class ResidualBlock(nn.Module):
         """x [B, width_in, H, W] and the condition [B, condition, h, w] -> [B, width, H, W]."""
         modulation = functional.interpolate(self.modulation(condition), x.shape[-2:], mode="nearest")
         scale, bias = modulation.chunk(2, 1)
-        h = self.conv1(functional.silu(self.norm1(x) * (1 + scale) + bias))
+        h = self.conv1(functional.silu(modulate(self.norm1(x), scale, bias)))
         h = self.conv2(functional.silu(self.norm2(h)))
         return self.skip(x) + h
 
@@ -162,13 +169,13 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, height: int, width: int) -> Tensor:
         """x and condition [B, height * width, ...] -> [B, height * width, ...]."""
         scale1, bias1, gate1, scale2, bias2, gate2 = self.modulation(condition).chunk(6, -1)
-        h = self.norm(x) * (1 + scale1) + bias1
+        h = modulate(self.norm(x), scale1, bias1)
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=self.positions(height, width).to(q.dtype)
         )
         x = x + gate1 * self.out(h.transpose(1, 2).flatten(2))
-        h = self.norm(x) * (1 + scale2) + bias2
+        h = modulate(self.norm(x), scale2, bias2)
         value, gate = self.gate(h).chunk(2, -1)
         return x + gate2 * self.shrink(value * functional.gelu(gate))
 

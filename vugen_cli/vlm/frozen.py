@@ -82,7 +82,7 @@ class FrozenVLM:
         if images.dtype != torch.uint8:
             images = (images * 255).round().clamp(0, 255).to(torch.uint8)
         inputs = self.processor.image_processor(images=list(images.to(self.device)), return_tensors="pt")
-        with projector_inputs(self.model) as seen, torch.autocast(self.device.type, enabled=False):
+        with projector_inputs(self.model) as seen:
             self.model.get_image_features(
                 pixel_values=inputs["pixel_values"].to(self.device, self.model.dtype)
             )
@@ -134,14 +134,13 @@ class FrozenVLM:
         mask = inputs["attention_mask"].bool()
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         cache = DynamicCache()  # no config: sliding-window layers must keep the whole prompt too
-        with torch.autocast(self.device.type, enabled=False):
-            self.decoder(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
+        self.decoder(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
         return Prefix([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], mask)
 
     def check(self, card: dict[str, Any], checkpoint: str | Path) -> None:

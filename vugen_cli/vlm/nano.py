@@ -14,6 +14,7 @@ What it is trained on, and why:
 - each patch's pixels reconstructed from its own latent, so that z keeps the detail a captioner would drop.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -303,8 +304,8 @@ def caption_accuracy(model: Any, processor: Any, images: ShardedImages, count: i
         answers = ask(model, processor, torch.stack([image for image, _, _ in pending]), DESCRIBE)
         for answer, (_, scene, group) in zip(answers, pending, strict=True):
             total[group] += 1
-            right[f"{group}_subject"] += scene["subjects"][0]["name"] in answer
-            right[f"{group}_setting"] += scene["setting"] in answer
+            right[f"{group}_subject"] += mentions(answer, scene["subjects"][0]["name"])
+            right[f"{group}_setting"] += mentions(answer, scene["setting"])
         pending.clear()
 
     for pixels, meta in images.in_order():
@@ -320,6 +321,11 @@ def caption_accuracy(model: Any, processor: Any, images: ShardedImages, count: i
         caption_pending()
     result = {name: count_right / total[name.rsplit("_", 1)[0]] for name, count_right in right.items()}
     return result | {f"{group}_count": n for group, n in total.items()}
+
+
+def mentions(text: str, words: str) -> bool:
+    """Whether a text has these words as words: "a carrot" does not mention a car."""
+    return re.search(rf"\b{re.escape(words)}\b", text) is not None
 
 
 @torch.no_grad()
