@@ -202,6 +202,9 @@ class ShuffledOrder:
         self._epoch = lru_cache(maxsize=2)(self._epoch_windows)
         self._samples = lru_cache(maxsize=2)(self._window_samples)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShuffledOrder, (self.counts, self.seed, self.window)  # worker processes make their own caches
+
     def _epoch_windows(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
         """The shards of each window of an epoch, and where in the epoch each window ends."""
         shards = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
