@@ -34,12 +34,12 @@ PROMPTS = [
     "a snake in a desert",
 ]
 PER_PROMPT = 16  # images of each prompt that are scored
-# Sized for about six minutes on two CPU cores; the full recipe trains many times longer.
+# Sized for five to six minutes on two CPU cores; the full recipe trains many times longer.
 SETTINGS = [
-    "train_reducer.steps=350",
+    "train_reducer.steps=250",
     "train_reducer.batch_size=32",
     "train_reducer.ema=0.99",
-    "train_sampler.steps=600",
+    "train_sampler.steps=450",
     "train_sampler.batch_size=32",
     "train_sampler.ema=0.99",
     "train_reducer.warmup=30",

@@ -43,7 +43,7 @@ def prepare(
     count: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Take a random subset of this many.  [default: all; openmoji 20000 train, 2000 val]"
+            min=1, help="Take a random subset of this many.  [default: all; openmoji 40000 train, 2000 val]"
         ),
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
@@ -124,7 +124,7 @@ def open_source(
 
         if source is not None:
             raise VugenError("--dataset openmoji draws its own pictures: leave --source out")
-        return OpenMojiScenes(count or {"train": 20_000, "val": 2_000}[split], split, size, seed)
+        return OpenMojiScenes(count or {"train": 40_000, "val": 2_000}[split], split, size, seed)
     if dataset is Dataset.imagenet:
         from vugen_cli.data.imagenet import ImageNet, find_imagenet
 

