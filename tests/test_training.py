@@ -174,6 +174,14 @@ def test_a_changed_recipe_does_not_resume(scenes: Path, tiny_recipe: Recipe, tmp
         train_reducer(changed(tiny_recipe, "train_reducer.lr=0.5"), scenes, out, CPU)
 
 
+def test_a_run_can_be_made_longer(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "r.safetensors"
+    train_reducer(tiny_recipe, scenes, out, CPU)
+    train_reducer(changed(tiny_recipe, "train_reducer.steps=6"), scenes, out, CPU)
+    assert read_card(out)["step"] == 6
+    assert [row["step"] for row in metrics(tmp_path / "r.run")] == list(range(6))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     scenes: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:

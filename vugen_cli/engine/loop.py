@@ -27,6 +27,9 @@ from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.recipe import Training
 
 
+FREE = ("steps", "checkpoint_every", "preview_every")  # what a resumed run may change: it may be made longer
+
+
 @dataclass
 class Stage:
     """What makes one stage different from another.
@@ -267,7 +270,9 @@ def resume(run: Path, stage: Stage, average: Average, optimizer: torch.optim.Opt
         except VugenError as error:
             tqdm.write(f"{error}; trying the state before it")
             continue
-        changed = differences(card["resolved"], stage.resolved)
+        changed = [
+            c for c in differences(card["resolved"], stage.resolved) if not c.partition(":")[0].endswith(FREE)
+        ]
         if changed:
             raise VugenError(
                 f"{run} holds a run with other settings ({'; '.join(changed[:4])}): give --out another name, "

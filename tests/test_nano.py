@@ -1,0 +1,139 @@
+"""The nano VLM: what it is taught, and that training it leaves a model every command can use."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_overrides, vugen
+
+from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream
+from vugen_cli.errors import VugenError
+from vugen_cli.vlm.frozen import bundle, load_vlm
+from vugen_cli.vlm.nano import (
+    NanoTraining,
+    build,
+    caption_accuracy,
+    conversation,
+    mentions,
+    other_caption,
+    train_tokenizer,
+    training_texts,
+    word_rarity,
+)
+
+
+@pytest.fixture(scope="module")
+def batch(scenes: Path) -> Batch:
+    return next(iter(TrainingStream(ShardedImages(scenes), 24, seed=0)))
+
+
+@pytest.fixture(scope="module")
+def training(scenes: Path) -> NanoTraining:
+    captions, others = training_texts(ShardedImages(scenes))
+    tokenizer = train_tokenizer(captions + others, TINY.vocabulary)
+    torch.manual_seed(0)
+    model, _ = build(TINY, 64, tokenizer)
+    return NanoTraining(model, tokenizer, TINY, word_rarity(tokenizer, captions))
+
+
+def test_text_comes_first_in_three_conversations_of_five_and_matches_are_balanced(batch: Batch) -> None:
+    kinds: Counter[str] = Counter()
+    for seed in range(600):
+        row = seed % len(batch.captions)
+        turns = conversation(row, batch.captions[row], batch, np.random.default_rng(seed))
+        assert sum(special == "<image>" for special, _, _ in turns) == 1
+        assert [supervised for special, _, supervised in turns] == [s == "<assistant>" for s, _, _ in turns]
+        kinds["image first" if not turns[0][1] else "text first"] += 1
+        if turns[2][1] in ("yes", "no") and turns[1][1]:
+            kinds[turns[2][1]] += 1
+            assert (turns[2][1] == "yes") == (turns[0][1] == batch.captions[row])
+    assert kinds["image first"] / 600 == pytest.approx(0.4, abs=0.06)
+    assert kinds["yes"] / (kinds["yes"] + kinds["no"]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_mismatched_caption_never_fits_the_image(batch: Batch) -> None:
+    for row in range(len(batch.captions)):
+        for seed in range(5):
+            told = other_caption(row, batch, np.random.default_rng(seed))
+            assert all(set(told.split()) != set(own.split()) for own in batch.meta[row]["captions"])
+
+
+def test_only_the_assistants_words_and_their_end_are_learned(training: NanoTraining, batch: Batch) -> None:
+    ids, answers = training._conversations(batch, 64, np.random.default_rng(0))
+    assert ids.shape == answers.shape
+    assert ((ids == training.ids["<image>"]).sum(1) == 64).all()
+    never = [training.ids[name] for name in ("<pad>", "<bos>", "<image>", "<user>", "<assistant>")]
+    assert not set(ids[answers].tolist()) & set(never)
+    ends = (ids == training.ids["<eos>"]) & answers
+    assert (ends.sum(1) == (ids == training.ids["<assistant>"]).sum(1)).all()
+
+
+def test_training_text_is_what_the_chat_template_writes(training: NanoTraining, scenes: Path) -> None:
+    """The prefix of a prompt must be the very tokens that text-first training begins with."""
+    _, processor = build(TINY, 64, training.tokenizer)
+    message = [{"role": "user", "content": [{"type": "text", "text": "a bear in a forest"}]}]
+    text = processor.apply_chat_template(message, tokenize=False)
+    ids = training.tokenizer(text, add_special_tokens=False)["input_ids"]
+    words = training.tokenizer("a bear in a forest", add_special_tokens=False)["input_ids"]
+    assert ids == [training.ids["<bos>"], training.ids["<user>"], *words]
+
+
+def test_every_loss_reaches_what_it_should(training: NanoTraining, batch: Batch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    loss, values = training.loss(batch, generator, step=0)
+    assert set(values) == {"pixels", "words", "language"} and torch.isfinite(loss)
+    loss.backward()
+    unused = [name for name, p in training.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all("post_layernorm" in name or "position_ids" in name for name in unused), unused
+    _, early = training.loss(batch, generator, step=-1)
+    assert set(early) == {"pixels", "words"}
+
+
+def test_rare_words_weigh_more(training: NanoTraining) -> None:
+    rarity = word_rarity(
+        training.tokenizer, ["a bear in a forest", "a bear on a beach", "a bear in a desert"]
+    )
+    common, rare = (training.tokenizer(w, add_special_tokens=False)["input_ids"][-1] for w in ("a", "beach"))
+    assert rarity[rare] > rarity[common] > 0
+
+
+def test_a_carrot_is_not_a_car() -> None:
+    assert mentions("a red car on a beach", "car") and not mentions("a carrot on a beach", "car")
+
+
+def test_image_sizes_that_do_not_fit_the_patches_are_refused(training: NanoTraining) -> None:
+    with pytest.raises(VugenError, match="not a multiple of nano_vlm.patch"):
+        build(TINY, 60, training.tokenizer)
+
+
+def test_train_vlm_writes_a_model_that_loads(scenes: Path, vlm_path: Path, tmp_path: Path) -> None:
+    sizes = [f"nano_vlm.{k}={v}" for k, v in TINY.model_dump().items()]
+    options = [p for o in [*tiny_overrides(vlm_path), *sizes] for p in ("--set", o)]
+    result = vugen("train-vlm", "--data", scenes, "--out", "made", "--steps", "3", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "held_out_subject" in result.stdout
+    z = load_vlm(str(tmp_path / "made")).encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    assert z.shape == (1, 8, 8, TINY.vision_width)
+    assert (tmp_path / "made.run/curves.png").exists()
+
+
+def test_the_bundled_vlm_reads_held_out_scenes(scenes: Path) -> None:
+    """The full measurement (500 scenes a group) is benchmarks/nano_quality.py; this one guards the bundle."""
+    if not bundle("vlm").is_dir():
+        pytest.skip("no bundle in this checkout")
+    vlm = load_vlm("nano")
+    scores = caption_accuracy(vlm.model, vlm.processor, ShardedImages(scenes, "val"))
+    assert scores["held_out_count"] + scores["seen_count"] >= 8
+    for group in ("seen", "held_out"):
+        assert scores[f"{group}_setting"] >= 0.9 and scores[f"{group}_subject"] >= 0.7
+
+
+def test_prompts_differ_in_every_layer_of_the_bundled_vlm() -> None:
+    """A decoder that forgets its prompt after the first layers cannot condition the expert."""
+    vlm = load_vlm("nano")
+    a, b = vlm.prefix(["a bear in a forest"]), vlm.prefix(["a bear in a desert"])
+    for mine, theirs in zip(a.values, b.values, strict=True):
+        changed = (mine - theirs).norm(dim=(1, 3)) / mine.norm(dim=(1, 3))
+        assert changed.max() > 0.02
