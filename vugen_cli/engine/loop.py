@@ -26,7 +26,6 @@ from vugen_cli.engine.curves import plot_curves
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.recipe import Training
 
-
 FREE = ("steps", "checkpoint_every", "preview_every")  # what a resumed run may change: it may be made longer
 
 
