@@ -67,6 +67,7 @@ class PixelDecoder(Section):
     middle_layers: PositiveInt = 4
     heads: PositiveInt = 5
     steps: PositiveInt = Field(4, description="ODE steps when decoding")
+    shift: float = Field(2.0, gt=0, description="moves training times towards the noise end if > 1")
     noise: float = Field(
         0.1, ge=0, description="largest standard deviation of the noise added to z̃ in training"
     )

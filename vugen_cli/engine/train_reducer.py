@@ -45,7 +45,7 @@ class Autoencoder(nn.Module):
         size = (len(latents), 1, 1, 1)
         spread = recipe.decoder.noise * torch.rand(size, generator=generator, device=latents.device)
         latents = latents + spread * torch.randn(latents.shape, generator=generator, device=latents.device)
-        t = draw_times(len(images), recipe.flow.time, 1.0, generator)
+        t = draw_times(len(images), recipe.flow.time, recipe.decoder.shift, generator)
         pixels = to_pixels(images).contiguous(memory_format=torch.channels_last)
         return flow_matching_loss(lambda x, t: self.decoder(x, t, latents), pixels, t, generator)
 

@@ -45,6 +45,8 @@ def train_sampler(recipe: Recipe, reducer: Path, data: Path, out: Path, device: 
         tuple(latents["grid"]),
         vlm.decoder if recipe.expert.init == "vlm" else None,
     ).to(device)
+    if device.type == "cpu":
+        expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
     settings = recipe.train_sampler
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:

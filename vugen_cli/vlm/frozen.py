@@ -5,7 +5,6 @@ Nothing here changes a weight: parameters do not require gradients and every pas
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -210,8 +209,7 @@ def load_vlm(name: str, device: torch.device | str | None = None) -> FrozenVLM:
         raise VugenError(f"no VLM at {path}: give a Hugging Face directory, a hub id (owner/name) or `nano`")
     if local and not (path / "config.json").is_file():
         raise VugenError(f"{path} has no config.json: it is not a Hugging Face model directory")
-    if not local:
-        require_hub(name)
+    local = local or not reach_hub(name)
     from vugen_cli.torchvision_repair import repair_torchvision
 
     repair_torchvision()
@@ -219,11 +217,11 @@ def load_vlm(name: str, device: torch.device | str | None = None) -> FrozenVLM:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source = str(path) if local else name
+    source = str(path) if path.is_dir() else name
     try:
-        processor = AutoProcessor.from_pretrained(source, local_files_only=local)
+        processor = AutoProcessor.from_pretrained(source, local_files_only=local, trust_remote_code=False)
         model = AutoModelForImageTextToText.from_pretrained(
-            source, local_files_only=local, dtype=torch.float32, use_safetensors=True
+            source, local_files_only=local, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:  # a foreign directory can fail in as many ways as there are model classes
         raise VugenError(
@@ -232,27 +230,30 @@ def load_vlm(name: str, device: torch.device | str | None = None) -> FrozenVLM:
     return FrozenVLM(name, model.to(device or "cpu"), processor)
 
 
-def require_hub(name: str, seconds: float = 5.0) -> None:
-    """Fail at once, with a clear line, when a hub id is neither cached nor reachable.
+def reach_hub(name: str, seconds: float = 5.0) -> bool:
+    """Whether the hub answers, for a hub id that is to be loaded.
 
     Left alone, the hub library retries an unreachable host for minutes.
-    """
-    from huggingface_hub import constants, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
-        return
+    Raises:
+        VugenError: the hub does not answer and the model was not downloaded before.
+    """
     from urllib.request import Request, urlopen
+
+    from huggingface_hub import constants, try_to_load_from_cache
 
     try:
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
     except OSError as error:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return False
         raise VugenError(
             f"the VLM {name} is not a local directory and the hub cannot be reached ({_first_line(error)}): "
             "download it elsewhere and pass its directory, or check the network"
         ) from error
+    return True
 
 
 def _first_line(error: BaseException) -> str:
