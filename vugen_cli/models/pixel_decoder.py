@@ -1,9 +1,10 @@
 """PDD, the pixel diffusion decoder: z̃ to an image by flow matching straight in pixel space, without a VAE.
 
 After SSDD (arXiv 2510.04961): a U-Net of residual blocks whose middle is a transformer, conditioned on z̃
-both by concatenation to the noised image and, with the time, through adaptive norms. The network predicts the clean
-image, from which the velocity follows (JiT, arXiv 2511.13720): pixels lie on a low-dimensional manifold and noise
-does not, so a small network learns the first far sooner, and the last ODE step ends on its clean prediction.
+both by concatenation to the noised image and, with the time, through adaptive norms. The network predicts
+the clean image, from which the velocity follows (JiT, arXiv 2511.13720): pixels lie on a low-dimensional
+manifold and noise does not, so a small network learns the first far sooner, and the last ODE step ends on
+its clean prediction.
 """
 
 import torch
