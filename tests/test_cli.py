@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(trained: Path, tmp_path: Pat
     """A small file system stands in for a full disk; where none can be mounted, a file size limit does."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200));"
         "sys.argv = ['vugen', 'sample', 'a bear', '--sampler', sys.argv[1], '--out', 'full'];"
         "from vugen_cli.app import main; main()"
     )

@@ -35,7 +35,7 @@ def commands(page: Path) -> list[list[str]]:
 
 def jpeg(seed: int) -> bytes:
     buffer = BytesIO()
-    Image.effect_noise((96, 80), 40 + seed).convert("RGB").save(buffer, "JPEG")
+    Image.linear_gradient("L").rotate(37 * seed).resize((96, 80)).convert("RGB").save(buffer, "JPEG")
     return buffer.getvalue()
 
 

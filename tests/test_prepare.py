@@ -181,7 +181,7 @@ sys.path.insert(0, {tests!r})
 from test_prepare import Drawn, write
 if __name__ == "__main__":
     try:
-        write({out!r}, Drawn(60, pause=0.02), workers=2)
+        write({out!r}, Drawn(60, pause=0.2), workers=2)
     except KeyboardInterrupt:
         sys.exit(130)
 """
