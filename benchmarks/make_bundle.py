@@ -1,0 +1,36 @@
+"""Put a finished nano run into the package, in half precision.
+
+    python benchmarks/make_bundle.py --vlm nano-vlm --sampler sampler.safetensors
+
+Bundled weights must stay under 40 MB together.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from vugen_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+from vugen_cli.vlm.frozen import bundle
+
+
+def main() -> None:
+    """Copy the VLM directory, and the sampler with its weights (not its latent statistics) as float16."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--vlm", type=Path)
+    parser.add_argument("--sampler", type=Path)
+    options = parser.parse_args()
+    if options.vlm:
+        shutil.rmtree(bundle("vlm"), ignore_errors=True)
+        shutil.copytree(options.vlm, bundle("vlm"))
+    if options.sampler:
+        tensors, card = load_checkpoint(options.sampler, "sampler")
+        half = {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
+        save_checkpoint(bundle("sampler.safetensors"), half, card)
+    size = sum(f.stat().st_size for f in bundle("").rglob("*") if f.is_file()) / 1e6
+    print(f"{bundle('')}: {size:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
