@@ -184,7 +184,7 @@ def decode_stored(data: bytes) -> np.ndarray:
     if data[:2] == b"\xff\xd8":
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
     with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
 
 
 class ShuffledOrder:
@@ -287,7 +287,7 @@ class TrainingStream(IterableDataset[Batch]):
             pixels = pixels[:, ::-1]
         captions = meta["captions"]
         caption = captions[rng.integers(len(captions))] if captions else ""
-        return torch.from_numpy(np.array(pixels)), caption, meta, corrupt
+        return torch.from_numpy(np.ascontiguousarray(pixels)), caption, meta, corrupt
 
     def _read_or_neighbour(self, shard: int, index: int) -> tuple[np.ndarray, dict[str, Any], int]:
         """A sample, or the next readable one of its shard (then of the others) if it is damaged."""
@@ -306,7 +306,9 @@ class TrainingStream(IterableDataset[Batch]):
 def collate(samples: list[tuple[Tensor, str, dict[str, Any], int]]) -> Batch:
     """Samples to a batch."""
     pixels, captions, meta, corrupt = zip(*samples, strict=True)
-    images = torch.stack(pixels).permute(0, 3, 1, 2).contiguous()
+    images = torch.stack(pixels).permute(
+        0, 3, 1, 2
+    )  # a view: channels last in memory, as convolutions like it
     return Batch(images, list(captions), list(meta), sum(corrupt))
 
 
