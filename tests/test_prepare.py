@@ -195,6 +195,8 @@ def test_killed_for_real_and_run_again(tmp_path, how):
     run = subprocess.Popen(
         [sys.executable, str(script)],
         start_new_session=True,
+        # A suite started in the background inherits an ignored SIGINT; a terminal's processes do not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
