@@ -91,6 +91,7 @@ def test_the_two_setup_commands_are_one_line_each() -> None:
         assert block
         (line,) = block.group(1).strip().splitlines()
         assert line.startswith("python3 -m venv") and line.endswith(last)
+    assert line in (ROOT / ".ci/run").read_text().splitlines()
 
 
 def test_links_of_the_pages_lead_somewhere() -> None:

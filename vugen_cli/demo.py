@@ -14,12 +14,11 @@ from vugen_cli.data.openmoji import OpenMojiScenes
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.engine.draw import draw
 from vugen_cli.engine.reconstruct import reconstruct
-from vugen_cli.engine.sampling import Sampler, load_sampler
+from vugen_cli.engine.sampling import Sampler, load_sampler, new_expert
 from vugen_cli.engine.train_reducer import train_reducer
 from vugen_cli.engine.train_sampler import train_sampler
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.frechet import score_sets, vlm_extractor
-from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.recipe import load_recipe
 
 PAGE = Path(__file__).with_name("report.html")
@@ -107,11 +106,8 @@ def _say(line: str) -> None:
 def _untrained(trained: Sampler) -> Sampler:
     """The same sampler with the generation expert as it was before its first step."""
     torch.manual_seed(0)
-    latents = trained.card["latents"]
-    decoder = trained.vlm.decoder
-    expert = GenerationExpert(decoder.config, latents["channels"], tuple(latents["grid"]), decoder)
-    expert = expert.to(trained.vlm.device).eval()
-    return Sampler(trained.vlm, expert, trained.decoder, trained.card, "untrained")
+    expert = new_expert(trained.vlm, trained.card["latents"], "vlm")
+    return Sampler(trained.vlm, expert.eval(), trained.decoder, trained.card, "untrained")
 
 
 def report_page(

@@ -79,8 +79,7 @@ def score(
     if save_stats is not None and save_stats.suffix != ".npz":
         raise VugenError(f"--save-stats {save_stats}: statistics are written as .npz.")
 
-    import torch
-
+    from vugen_cli.engine.loop import pick_device
     from vugen_cli.files import write_json
     from vugen_cli.metrics.frechet import score_sets
 
@@ -89,7 +88,7 @@ def score(
         typer.echo(f"Scoring the last samples, {images}.")
     if reference is None:
         reference = recorded_reference(images)
-    extractor = load_extractor(features, vlm, inception_weights, _device(device, torch))
+    extractor = load_extractor(features, vlm, inception_weights, pick_device(device))
     result = score_sets(
         images, reference, extractor, count=count, batch_size=batch_size, save_stats=save_stats
     )
@@ -187,22 +186,6 @@ def _draw_reference(out: Path, images: Path) -> None:
     )
     scenes = OpenMojiScenes(REFERENCE_SCENES, split="val", size=size)
     write_dataset(scenes, out, split="val", size=size, workers=os.cpu_count() or 1)
-
-
-def _device(name: str | None, torch: Any) -> Any:
-    """The torch.device asked for, or the best there is."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    # Each backend that is missing raises its own kind.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise VugenError(
-            f"--device {name} cannot be used here ({reason}): leave it out, or give cpu."
-        ) from error
-    return device
 
 
 def _print_table(scores: list[dict[str, Any]]) -> None:

@@ -29,9 +29,6 @@ def train_vlm(
     """
     from vugen_cli.commands.options import training_recipe
     from vugen_cli.engine.loop import pick_device
-    from vugen_cli.torchvision_repair import repair_torchvision
-
-    repair_torchvision()
     from vugen_cli.vlm import nano
 
     resolved = training_recipe(recipe, "train_vlm", steps, batch_size, set_)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from vugen_cli.data.folder import check_folder
+from vugen_cli.data.folder import check_folder, given_source
 from vugen_cli.data.sample import Sample
 from vugen_cli.data.writer import hash_of
 from vugen_cli.errors import VugenError
@@ -19,14 +19,12 @@ def find_coco(source: Path | None) -> Path:
     Raises:
         VugenError: neither is given; says what to download and where to point.
     """
-    if source is not None:
-        return source
-    if folder := os.environ.get("COCO_DIR"):
-        return Path(folder)
-    raise VugenError(
+    return given_source(
+        source,
+        "COCO_DIR",
         "COCO is not bundled: from the Download page of cocodataset.org get train2017.zip, val2017.zip and "
         "annotations_trainval2017.zip, unpack all three into one folder, and point --source or $COCO_DIR "
-        "at it"
+        "at it",
     )
 
 

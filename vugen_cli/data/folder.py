@@ -53,6 +53,19 @@ def split_folder(path: Path, split: str) -> Path:
     return path
 
 
+def given_source(source: Path | None, variable: str, advice: str) -> Path:
+    """`source`, else the folder that an environment variable names.
+
+    Raises:
+        VugenError: neither is given; the message is `advice`.
+    """
+    if source is not None:
+        return source
+    if folder := os.environ.get(variable):
+        return Path(folder)
+    raise VugenError(advice)
+
+
 def check_folder(path: Path) -> None:
     """Say clearly what is wrong with a path that should be a folder.
 

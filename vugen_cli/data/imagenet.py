@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vugen_cli.data.folder import IMAGE_SUFFIXES
+from vugen_cli.data.folder import IMAGE_SUFFIXES, given_source
 from vugen_cli.data.sample import Sample
 from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.data.writer import hash_of
@@ -26,13 +26,11 @@ def find_imagenet(source: Path | None) -> Path:
     Raises:
         VugenError: neither is given; says what to download and where to point.
     """
-    if source is not None:
-        return source
-    if folder := os.environ.get("IMAGENET_DIR"):
-        return Path(folder)
-    raise VugenError(
+    return given_source(
+        source,
+        "IMAGENET_DIR",
         f"ImageNet is not bundled: {_DOWNLOAD}, and point --source or $IMAGENET_DIR at the folder with "
-        f"them (the train tar need not be unpacked) or at an extracted copy with train/ and val/"
+        f"them (the train tar need not be unpacked) or at an extracted copy with train/ and val/",
     )
 
 

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vugen_cli.data.images import adm_crop
 from vugen_cli.errors import VugenError
+from vugen_cli.recipe import Recipe
 
 
 @dataclass
@@ -159,6 +160,11 @@ class ShardedImages:
         meta = json.loads(member("json"))
         meta["captions"] = member("txt").decode().splitlines()
         return decode_stored(member("png", "jpg")), meta
+
+    def held_out(self) -> "ShardedImages":
+        """The data set's `val` split, or `train` if it has none."""
+        split = "val" if "val" in self.manifest["splits"] else "train"
+        return ShardedImages(self.directory, split)
 
     def in_order(self, count: int | None = None) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         """The first `count` readable samples in stored order."""
@@ -306,10 +312,22 @@ class TrainingStream(IterableDataset[Batch]):
 def collate(samples: list[tuple[Tensor, str, dict[str, Any], int]]) -> Batch:
     """Samples to a batch."""
     pixels, captions, meta, corrupt = zip(*samples, strict=True)
-    images = torch.stack(pixels).permute(
-        0, 3, 1, 2
-    )  # a view: channels last in memory, as convolutions like it
+    # The permuted view stays channels-last in memory, as convolutions like it.
+    images = torch.stack(pixels).permute(0, 3, 1, 2)
     return Batch(images, list(captions), list(meta), sum(corrupt))
+
+
+def training_batches(
+    images: ShardedImages, recipe: Recipe, batch_size: int, flip: bool, size: int | None = None
+) -> Callable[[int], Iterator[Batch]]:
+    """What a stage trains on: batch number -> the stream of batches from there; see `TrainingStream`."""
+    data = recipe.data
+
+    def batches_from(start: int) -> Iterator[Batch]:
+        stream = TrainingStream(images, batch_size, recipe.seed, data.shuffle, flip, start, size)
+        return batches(stream, data.workers)
+
+    return batches_from
 
 
 def batches(stream: TrainingStream, workers: int) -> Iterator[Batch]:

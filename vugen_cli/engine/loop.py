@@ -37,14 +37,14 @@ class Stage:
         name: `vlm`, `reducer` or `sampler`.
         module: holds every trained weight, and only those.
         loss: (batch, generator, step) -> (scalar loss, named scalars to log). Called under autocast.
-        preview: (module with averaged weights, path of the PNG to write) -> None.
+        preview: path of the PNG to write -> None; called while the module has its averaged weights.
         resolved: the recipe, data and VLM of the run as plain values; a resumed run must match them.
     """
 
     name: str
     module: nn.Module
     loss: Callable[[Batch, torch.Generator, int], tuple[Tensor, dict[str, Tensor]]]
-    preview: Callable[[nn.Module, Path], None] | None
+    preview: Callable[[Path], None]
     resolved: dict[str, Any]
 
 
@@ -131,16 +131,15 @@ def train(
             last = done == settings.steps
             if last or stop.asked or done % settings.checkpoint_every == 0:
                 save_state(run, stage, average, optimizer, done)
-                log.flush()
                 plot_curves([run])
             if stop.asked and not last:
                 raise Stopped(
                     f"stopped at step {done} of {settings.steps}; run the same command again to go on"
                 )
-            if stage.preview and (last or done % settings.preview_every == 0):
+            if last or done % settings.preview_every == 0:
                 with average.in_place():
                     module.eval()
-                    stage.preview(module, run / f"preview-{done:07d}.png")
+                    stage.preview(run / f"preview-{done:07d}.png")
     average.copy_into_module()
     return module.eval()
 
@@ -167,23 +166,17 @@ class Average:
         for name, parameter in self.module.named_parameters():
             parameter.copy_(self.weights[name])
 
-    def in_place(self) -> "_Swapped":
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
         """A context in which the module has the averaged weights."""
-        return _Swapped(self)
-
-
-class _Swapped:
-    def __init__(self, average: Average):
-        self.average = average
-
-    def __enter__(self) -> None:
-        self.kept = {n: p.detach().clone() for n, p in self.average.module.named_parameters()}
-        self.average.copy_into_module()
-
-    @torch.no_grad()
-    def __exit__(self, *_: object) -> None:
-        for name, parameter in self.average.module.named_parameters():
-            parameter.copy_(self.kept[name])
+        kept = [p.detach().clone() for p in self.module.parameters()]
+        self.copy_into_module()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, weights in zip(self.module.parameters(), kept, strict=True):
+                    parameter.copy_(weights)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -226,16 +219,18 @@ def pick_device(name: str | None = None) -> torch.device:
     """The device asked for, else the GPU if there is one, else the CPU.
 
     Raises:
-        VugenError: a GPU was asked for and there is none.
+        VugenError: there is no such device here.
     """
     if name and name.startswith("cuda") and not torch.cuda.is_available():
         raise VugenError(
             f"--device {name}: this machine has no usable GPU; leave --device out to run on the CPU"
         )
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise VugenError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except Exception as error:  # each backend that is missing raises its own kind
+        raise VugenError(f"--device {name}: {str(error).strip().splitlines()[0]}") from error
+    return device
 
 
 # --- state: what a killed run goes on from ---
@@ -330,10 +325,6 @@ class MetricsLog:
         self.file.write(
             json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n"
         )
-
-    def flush(self) -> None:
-        """Make what was added visible to readers."""
-        self.file.flush()
 
 
 class StopSignals:

@@ -1,6 +1,7 @@
 """From prompts to pictures: prompt -> prefix -> ODE in z̃ -> pixel decoder."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vugen_cli.engine.checkpoint import load_checkpoint, part
+from vugen_cli.engine.checkpoint import part
 from vugen_cli.engine.seeds import seeded_noise
 from vugen_cli.engine.train_reducer import load_autoencoder, load_weights
 from vugen_cli.flow import Solver, solve
@@ -43,6 +44,12 @@ class Sampler:
         recipe = parse_recipe(card["recipe"], str(path))
         self.defaults: Sampling = recipe.sampling
         self.shift = recipe.flow.shift
+
+    @cached_property
+    def unconditional(self) -> Prefix:
+        """The empty prompt's prefix, for BATCH rows."""
+        rows = torch.zeros(BATCH, dtype=torch.long, device=self.vlm.device)
+        return self.vlm.prefix([""], WIDTH).rows(rows)
 
     def settings(
         self, steps: int | None = None, guidance: float | None = None, solver: Solver | None = None
@@ -103,15 +110,12 @@ class Sampler:
             self.vlm.device
         )
         scale = settings["guidance"]
-        empty = self.vlm.prefix([""], WIDTH).rows(
-            torch.zeros(len(keys), dtype=torch.long, device=self.vlm.device)
-        )
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             conditional = self.expert(x, t, prefix)
             if scale == 1:
                 return conditional
-            unconditional = self.expert(x, t, empty)
+            unconditional = self.expert(x, t, self.unconditional)
             return unconditional + scale * (conditional - unconditional)
 
         return solve(velocity, noise, settings["steps"], settings["solver"], self.shift)
@@ -128,12 +132,22 @@ def load_sampler(path: str | Path, vlm: str | None = None, device: torch.device 
     Raises:
         VugenError: not a sampler, damaged, or another VLM.
     """
-    load_checkpoint(path, "sampler")
-    autoencoder, tensors, card = load_autoencoder(path, torch.device(device))
+    autoencoder, tensors, card = load_autoencoder(path, torch.device(device), "sampler")
     frozen = load_vlm(vlm or card["vlm"]["name"], device)
     frozen.check(card, path)
-    expert = GenerationExpert(
-        frozen.decoder.config, card["latents"]["channels"], tuple(card["latents"]["grid"])
-    )
+    expert = new_expert(frozen, card["latents"], "fresh")
     load_weights(expert, part(tensors, "expert"), path)
-    return Sampler(frozen, expert.to(device).eval().requires_grad_(False), autoencoder.decoder, card, path)
+    return Sampler(frozen, expert.eval().requires_grad_(False), autoencoder.decoder, card, path)
+
+
+def new_expert(vlm: FrozenVLM, latents: dict[str, Any], init: str) -> GenerationExpert:
+    """An untrained generation expert on the VLM's device.
+
+    Args:
+        vlm: whose decoder it copies.
+        latents: of a checkpoint's card: `channels` and `grid` of z̃.
+        init: `vlm` starts from the decoder's weights, `fresh` from noise.
+    """
+    decoder = vlm.decoder if init == "vlm" else None
+    expert = GenerationExpert(vlm.decoder.config, latents["channels"], tuple(latents["grid"]), decoder)
+    return expert.to(vlm.device)

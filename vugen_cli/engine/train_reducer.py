@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream, batches, dataset_card
+from vugen_cli.data.images import adm_crop
+from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
 from vugen_cli.engine.loop import Stage, train
 from vugen_cli.engine.seeds import seeded_noise
@@ -66,7 +68,7 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     size = recipe.decoder.image_size or images.size
     vlm = load_vlm(recipe.vlm, device)
     first, _ = next(images.in_order(1))
-    _, height, width, channels = vlm.encode(torch.from_numpy(first.copy()).permute(2, 0, 1)[None]).shape
+    _, height, width, channels = vlm.encode(torch.from_numpy(first).permute(2, 0, 1)[None]).shape
     torch.manual_seed(recipe.seed)
     module = Autoencoder(recipe, channels).to(device)
     if size % module.decoder.multiple:
@@ -77,12 +79,6 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         return module.loss(vlm.encode(batch.images), batch.images, recipe, generator), {}
-
-    def stream(start: int) -> Iterator[Batch]:
-        source = TrainingStream(
-            images, settings.batch_size, recipe.seed, recipe.data.shuffle, recipe.data.flip, start, size
-        )
-        return batches(source, recipe.data.workers)
 
     card = {
         "stage": "reducer",
@@ -99,13 +95,15 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
         )
     }
 
-    shown = held_out_images(images, 8, size)
+    held_out = [adm_crop(pixels, size) for pixels, _ in images.held_out().in_order(8)]
+    shown = torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2)
 
-    def preview(_module: nn.Module, path: Path) -> None:
+    def preview(path: Path) -> None:
         decoded = decode_images(vlm, module.reducer, module.decoder, shown, recipe.seed)
         save_grid(torch.cat([shown, decoded.cpu()]), path, columns=len(shown))
 
     run = out.with_suffix(".run")
+    stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, size)
     train(Stage("reducer", module, loss, preview, resolved), stream, settings, recipe.seed, run, device)
     module.reducer.fit_statistics(latents_of(vlm, images, STATISTICS_IMAGES))
     save_checkpoint(out, with_prefix(module.state_dict(), "autoencoder"), card)
@@ -113,10 +111,19 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
 
 
 def load_autoencoder(
-    path: str | Path, device: torch.device
+    path: str | Path, device: torch.device, stage: str | None = None
 ) -> tuple[Autoencoder, dict[str, Tensor], dict[str, Any]]:
-    """Reducer and pixel decoder of a reducer or sampler checkpoint, with all its tensors and its card."""
-    tensors, card = load_checkpoint(path)
+    """Reducer and pixel decoder of a checkpoint, with all its tensors and its card.
+
+    Args:
+        path: of a reducer or a sampler.
+        device: where to put the two networks.
+        stage: the one of the two it must be, if only one will do.
+
+    Raises:
+        VugenError: as `load_checkpoint`, or the file is of neither stage.
+    """
+    tensors, card = load_checkpoint(path, stage)
     if card.get("stage") not in ("reducer", "sampler"):
         raise VugenError(f"{path} is a {card.get('stage')} checkpoint: a reducer or sampler is needed here")
     recipe = parse_recipe(card["recipe"], str(path))
@@ -139,22 +146,11 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path
         ) from error
 
 
-def held_out_images(images: ShardedImages, count: int, size: int) -> Tensor:
-    """A few images of the `val` split (of `train` if there is none), uint8 [N, 3, size, size]."""
-    split = "val" if "val" in images.manifest["splits"] else "train"
-    pictures = [torch.from_numpy(p.copy()) for p, _ in ShardedImages(images.directory, split).in_order(count)]
-    pixels = torch.stack(pictures).permute(0, 3, 1, 2)
-    if size != pixels.shape[-1]:
-        scaled = nn.functional.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
-        pixels = scaled.round().clamp(0, 255).to(torch.uint8)
-    return pixels
-
-
 def latents_of(vlm: FrozenVLM, images: ShardedImages, count: int, batch_size: int = 64) -> Iterator[Tensor]:
     """z of the first `count` images of a split, in batches."""
     pending: list[Tensor] = []
     for pixels, _ in images.in_order(count):
-        pending.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+        pending.append(torch.from_numpy(pixels).permute(2, 0, 1))
         if len(pending) == batch_size:
             yield vlm.encode(torch.stack(pending))
             pending.clear()

@@ -1,19 +1,17 @@
 """Stage 2: the generation expert, trained by flow matching to sample z̃ for a prompt."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream, batches, dataset_card
-from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
+from vugen_cli.engine.checkpoint import save_checkpoint, with_prefix
 from vugen_cli.engine.loop import Stage, train
-from vugen_cli.engine.sampling import Sampler
+from vugen_cli.engine.sampling import Sampler, new_expert
 from vugen_cli.engine.train_reducer import load_autoencoder
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
-from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.pictures import save_grid
 from vugen_cli.recipe import Recipe
 from vugen_cli.vlm.frozen import load_vlm
@@ -32,19 +30,12 @@ def train_sampler(recipe: Recipe, reducer: Path, data: Path, out: Path, device: 
     Raises:
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
-    load_checkpoint(reducer, "reducer")
-    autoencoder, stored, reducer_card = load_autoencoder(reducer, device)
+    autoencoder, stored, reducer_card = load_autoencoder(reducer, device, "reducer")
     images = ShardedImages(data)
     vlm = load_vlm(recipe.vlm, device)
     vlm.check(reducer_card, reducer)
-    latents = reducer_card["latents"]
     torch.manual_seed(recipe.seed)
-    expert = GenerationExpert(
-        vlm.decoder.config,
-        latents["channels"],
-        tuple(latents["grid"]),
-        vlm.decoder if recipe.expert.init == "vlm" else None,
-    ).to(device)
+    expert = new_expert(vlm, reducer_card["latents"], recipe.expert.init)
     if device.type == "cpu":
         expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
     settings = recipe.train_sampler
@@ -60,12 +51,6 @@ def train_sampler(recipe: Recipe, reducer: Path, data: Path, out: Path, device: 
         t = draw_times(len(target), recipe.flow.time, recipe.flow.shift, generator)
         return flow_matching_loss(lambda x, t: expert(x, t, prefix), target, t, generator), {}
 
-    def stream(start: int) -> Iterator[Batch]:
-        source = TrainingStream(
-            images, settings.batch_size, recipe.seed, recipe.data.shuffle, recipe.data.flip, start
-        )
-        return batches(source, recipe.data.workers)
-
     card = {
         **reducer_card,
         "stage": "sampler",
@@ -79,18 +64,17 @@ def train_sampler(recipe: Recipe, reducer: Path, data: Path, out: Path, device: 
             mode="json", include={"seed", "data", "reducer", "decoder", "expert", "flow", "train_sampler"}
         )
     }
-    split = "val" if "val" in images.manifest["splits"] else "train"
-    prompts = [meta["captions"][0] for _, meta in ShardedImages(data, split).in_order(16) if meta["captions"]]
+    prompts = [meta["captions"][0] for _, meta in images.held_out().in_order(16) if meta["captions"]]
     if not prompts:
         raise VugenError(f"{data} has no captions: a sampler cannot be trained on it")
 
-    def preview(_module: nn.Module, path: Path) -> None:
+    def preview(path: Path) -> None:
         sampler = Sampler(vlm, expert, autoencoder.decoder, card, out)
         pictures = [image for _, _, image in sampler.sample(prompts, seed=recipe.seed)]
         save_grid(torch.stack(pictures), path, labels=prompts)
 
     run = out.with_suffix(".run")
+    stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip)
     train(Stage("sampler", expert, loss, preview, resolved), stream, settings, recipe.seed, run, device)
-    kept = with_prefix(part(stored, "autoencoder"), "autoencoder")
-    save_checkpoint(out, with_prefix(expert.state_dict(), "expert") | kept, card)
+    save_checkpoint(out, with_prefix(expert.state_dict(), "expert") | stored, card)
     return out

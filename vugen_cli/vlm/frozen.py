@@ -81,7 +81,7 @@ class FrozenVLM:
         if images.dtype != torch.uint8:
             images = (images * 255).round().clamp(0, 255).to(torch.uint8)
         inputs = self.processor.image_processor(images=list(images.to(self.device)), return_tensors="pt")
-        with projector_inputs(self.model) as seen:
+        with projector_inputs(self.projector) as seen:
             self.model.get_image_features(
                 pixel_values=inputs["pixel_values"].to(self.device, self.model.dtype)
             )
@@ -157,10 +157,10 @@ class FrozenVLM:
 
 
 @contextmanager
-def projector_inputs(model: Any) -> Iterator[list[Tensor]]:
-    """Collects what the model's projector is given while the context lasts."""
+def projector_inputs(projector: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what a model's projector is given while the context lasts."""
     seen: list[Tensor] = []
-    handle = find_projector(model).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    handle = projector.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     try:
         yield seen
     finally:
@@ -210,9 +210,6 @@ def load_vlm(name: str, device: torch.device | str | None = None) -> FrozenVLM:
     if local and not (path / "config.json").is_file():
         raise VugenError(f"{path} has no config.json: it is not a Hugging Face model directory")
     local = local or not reach_hub(name)
-    from vugen_cli.torchvision_repair import repair_torchvision
-
-    repair_torchvision()
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 

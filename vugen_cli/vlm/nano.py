@@ -16,7 +16,7 @@ What it is trained on, and why:
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream, batches, dataset_card
+from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.loop import Stage, train
 from vugen_cli.errors import VugenError
 from vugen_cli.pictures import save_grid
@@ -159,7 +159,7 @@ class NanoTraining(nn.Module):
     def loss(self, batch: Batch, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the pixel, word and (after `vision_steps`) language losses."""
         images = batch.images.float() / 127.5 - 1
-        with projector_inputs(self.model) as seen:
+        with projector_inputs(self.model.model.multi_modal_projector) as seen:
             features = self.model.model.get_image_features(pixel_values=images).pooler_output
         z = seen[0]
         patches = functional.pixel_unshuffle(images, self.sizes.patch).flatten(2).transpose(1, 2)
@@ -314,7 +314,7 @@ def caption_accuracy(model: Any, processor: Any, images: ShardedImages, count: i
             continue
         group = "held_out" if scene["held_out"] else "seen"
         if total[group] + sum(g == group for _, _, g in pending) < count:
-            pending.append((torch.from_numpy(pixels.copy()).permute(2, 0, 1), scene, group))
+            pending.append((torch.from_numpy(pixels).permute(2, 0, 1), scene, group))
         if len(pending) == 64:
             caption_pending()
     if pending:
@@ -381,18 +381,13 @@ def train_vlm(recipe: Recipe, data: Path, out: Path, device: torch.device) -> di
     training = NanoTraining(model, tokenizer, recipe.nano_vlm, word_rarity(tokenizer, captions)).to(device)
     has_val = "val" in images.manifest["splits"]
 
-    def preview(_module: nn.Module, path: Path) -> None:
-        shown = list(ShardedImages(data, "val" if has_val else "train").in_order(16))
-        pictures = torch.stack([torch.from_numpy(p.copy()).permute(2, 0, 1) for p, _ in shown])
+    def preview(path: Path) -> None:
+        shown = [torch.from_numpy(pixels) for pixels, _ in images.held_out().in_order(16)]
+        pictures = torch.stack(shown).permute(0, 3, 1, 2)
         save_grid(pictures, path, labels=ask(model, processor, pictures, DESCRIBE))
 
-    def stream(first: int) -> Iterator[Batch]:
-        settings = recipe.train_vlm
-        return batches(
-            TrainingStream(images, settings.batch_size, recipe.seed, recipe.data.shuffle, start=first),
-            recipe.data.workers,
-        )
-
+    # Never mirrored: what is said of a scene may say left or right.
+    stream = training_batches(images, recipe, recipe.train_vlm.batch_size, flip=False)
     resolved = {
         "recipe": recipe.model_dump(mode="json", include={"seed", "nano_vlm", "train_vlm"}),
         "data": dataset_card(data),
