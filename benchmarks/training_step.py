@@ -83,9 +83,7 @@ def bare_step(stage: str, recipe: object, data: Path, device: torch.device) -> t
         latents = torch.randn(*z.shape[:3], recipe.reducer.channels, device=device)
         target, step = to_pixels(images), lambda x, t: network.decoder(x, t, latents)
     else:
-        network = GenerationExpert(vlm.decoder.config, recipe.reducer.channels, (8, 8), vlm.decoder).to(
-            device
-        )
+        network = GenerationExpert(vlm.decoder, recipe.reducer.channels, (8, 8)).to(device)
         target = torch.randn(*z.shape[:3], recipe.reducer.channels, device=device)
         step = lambda x, t: network(x, t, prefix)  # noqa: E731
     for _ in range(STEPS):

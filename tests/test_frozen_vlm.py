@@ -9,8 +9,9 @@ import torch
 from conftest import save_random_vlm, vugen
 
 from vugen_cli.errors import VugenError
-from vugen_cli.vlm.frozen import FrozenVLM, load_vlm, projector_inputs
-from vugen_cli.vlm.nano import ask
+from vugen_cli.vlm.chat import ask
+from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
+from vugen_cli.vlm.latents import projector_states
 
 
 def test_latents_are_what_the_projector_reads(vlm: FrozenVLM) -> None:
@@ -18,7 +19,7 @@ def test_latents_are_what_the_projector_reads(vlm: FrozenVLM) -> None:
     z = vlm.encode(images)
     assert z.shape == (3, 8, 8, 32) and z.dtype == torch.float32 and not z.requires_grad
     pixels = images.float() / 127.5 - 1
-    with projector_inputs(vlm.projector) as seen, torch.no_grad():
+    with projector_states(vlm.projector) as seen, torch.no_grad():
         vlm.model.get_image_features(pixel_values=pixels)
     assert torch.allclose(z.flatten(1, 2), seen[0], atol=1e-4)
 
@@ -46,7 +47,7 @@ def test_prefix_rows_and_joins_agree(vlm: FrozenVLM) -> None:
 
 def test_a_prompt_longer_than_the_model_reads_is_refused(vlm: FrozenVLM) -> None:
     with pytest.raises(VugenError, match="too long"):
-        vlm.prompt_length("bear " * 5000)
+        vlm.tokens("bear " * 5000)
 
 
 def test_the_fingerprint_is_of_the_weights_alone(vlm: FrozenVLM, vlm_path: Path, tmp_path: Path) -> None:

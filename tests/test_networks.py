@@ -33,7 +33,7 @@ def decoder() -> PixelDecoder:
 @pytest.fixture(scope="module")
 def expert(vlm: FrozenVLM) -> GenerationExpert:
     torch.manual_seed(0)
-    return wake(GenerationExpert(vlm.decoder.config, 4, (8, 8), vlm.decoder))  # type: ignore[return-value]
+    return wake(GenerationExpert(vlm.decoder, 4, (8, 8)))  # type: ignore[return-value]
 
 
 # --- reducer ---
@@ -174,7 +174,7 @@ def test_the_prefix_is_read_and_never_written(expert: GenerationExpert, vlm: Fro
 def test_the_cached_prompt_gives_what_one_joint_sequence_gives(vlm: FrozenVLM) -> None:
     """With the VLM's own weights, prompt and image tokens in one pass must match prefix plus expert."""
     torch.manual_seed(0)
-    expert = GenerationExpert(vlm.decoder.config, 4, (8, 8), vlm.decoder).eval()
+    expert = GenerationExpert(vlm.decoder, 4, (8, 8)).eval()
     prompt = "a bear in a forest"
     ids = vlm.processor.tokenizer(vlm.prompt_text(prompt), add_special_tokens=False, return_tensors="pt")[
         "input_ids"
@@ -197,7 +197,7 @@ def test_the_cached_prompt_gives_what_one_joint_sequence_gives(vlm: FrozenVLM) -
 
 
 def test_the_expert_is_a_copy_and_leaves_the_vlm_alone(vlm: FrozenVLM) -> None:
-    expert = GenerationExpert(vlm.decoder.config, 4, (8, 8), vlm.decoder)
+    expert = GenerationExpert(vlm.decoder, 4, (8, 8))
     copied = dict(expert.decoder.named_parameters())
     for name, parameter in vlm.decoder.named_parameters():
         if "embed_tokens" not in name:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vugen_cli import __version__
+from vugen_cli.commands.chat import chat
 from vugen_cli.commands.demo import demo
 from vugen_cli.commands.inspect import inspect
 from vugen_cli.commands.prepare import prepare
@@ -26,7 +27,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (prepare, train_reducer, train_sampler, sample, score, reconstruct, train_vlm, inspect, demo):
+for command in (
+    prepare,
+    train_reducer,
+    train_sampler,
+    sample,
+    score,
+    reconstruct,
+    chat,
+    train_vlm,
+    inspect,
+    demo,
+):
     app.command()(command)
 
 

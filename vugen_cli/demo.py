@@ -19,7 +19,7 @@ from vugen_cli.engine.train_reducer import train_reducer
 from vugen_cli.engine.train_sampler import train_sampler
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.frechet import score_sets, vlm_extractor
-from vugen_cli.recipe import load_recipe
+from vugen_cli.recipe import Expert, load_recipe
 
 PAGE = Path(__file__).with_name("report.html")
 PROMPTS = [
@@ -32,21 +32,21 @@ PROMPTS = [
     "an apple on a beach",
     "a snake in a desert",
 ]
-PER_PROMPT = 16  # images of each prompt that are scored
+PER_PROMPT = 12  # images of each prompt that are scored
 # Sized for about six minutes on two CPU cores; the full recipe trains many times longer.
 SETTINGS = [
-    "train_reducer.steps=200",
-    "train_reducer.batch_size=32",
+    "train_reducer.steps=300",
+    "train_reducer.batch_size=16",
     "train_reducer.ema=0.98",
-    "train_sampler.steps=250",
-    "train_sampler.batch_size=32",
+    "train_sampler.steps=360",
+    "train_sampler.batch_size=16",
     "train_sampler.ema=0.98",
     "train_reducer.warmup=30",
     "train_sampler.warmup=30",
-    "train_reducer.checkpoint_every=100",
-    "train_sampler.checkpoint_every=100",
-    "train_reducer.preview_every=100",
-    "train_sampler.preview_every=200",
+    "train_reducer.checkpoint_every=150",
+    "train_sampler.checkpoint_every=150",
+    "train_reducer.preview_every=150",
+    "train_sampler.preview_every=180",
     "sampling.steps=10",
 ]
 
@@ -106,7 +106,7 @@ def _say(line: str) -> None:
 def _untrained(trained: Sampler) -> Sampler:
     """The same sampler with the generation expert as it was before its first step."""
     torch.manual_seed(0)
-    expert = new_expert(trained.vlm, trained.card["latents"], "vlm")
+    expert = new_expert(trained.vlm, trained.card["latents"], Expert())
     return Sampler(trained.vlm, expert.eval(), trained.decoder, trained.card, "untrained")
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from vugen_cli.errors import VugenError
 
 RECIPES = Path(__file__).parent / "recipes"
+USE_OF_VLM = ("vlm_size", "vlm_dtype", "latents", "instruction")  # keys that decide what z and prefix are
 
 
 class Section(BaseModel):
@@ -78,6 +79,21 @@ class Expert(Section):
     """The generation expert: the image tokens' own copy of the language model's decoder."""
 
     init: Literal["vlm", "fresh"] = Field("vlm", description="start from the VLM's weights or from noise")
+    width: PositiveInt | None = Field(
+        None, description="hidden width of a slim expert (init: fresh); default: the VLM decoder's"
+    )
+    mlp: PositiveInt | None = Field(
+        None, description="width of its feed-forward layers (init: fresh); default: the VLM decoder's"
+    )
+
+    @model_validator(mode="after")
+    def _slim_is_fresh(self) -> "Expert":
+        if self.init == "vlm" and (self.width or self.mlp):
+            raise ValueError(
+                "a slim expert (expert.width, expert.mlp) cannot start from the VLM's weights: "
+                "set expert.init=fresh"
+            )
+        return self
 
 
 class Flow(Section):
@@ -125,6 +141,18 @@ class Recipe(Section):
     name: str = "nano"
     seed: int = Field(0, ge=0)
     vlm: str = Field("nano", description="`nano` (bundled), a Hugging Face directory, or a hub id")
+    vlm_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="precision in which the frozen VLM is kept and run"
+    )
+    vlm_size: PositiveInt | None = Field(
+        None, description="pixels a side at which the VLM sees images; default: its image processor's"
+    )
+    latents: Literal["encoder", "projector"] = Field(
+        "encoder", description="z is what the VLM's projector reads, or what it gives"
+    )
+    instruction: str = Field(
+        "{prompt}", pattern=r"\{prompt\}", description="what the VLM is told, as in `Draw {prompt}.`"
+    )
     data: Data = Data()
     nano_vlm: NanoVLM = NanoVLM()
     reducer: Reducer = Reducer()

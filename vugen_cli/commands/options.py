@@ -24,6 +24,10 @@ DeviceOption = Annotated[
 VlmOption = Annotated[
     str | None, typer.Option(help="VLM: `nano` (bundled), a Hugging Face directory, or a hub id.")
 ]
+AllowMismatchOption = Annotated[
+    bool,
+    typer.Option("--allow-vlm-mismatch", help="Take a VLM of other weights than the checkpoint's."),
+]
 
 
 def training_recipe(
@@ -54,7 +58,9 @@ def sampler_recipe(
 
     stored = card.get("recipe", {})
     values = load_recipe(recipe).model_dump() if recipe else stored
-    fixed = {key: stored[key] for key in ("reducer", "decoder", "vlm") if key in stored}
+    fixed = {
+        key: stored[key] for key in ("reducer", "decoder", "vlm", "latents", "vlm_size") if key in stored
+    }
     return parse_recipe(
         {**values, **fixed}, str(reducer), _overrides("train_sampler", steps, batch_size, overrides, vlm)
     )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import DeviceOption
+from vugen_cli.commands.options import AllowMismatchOption, DeviceOption
 
 
 def reconstruct(
@@ -22,6 +22,7 @@ def reconstruct(
     vlm: Annotated[
         str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
     ] = None,
+    allow_vlm_mismatch: AllowMismatchOption = False,
     device: DeviceOption = None,
 ) -> None:
     """Show what survives the reducer: originals beside what is decoded from their reduced latents.
@@ -36,7 +37,7 @@ def reconstruct(
     from vugen_cli.engine.loop import pick_device
     from vugen_cli.engine.reconstruct import reconstruct as run
 
-    report = run(reducer, images, out, count, steps, seed, vlm, pick_device(device))
+    report = run(reducer, images, out, count, steps, seed, vlm, pick_device(device), allow_vlm_mismatch)
     typer.echo(
         f"PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f} over {report['images']['count']} images; "
         f"wrote {out / 'reconstruction.png'}"

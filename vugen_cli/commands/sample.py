@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import DeviceOption
+from vugen_cli.commands.options import AllowMismatchOption, DeviceOption
 
 
 class SolverName(StrEnum):
@@ -44,6 +44,7 @@ def sample(
     seed: Annotated[
         int, typer.Option(min=0, help="Image i of a prompt depends only on seed, prompt and i.")
     ] = 0,
+    allow_vlm_mismatch: AllowMismatchOption = False,
     device: DeviceOption = None,
 ) -> None:
     """Draw pictures for prompts.
@@ -61,6 +62,6 @@ def sample(
     from vugen_cli.engine.sampling import load_sampler
 
     texts = collect_prompts(prompts or [], prompts_file)
-    loaded = load_sampler(pick_sampler(sampler), vlm, pick_device(device))
+    loaded = load_sampler(pick_sampler(sampler), vlm, pick_device(device), allow_vlm_mismatch)
     folder = draw(loaded, texts, n, out, seed, steps, guidance, solver.value if solver else None)
     typer.echo(f"wrote {len(texts) * n} pictures, grid.png and samples.jsonl to {folder}/")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import DeviceOption, RecipeOption, SetOption, VlmOption
+from vugen_cli.commands.options import AllowMismatchOption, DeviceOption, RecipeOption, SetOption, VlmOption
 
 
 def train_sampler(
@@ -21,6 +21,7 @@ def train_sampler(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
     set_: SetOption = None,
+    allow_vlm_mismatch: AllowMismatchOption = False,
     device: DeviceOption = None,
 ) -> None:
     """Stage 2: train the generation expert to sample the reduced latents for a prompt.
@@ -41,5 +42,5 @@ def train_sampler(
     require_safetensors(out)
     card = read_card(reducer)
     resolved = sampler_recipe(card, reducer, recipe, steps, batch_size, set_, vlm)
-    run(resolved, reducer, data or Path(card["data"]["path"]), out, pick_device(device))
+    run(resolved, reducer, data or Path(card["data"]["path"]), out, pick_device(device), allow_vlm_mismatch)
     typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler {out}')

@@ -13,7 +13,7 @@ from vugen_cli.files import write_json
 from vugen_cli.metrics.image_sets import batches, open_images
 from vugen_cli.metrics.pairs import psnr, ssim
 from vugen_cli.pictures import save_grid
-from vugen_cli.vlm.frozen import load_vlm
+from vugen_cli.vlm.frozen import vlm_of
 
 GRID_IMAGES = 16
 
@@ -27,6 +27,7 @@ def reconstruct(
     seed: int = 0,
     vlm: str | None = None,
     device: torch.device | str = "cpu",
+    allow_vlm_mismatch: bool = False,
 ) -> dict[str, Any]:
     """Encode, reduce and decode a set of images; measure and show what is lost.
 
@@ -41,13 +42,13 @@ def reconstruct(
         seed: of the decoder's noise; the noise of image i depends on the seed and i alone.
         vlm: where the VLM is now, if not where the card says.
         device: where to run.
+        allow_vlm_mismatch: take a VLM of other weights than the checkpoint was trained on.
 
     Returns:
         Mean `psnr` (dB) and `ssim` over the images, how many there were, and those that could not be read.
     """
     autoencoder, _, card = load_autoencoder(checkpoint, torch.device(device))
-    frozen = load_vlm(vlm or card["vlm"]["name"], device)
-    frozen.check(card, checkpoint)
+    frozen = vlm_of(card, checkpoint, vlm, device, allow_vlm_mismatch)
     source = open_images(images, limit=count)
     size = card["image_size"]
     quality: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": []}

@@ -15,8 +15,8 @@ from vugen_cli.engine.train_reducer import load_autoencoder, load_weights
 from vugen_cli.flow import Solver, solve
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.pixel_decoder import PixelDecoder
-from vugen_cli.recipe import Sampling, parse_recipe
-from vugen_cli.vlm.frozen import FrozenVLM, Prefix, load_vlm
+from vugen_cli.recipe import Expert, Sampling, parse_recipe
+from vugen_cli.vlm.frozen import FrozenVLM, Prefix, vlm_of
 
 BATCH = 8  # images drawn together
 WIDTH = 32  # prompts are padded to a multiple of this many tokens
@@ -85,7 +85,7 @@ class Sampler:
             prompt's images in order.
         """
         settings = self.settings(steps, guidance, solver)
-        widths = [-(-self.vlm.prompt_length(prompt) // WIDTH) * WIDTH for prompt in prompts]
+        widths = [-(-len(self.vlm.tokens(prompt)) // WIDTH) * WIDTH for prompt in prompts]
         for width in sorted(set(widths)):
             jobs = iter([(p, i) for p in range(len(prompts)) if widths[p] == width for i in range(n)])
             while batch := list(islice(jobs, BATCH)):
@@ -121,33 +121,45 @@ class Sampler:
         return solve(velocity, noise, settings["steps"], settings["solver"], self.shift)
 
 
-def load_sampler(path: str | Path, vlm: str | None = None, device: torch.device | str = "cpu") -> Sampler:
+def load_sampler(
+    path: str | Path,
+    vlm: str | None = None,
+    device: torch.device | str = "cpu",
+    allow_vlm_mismatch: bool = False,
+) -> Sampler:
     """Load a sampler checkpoint and the VLM it was trained on.
 
     Args:
         path: written by `vugen train-sampler`.
         vlm: where the VLM is now, if not where the card says.
         device: where to sample.
+        allow_vlm_mismatch: take a VLM of other weights than it was trained on.
 
     Raises:
         VugenError: not a sampler, damaged, or another VLM.
     """
     autoencoder, tensors, card = load_autoencoder(path, torch.device(device), "sampler")
-    frozen = load_vlm(vlm or card["vlm"]["name"], device)
-    frozen.check(card, path)
-    expert = new_expert(frozen, card["latents"], "fresh")
+    frozen = vlm_of(card, path, vlm, device, allow_vlm_mismatch)
+    recipe = frozen.recipe.expert.model_copy(update={"init": "fresh"})
+    expert = new_expert(frozen, card["latents"], recipe)
     load_weights(expert, part(tensors, "expert"), path)
     return Sampler(frozen, expert.eval().requires_grad_(False), autoencoder.decoder, card, path)
 
 
-def new_expert(vlm: FrozenVLM, latents: dict[str, Any], init: str) -> GenerationExpert:
+def new_expert(vlm: FrozenVLM, latents: dict[str, Any], recipe: Expert) -> GenerationExpert:
     """An untrained generation expert on the VLM's device.
 
     Args:
         vlm: whose decoder it copies.
         latents: of a checkpoint's card: `channels` and `grid` of z̃.
-        init: `vlm` starts from the decoder's weights, `fresh` from noise.
+        recipe: where it starts from, and its widths.
     """
-    decoder = vlm.decoder if init == "vlm" else None
-    expert = GenerationExpert(vlm.decoder.config, latents["channels"], tuple(latents["grid"]), decoder)
+    expert = GenerationExpert(
+        vlm.decoder,
+        latents["channels"],
+        tuple(latents["grid"]),
+        fresh=recipe.init == "fresh",
+        width=recipe.width,
+        mlp=recipe.mlp,
+    )
     return expert.to(vlm.device)

@@ -18,7 +18,7 @@ from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.models.pixel_decoder import PixelDecoder, to_pixels
 from vugen_cli.models.reducer import Reducer
 from vugen_cli.pictures import save_grid
-from vugen_cli.recipe import Recipe, parse_recipe
+from vugen_cli.recipe import USE_OF_VLM, Recipe, parse_recipe
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
 STATISTICS_IMAGES = 10_000  # enough for a per-channel mean and deviation to three digits
@@ -66,7 +66,7 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     """
     images = ShardedImages(data)
     size = recipe.decoder.image_size or images.size
-    vlm = load_vlm(recipe.vlm, device)
+    vlm = load_vlm(recipe.vlm, device, recipe)
     first, _ = next(images.in_order(1))
     _, height, width, channels = vlm.encode(torch.from_numpy(first).permute(2, 0, 1)[None]).shape
     torch.manual_seed(recipe.seed)
@@ -91,7 +91,7 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     }
     resolved = {key: card[key] for key in ("vlm", "data", "latents", "image_size")} | {
         "recipe": recipe.model_dump(
-            mode="json", include={"seed", "data", "reducer", "decoder", "flow", "train_reducer"}
+            mode="json", include={*USE_OF_VLM, "seed", "data", "reducer", "decoder", "flow", "train_reducer"}
         )
     }
 

@@ -13,11 +13,18 @@ from vugen_cli.engine.train_reducer import load_autoencoder
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.pictures import save_grid
-from vugen_cli.recipe import Recipe
+from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.vlm.frozen import load_vlm
 
 
-def train_sampler(recipe: Recipe, reducer: Path, data: Path, out: Path, device: torch.device) -> Path:
+def train_sampler(
+    recipe: Recipe,
+    reducer: Path,
+    data: Path,
+    out: Path,
+    device: torch.device,
+    allow_vlm_mismatch: bool = False,
+) -> Path:
     """Train stage 2 and write its checkpoint: expert, reducer and decoder, so that it is enough to sample.
 
     Args:
@@ -26,16 +33,17 @@ def train_sampler(recipe: Recipe, reducer: Path, data: Path, out: Path, device: 
         data: a prepared data set.
         out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
         device: where to train.
+        allow_vlm_mismatch: take a VLM of other weights than the reducer was trained on.
 
     Raises:
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
     autoencoder, stored, reducer_card = load_autoencoder(reducer, device, "reducer")
     images = ShardedImages(data)
-    vlm = load_vlm(recipe.vlm, device)
-    vlm.check(reducer_card, reducer)
+    vlm = load_vlm(recipe.vlm, device, recipe)
+    vlm.check(reducer_card, reducer, allow_vlm_mismatch)
     torch.manual_seed(recipe.seed)
-    expert = new_expert(vlm, reducer_card["latents"], recipe.expert.init)
+    expert = new_expert(vlm, reducer_card["latents"], recipe.expert)
     if device.type == "cpu":
         expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
     settings = recipe.train_sampler
@@ -61,7 +69,8 @@ def train_sampler(recipe: Recipe, reducer: Path, data: Path, out: Path, device: 
     }
     resolved = {key: card[key] for key in ("vlm", "data", "latents")} | {
         "recipe": recipe.model_dump(
-            mode="json", include={"seed", "data", "reducer", "decoder", "expert", "flow", "train_sampler"}
+            mode="json",
+            include={*USE_OF_VLM, "seed", "data", "reducer", "decoder", "expert", "flow", "train_sampler"},
         )
     }
     prompts = [meta["captions"][0] for _, meta in images.held_out().in_order(16) if meta["captions"]]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from vugen_cli.errors import VugenError
 from vugen_cli.models.embeddings import TimeEmbedding, grid_positions
 from vugen_cli.vlm.frozen import Prefix
 
@@ -43,23 +44,33 @@ class GenerationExpert(nn.Module):
     """The velocity field v(z̃_t, t | prompt).
 
     Args:
-        config: the text config of the VLM's decoder (layers, heads and head_dim must be those of the prefix).
+        decoder: of the VLM; copied, never changed.
         channels: of z̃.
         grid: (h, w) of z̃.
-        decoder: start from a copy of this module's weights; None starts fresh.
+        fresh: start from new weights; otherwise from the decoder's.
+        width, mlp: hidden and feed-forward width of a slim expert, if not the decoder's; needs `fresh`.
+            Layers, heads and head size stay those of the decoder, whose keys and values it reads.
     """
 
-    def __init__(self, config: Any, channels: int, grid: tuple[int, int], decoder: nn.Module | None = None):
+    def __init__(
+        self,
+        decoder: nn.Module,
+        channels: int,
+        grid: tuple[int, int],
+        fresh: bool = False,
+        width: int | None = None,
+        mlp: int | None = None,
+    ):
         super().__init__()
-        from transformers import AutoModel
-
-        config = copy.deepcopy(config)
-        if decoder is None:
-            self.decoder = AutoModel.from_config(config)
-        else:
-            self.decoder = copy.deepcopy(decoder).float().requires_grad_(True)
-        self.decoder.embed_tokens = nn.Identity()  # image tokens come as embeddings; no vocabulary is kept
-        width = config.hidden_size
+        words = decoder.get_input_embeddings()
+        # Image tokens come as embeddings: no vocabulary is copied or kept.
+        copied = copy.deepcopy(decoder, {id(words): nn.Identity()})
+        config = copied.config
+        if fresh:
+            copied = fresh_decoder(decoder, width, mlp)
+        self.decoder = copied.float().requires_grad_(True)
+        width = width or config.hidden_size
+        self.sections = bool((getattr(config, "rope_parameters", None) or {}).get("mrope_section"))
         self.inward = nn.Linear(channels, width)
         self.time = TimeEmbedding(width)
         self.position = nn.Parameter(grid_positions(*grid, width))
@@ -78,7 +89,7 @@ class GenerationExpert(nn.Module):
         batch, height, width, _ = noised.shape
         tokens = self.inward(noised.flatten(1, 2)) + self.position + self.time(t)[:, None]
         count = height * width
-        positions = prefix.lengths[:, None] + torch.arange(count, device=tokens.device)
+        positions = image_positions(prefix.lengths, height, width, self.sections)
         visible = torch.cat([prefix.mask, prefix.mask.new_ones(batch, count)], 1)
         mask = torch.zeros(visible.shape, dtype=tokens.dtype, device=tokens.device)
         mask = mask.masked_fill(~visible, torch.finfo(tokens.dtype).min)[:, None, None].expand(
@@ -92,3 +103,56 @@ class GenerationExpert(nn.Module):
             use_cache=False,
         ).last_hidden_state
         return self.outward(hidden).unflatten(1, (height, width))
+
+
+def image_positions(start: Tensor, height: int, width: int, sections: bool) -> Tensor:
+    """Rotary positions of image tokens that follow prompts.
+
+    Args:
+        start: the first free position of each prompt, [B].
+        height, width: of the grid.
+        sections: the decoder has M-RoPE (arXiv 2409.12191), which takes time, row and column apart.
+
+    Returns:
+        [B, h * w], or [3, B, h * w] with sections.
+    """
+    order = torch.arange(height * width, device=start.device)
+    if not sections:
+        return start[:, None] + order
+    places = torch.stack([torch.zeros_like(order), order // width, order % width])
+    return start[None, :, None] + places[:, None]
+
+
+def fresh_decoder(decoder: nn.Module, width: int | None, mlp: int | None) -> nn.Module:
+    """A decoder of the same class with new weights, no vocabulary and, if given, other widths.
+
+    Raises:
+        VugenError: its class cannot be built at these widths.
+    """
+    config = copy.deepcopy(decoder.config)
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    config.vocab_size, config.pad_token_id = 1, None
+    config.head_dim, config.hidden_size = head, width or config.hidden_size
+    config.intermediate_size = mlp or config.intermediate_size
+    try:
+        slim = type(decoder)(config)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise VugenError(
+            f"a slim expert of width {width} does not fit {type(decoder).__name__}: {error}"
+        ) from error
+    slim.set_input_embeddings(nn.Identity())
+    for attention in slim.modules():
+        # Some attention layers take the head size from the width, whatever the config says.
+        if hasattr(attention, "q_proj") and getattr(attention, "head_dim", head) != head:
+            attention.head_dim, attention.scaling = head, head**-0.5
+            for name, projection in list(attention.named_children()):
+                if isinstance(projection, nn.Linear):
+                    size = head * (heads if name in ("q_proj", "o_proj") else config.num_key_value_heads)
+                    inward, outward = (
+                        (size, config.hidden_size) if name == "o_proj" else (config.hidden_size, size)
+                    )
+                    fitted = nn.Linear(inward, outward, bias=projection.bias is not None)
+                    nn.init.normal_(fitted.weight, std=config.initializer_range)
+                    setattr(attention, name, fitted)
+    return slim

@@ -4,19 +4,19 @@ Nothing here changes a weight: parameters do not require gradients and every pas
 """
 
 import hashlib
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vugen_cli.errors import VugenError
-
-PROJECTORS = ("multi_modal_projector", "connector", "visual.merger")
+from vugen_cli.recipe import Recipe, parse_recipe
+from vugen_cli.vlm.latents import find_projector, read_latents, to_grid, vision_inputs
 
 
 @dataclass
@@ -58,60 +58,91 @@ class FrozenVLM:
     Attributes:
         name: as the user gave it; stored in checkpoints.
         model, processor: the transformers objects.
+        decoder: the language model's stack of layers.
         fingerprint: a hash over the names, shapes and values of the weights.
     """
 
-    def __init__(self, name: str, model: Any, processor: Any):
+    def __init__(self, name: str, model: Any, processor: Any, recipe: Recipe | None = None):
         self.name, self.model, self.processor = name, model.eval().requires_grad_(False), processor
+        self.recipe = recipe or Recipe()
         self.projector = find_projector(model)
-        self.decoder: nn.Module = model.get_decoder()
+        self.decoder: nn.Module = model.get_decoder().base_model  # without a vocabulary head
         self.device: torch.device = next(model.parameters()).device
         self.fingerprint = fingerprint(model)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """z, what the model's own projector reads.
+        """z: what the model's own projector reads, or gives if the recipe says `latents: projector`.
 
         Args:
             images: uint8 or float in [0, 1], [B, 3, H, W].
 
         Returns:
             float32 [B, h, w, d].
+
+        Raises:
+            VugenError: the vision side cannot be used, or not at the recipe's `vlm_size`.
         """
         if images.dtype != torch.uint8:
             images = (images * 255).round().clamp(0, 255).to(torch.uint8)
-        inputs = self.processor.image_processor(images=list(images.to(self.device)), return_tensors="pt")
-        with projector_inputs(self.projector) as seen:
-            self.model.get_image_features(
-                pixel_values=inputs["pixel_values"].to(self.device, self.model.dtype)
-            )
-        z = seen[0].float()
-        side = math.isqrt(z.shape[1])
-        if side * side != z.shape[1]:
-            raise VugenError(f"{self.name} gives {z.shape[1]} image tokens, which is not a square grid")
-        return z.unflatten(1, (side, side))
+        size = self.recipe.vlm_size
+        try:
+            inputs = vision_inputs(self.processor.image_processor, images.to(self.device), size)
+            inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            tokens = read_latents(self.model, self.projector, inputs, self.recipe.latents, size is not None)
+        except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
+            where = f" at {size} px (recipe key vlm_size)" if size else ""
+            raise VugenError(f"{self.name} cannot read images{where}: {_first_line(error)}") from error
+        return to_grid(tokens, inputs, len(images), self.model).float()
 
     def prompt_text(self, prompt: str) -> str:
-        """The prompt as the model's chat template puts it."""
-        message = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
-        return self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        """The prompt in the recipe's instruction and the model's chat template, if it has one."""
+        content = self.recipe.instruction.replace("{prompt}", prompt) if prompt else ""
+        if self._template is None:
+            return content
+        return self._render(content, as_string=self._template == "string")
 
-    def prompt_length(self, prompt: str) -> int:
-        """Tokens of a prompt in the chat template.
+    @cached_property
+    def _template(self) -> str | None:
+        """How the chat template wants a message's content: `string`, `parts`, or None without a template.
+
+        Tried, because nothing says it: a template given the wrong kind loses the text or fails.
+        """
+        if not getattr(self.processor.tokenizer, "chat_template", None):
+            return None
+        marker = "a bear in a forest"
+        for kind in ("string", "parts"):
+            try:
+                text = self._render(marker, as_string=kind == "string")
+            except Exception:  # whatever a template raises by itself, `TemplateError` or any Python error
+                continue
+            if marker in text and "'text'" not in text:
+                return kind
+        raise VugenError(f"the chat template of {self.name} takes no text message: remove it or mend it")
+
+    def _render(self, content: str, as_string: bool) -> str:
+        parts: Any = content if as_string else [{"type": "text", "text": content}]
+        return self.processor.tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+        )
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, never none.
 
         Raises:
             VugenError: more than the model has positions for.
         """
-        length = len(
-            self.processor.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"]
-        )
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(self.prompt_text(prompt), add_special_tokens=self._template is None)["input_ids"]
         longest = getattr(self.decoder.config, "max_position_embeddings", None)
-        if longest and length > longest // 2:
+        if longest and len(ids) > longest // 2:
             raise VugenError(
-                f"a prompt of {length} tokens is too long for {self.name}, which reads {longest // 2} beside "
-                f"an image: shorten it ({prompt[:40]}...)"
+                f"a prompt of {len(ids)} tokens is too long for {self.name}, which reads {longest // 2} "
+                f"beside an image: shorten it ({prompt[:40]}...)"
             )
-        return length
+        # A model without a template or a start token would give the image nothing to attend to.
+        return ids or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
 
     @torch.no_grad()
     def prefix(self, prompts: list[str], length: int | None = None) -> Prefix:
@@ -120,72 +151,76 @@ class FrozenVLM:
         Args:
             prompts: texts, put into the chat template.
             length: pad to this many tokens; default the longest of the prompts.
+
+        Raises:
+            VugenError: a prompt is too long, or the decoder has layers without keys and values.
         """
         from transformers import DynamicCache
 
-        inputs = self.processor.tokenizer(
-            [self.prompt_text(p) for p in prompts],
-            add_special_tokens=False,
-            padding="max_length" if length else True,
-            max_length=length,
-            return_tensors="pt",
-        ).to(self.device)
-        mask = inputs["attention_mask"].bool()
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        rows = [self.tokens(prompt) for prompt in prompts]
+        length = length or max(map(len, rows))
+        # Padded on the right whatever the tokenizer is set to: positions are then those of each prompt alone.
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        visible = mask.long()
+        if getattr(self.decoder.config, "use_bidirectional_attention", False):
+            # PaliGemma reads its prompt both ways; left to itself, transformers does so only without padding.
+            visible = torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device)
+            visible = visible.masked_fill(~mask, torch.finfo(visible.dtype).min)[:, None, None]
+            visible = visible.expand(-1, -1, length, -1)
         cache = DynamicCache()  # no config: sliding-window layers must keep the whole prompt too
         self.decoder(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            position_ids=positions,
+            input_ids=ids,
+            attention_mask=visible,
+            position_ids=torch.arange(length, device=self.device).expand(len(rows), -1),
             past_key_values=cache,
             use_cache=True,
         )
-        return Prefix([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], mask)
+        layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+        if len(layers) != self.decoder.config.num_hidden_layers:
+            raise VugenError(
+                f"{self.name} cannot be used: {self.decoder.config.num_hidden_layers - len(layers)} of its "
+                f"{self.decoder.config.num_hidden_layers} decoder layers keep no keys and values of their own"
+            )
+        return Prefix([layer.keys for layer in layers], [layer.values for layer in layers], mask)
 
-    def check(self, card: dict[str, Any], checkpoint: str | Path) -> None:
-        """Refuse a checkpoint that was trained on another VLM.
+    def check(self, card: dict[str, Any], checkpoint: str | Path, allow: bool = False) -> None:
+        """Refuse a checkpoint that was trained on another VLM, unless that is allowed.
 
         Raises:
             VugenError: the fingerprints differ; names both models.
         """
         trained = card["vlm"]
-        if trained["fingerprint"] != self.fingerprint:
+        if trained["fingerprint"] != self.fingerprint and not allow:
             raise VugenError(
                 f"{checkpoint} was trained on the VLM {trained['name']} ({trained['fingerprint'][:12]}), "
-                f"but this is {self.name} ({self.fingerprint[:12]}): pass the right one with --vlm"
+                f"but this is {self.name} ({self.fingerprint[:12]}): pass the right one with --vlm, or "
+                "--allow-vlm-mismatch if you know that it fits"
             )
 
 
-@contextmanager
-def projector_inputs(projector: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what a model's projector is given while the context lasts."""
-    seen: list[Tensor] = []
-    handle = projector.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def find_projector(model: Any) -> nn.Module:
-    """The module between the vision tower and the language model.
-
-    Raises:
-        VugenError: the model has none of the known names.
-    """
-    for name, module in model.named_modules():
-        if name.endswith(PROJECTORS):
-            return module
-    raise VugenError(f"{type(model).__name__} has no vision projector (looked for {', '.join(PROJECTORS)})")
-
-
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over every weight's name, shape and values, as float32 whatever the loading dtype."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """SHA-256 over every weight's name, shape and value.
+
+    Values are rounded to bfloat16 first, so that a model has one fingerprint whatever precision it is loaded
+    in; tensors are hashed in parallel threads.
+    """
+
+    def digest(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        tensor = tensor.detach()
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.bfloat16)
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+        return hashlib.sha256(
+            f"{name} {tuple(item[1].shape)}".encode() + hashlib.sha256(data).digest()
+        ).digest()
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(digest, sorted(model.state_dict().items())))).hexdigest()
 
 
 def bundle(name: str) -> Path:
@@ -193,12 +228,14 @@ def bundle(name: str) -> Path:
     return Path(__file__).parent.parent / "bundles" / "nano" / name
 
 
-def load_vlm(name: str, device: torch.device | str | None = None) -> FrozenVLM:
+def load_vlm(name: str, device: torch.device | str | None = None, recipe: Recipe | None = None) -> FrozenVLM:
     """Load a VLM and freeze it.
 
     Args:
         name: `nano` (bundled), a Hugging Face directory, or a hub id.
         device: where to put it; default the CPU.
+        recipe: says how the VLM is used (`latents`, `vlm_size`, `vlm_dtype`, `instruction`); default the
+            defaults of those keys.
 
     Raises:
         VugenError: there is no such directory, the hub cannot be reached, or it is not a usable VLM.
@@ -210,21 +247,68 @@ def load_vlm(name: str, device: torch.device | str | None = None) -> FrozenVLM:
     if local and not (path / "config.json").is_file():
         raise VugenError(f"{path} has no config.json: it is not a Hugging Face model directory")
     local = local or not reach_hub(name)
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     source = str(path) if path.is_dir() else name
+    recipe = recipe or Recipe()
     try:
-        processor = AutoProcessor.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        processor = _load_processor(source, local)
         model = AutoModelForImageTextToText.from_pretrained(
-            source, local_files_only=local, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            source,
+            local_files_only=local,
+            dtype=getattr(torch, recipe.vlm_dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # a foreign directory can fail in as many ways as there are model classes
         raise VugenError(
             f"{name} could not be loaded as a vision-language model: {_first_line(error)}"
         ) from error
-    return FrozenVLM(name, model.to(device or "cpu"), processor)
+    return FrozenVLM(name, model.to(device or "cpu"), processor, recipe)
+
+
+def vlm_of(
+    card: dict[str, Any],
+    checkpoint: str | Path,
+    vlm: str | None = None,
+    device: torch.device | str | None = None,
+    allow_mismatch: bool = False,
+) -> FrozenVLM:
+    """The VLM that a checkpoint was trained on, used as its recipe says.
+
+    Args:
+        card: of the checkpoint.
+        checkpoint: named in messages.
+        vlm: where the VLM is now, if not where the card says.
+        device: where to put it; default the CPU.
+        allow_mismatch: take a VLM of other weights.
+
+    Raises:
+        VugenError: it cannot be loaded, or has other weights.
+    """
+    frozen = load_vlm(vlm or card["vlm"]["name"], device, parse_recipe(card["recipe"], str(checkpoint)))
+    frozen.check(card, checkpoint, allow_mismatch)
+    return frozen
+
+
+def _load_processor(source: str, local: bool) -> Any:
+    """The model's processor, or just its two parts that the method needs if the whole cannot be had.
+
+    Some processors ask for packages that only their video side uses.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    options = {"local_files_only": local, "trust_remote_code": False}
+    try:
+        return AutoProcessor.from_pretrained(source, **options)
+    except Exception as error:  # as many kinds as there are processors; the parts say what is really missing
+        return SimpleNamespace(
+            missing=_first_line(error),
+            image_processor=AutoImageProcessor.from_pretrained(source, **options),
+            tokenizer=AutoTokenizer.from_pretrained(source, **options),
+        )
 
 
 def reach_hub(name: str, seconds: float = 5.0) -> bool:

@@ -30,7 +30,8 @@ from vugen_cli.engine.loop import Stage, train
 from vugen_cli.errors import VugenError
 from vugen_cli.pictures import save_grid
 from vugen_cli.recipe import NanoVLM, Recipe
-from vugen_cli.vlm.frozen import projector_inputs
+from vugen_cli.vlm.chat import ask
+from vugen_cli.vlm.latents import projector_states
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<image>", "<user>", "<assistant>", "<unk>"]
 DESCRIBE = "describe the picture"
@@ -159,7 +160,7 @@ class NanoTraining(nn.Module):
     def loss(self, batch: Batch, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the pixel, word and (after `vision_steps`) language losses."""
         images = batch.images.float() / 127.5 - 1
-        with projector_inputs(self.model.model.multi_modal_projector) as seen:
+        with projector_states(self.model.model.multi_modal_projector) as seen:
             features = self.model.model.get_image_features(pixel_values=images).pooler_output
         z = seen[0]
         patches = functional.pixel_unshuffle(images, self.sizes.patch).flatten(2).transpose(1, 2)
@@ -329,15 +330,6 @@ def mentions(text: str, words: str) -> bool:
 
 
 @torch.no_grad()
-def ask(model: Any, processor: Any, images: Tensor, question: str, tokens: int = 32) -> list[str]:
-    """Greedy answers to one question about each image (uint8 [B, 3, H, W])."""
-    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    text = processor.apply_chat_template(message, add_generation_prompt=True)
-    inputs = processor(images=list(images), text=[text] * len(images), return_tensors="pt").to(model.device)
-    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
 def save_vlm(model: Any, processor: Any, path: str | Path) -> None:
     """Save as a Hugging Face directory in half precision, replacing an earlier one whole."""
     import copy

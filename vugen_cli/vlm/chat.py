@@ -1,0 +1,46 @@
+"""Asking a VLM about images: what it always could, and still can."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vugen_cli.errors import VugenError
+
+
+def question_inputs(model: Any, processor: Any, images: Tensor, question: str) -> Any:
+    """What the model reads of one question about each of some images.
+
+    Args:
+        model: an image-text-to-text model.
+        processor: its processor.
+        images: uint8 [B, 3, H, W].
+        question: put into the chat template, if there is one.
+
+    Raises:
+        VugenError: the model's processor could not be loaded whole.
+    """
+    if not callable(processor):
+        raise VugenError(f"{type(model).__name__} cannot be asked: {processor.missing}")
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
+        text = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    else:
+        text = f"{getattr(processor, 'image_token', '<image>')}{question}"
+    nested = [[image] for image in images]  # one image a text; some processors tell apart by the nesting
+    inputs = processor(images=nested, text=[text] * len(images), return_tensors="pt")
+    return inputs.to(model.device, model.dtype)
+
+
+@torch.no_grad()
+def ask(model: Any, processor: Any, images: Tensor, question: str, tokens: int = 32) -> list[str]:
+    """Greedy answers to one question about each image.
+
+    Args:
+        model, processor, images, question: see `question_inputs`.
+        tokens: at most this many in an answer.
+    """
+    inputs = question_inputs(model, processor, images, question)
+    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    answers = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
