@@ -243,3 +243,48 @@ def test_chat_asks_the_vlm_of_a_sampler(trained: Path, tmp_path: Path) -> None:
     )
     assert alone.returncode == 0 and beside.stdout == alone.stdout
     assert vugen("chat", "none.png", cwd=tmp_path).stderr.startswith("error: no picture at none.png")
+
+
+def test_understanding_is_shown_to_be_preserved(trained: Path, tmp_path: Path) -> None:
+    import json
+
+    result = vugen("score", "--understanding", "--sampler", trained / "sampler.safetensors", cwd=tmp_path)
+    assert result.returncode == 0 and "preserved, bit for bit" in result.stdout
+    (score,) = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert score["preserved"] and score["logits_that_differ"] == 0 < score["logits_compared"]
+    assert score["weights_before"] == score["weights_after"]
+
+
+def test_a_changed_weight_changes_the_hash_and_the_logits(vlm_path: Path) -> None:
+    from vugen_cli.metrics.understanding import _understand
+
+    before = load_vlm(str(vlm_path))
+    after = load_vlm(str(vlm_path))
+    with torch.no_grad():
+        next(after.decoder.parameters()).view(-1)[:64] += 1
+    images = [torch.zeros(3, 64, 64, dtype=torch.uint8)]
+    assert weight_hash(before.model) != weight_hash(after.model)
+    assert not torch.equal(_understand(before, images)[0][0], _understand(after, images)[0][0])
+
+
+def test_decoders_without_keys_and_values_say_why(tmp_path: Path) -> None:
+    """A hybrid of linear and full attention, as Qwen3.5: there is nothing for the expert to read."""
+    import transformers
+
+    words = families.tokenizer()
+    words.chat_template = families.TEMPLATE
+    text = families.text_config(
+        "Qwen3_5TextConfig",
+        words,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+    )
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    config = transformers.Qwen3_5Config(vision_config=vision, text_config=text.to_dict())
+    path = tmp_path / "hybrid"
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(path)
+    transformers.Qwen2VLImageProcessor().save_pretrained(path)
+    words.save_pretrained(path)
+    with pytest.raises(VugenError, match=r"does not keep keys and values .*linear_attention"):
+        load_vlm(str(path)).prefix(["a bear"])

@@ -26,6 +26,13 @@ def score(
         bool,
         typer.Option("--fid", help="Fréchet distance to the reference; FID if the features are Inception's."),
     ] = False,
+    understanding: Annotated[
+        bool,
+        typer.Option("--understanding", help="Whether the VLM of --sampler still answers bit for bit alike."),
+    ] = False,
+    sampler: Annotated[
+        Path | None, typer.Option(help="The sampler of --understanding.", show_default="the newest one here")
+    ] = None,
     images: Annotated[
         Path | None,
         typer.Option(help="Folder, tar, zip or npz of images.", show_default="the last samples"),
@@ -41,8 +48,12 @@ def score(
         Features, typer.Option(help="The network that sees the images.")
     ] = Features.inception,
     vlm: Annotated[
-        str, typer.Option(help="The VLM of --features vlm: nano, a directory or a hub id.")
-    ] = "nano",
+        str | None,
+        typer.Option(
+            help="The VLM of --features vlm: nano, a directory or a hub id; or where that of --sampler is.",
+            show_default="nano, or the sampler's",
+        ),
+    ] = None,
     inception_weights: Annotated[
         Path | None,
         typer.Option(help="Inception weights, instead of $TORCH_HOME or a download.", show_default=False),
@@ -71,11 +82,14 @@ def score(
         vugen score --fid --images samples --reference data/imagenet --save-stats imagenet.npz
 
         vugen score --fid --images batch.npz --reference VIRTUAL_imagenet256_labeled.npz
+
+        vugen score --understanding --sampler sampler.safetensors
     """
+    if understanding:
+        _print_understanding(_understanding(sampler, images, count or 4, vlm, device), out)
+        return
     if not fid:
-        raise VugenError(
-            "no metric was asked for: add --fid (the Fréchet distance, the one metric there is so far)."
-        )
+        raise VugenError("no metric was asked for: add --fid (the Fréchet distance) or --understanding.")
     if save_stats is not None and save_stats.suffix != ".npz":
         raise VugenError(f"--save-stats {save_stats}: statistics are written as .npz.")
 
@@ -88,13 +102,53 @@ def score(
         typer.echo(f"Scoring the last samples, {images}.")
     if reference is None:
         reference = recorded_reference(images)
-    extractor = load_extractor(features, vlm, inception_weights, pick_device(device))
+    extractor = load_extractor(features, vlm or "nano", inception_weights, pick_device(device))
     result = score_sets(
         images, reference, extractor, count=count, batch_size=batch_size, save_stats=save_stats
     )
     _print_table([result])  # before it is written: an unwritable file should not cost an hour's result
     write_json(out, {"scores": [result]})
     typer.echo(f"Written to {out}.")
+
+
+def _understanding(
+    sampler: Path | None, images: Path | None, count: int, vlm: str | None, device: str | None
+) -> dict[str, Any]:
+    """The VLM's answers without and with the sampler, on the given images or on held-out scenes."""
+    import numpy as np
+    import torch
+
+    from vugen_cli.data.openmoji import OpenMojiScenes
+    from vugen_cli.engine.draw import pick_sampler
+    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.metrics.image_sets import batches, open_images
+    from vugen_cli.metrics.understanding import score_understanding
+
+    if images is None:
+        scenes = OpenMojiScenes(count, "val", 64)
+        pixels = [np.asarray(scenes[i].image).transpose(2, 0, 1) for i in range(count)]
+    else:
+        pixels = [image for chunk in batches(open_images(images, limit=count), 8) for image in chunk]
+    tensors = [torch.from_numpy(np.ascontiguousarray(image)) for image in pixels]
+    return score_understanding(pick_sampler(sampler), tensors, vlm, pick_device(device))
+
+
+def _print_understanding(result: dict[str, Any], out: Path) -> None:
+    from vugen_cli.files import write_json
+
+    verdict = "preserved, bit for bit" if result["preserved"] else "CHANGED"
+    typer.echo(f"understanding of {result['vlm']} with {result['sampler']}: {verdict}")
+    same = "equal" if result["weights_before"] == result["weights_after"] else "DIFFERENT"
+    typer.echo(f"  weights   {same} (sha256 {result['weights_before'][:16]})")
+    typer.echo(f"  logits    {result['logits_that_differ']} of {result['logits_compared']} differ")
+    for question, answers in zip(result["questions"], result["answers_after"], strict=True):
+        typer.echo(f"  asked     {question}\n  answered  {answers[0]}")
+    write_json(out, {"scores": [result]})
+    typer.echo(f"Written to {out}.")
+    if not result["preserved"]:
+        raise VugenError(
+            f"{result['vlm']} does not answer as it did: its weights were changed on disk or here"
+        )
 
 
 def load_extractor(

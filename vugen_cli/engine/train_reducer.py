@@ -68,6 +68,7 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     size = recipe.decoder.image_size or images.size
     vlm = load_vlm(recipe.vlm, device, recipe)
     first, _ = next(images.in_order(1))
+    vlm.prefix([""])  # stage 2 needs it: a VLM that has none must not cost hours first
     _, height, width, channels = vlm.encode(torch.from_numpy(first).permute(2, 0, 1)[None]).shape
     torch.manual_seed(recipe.seed)
     module = Autoencoder(recipe, channels).to(device)

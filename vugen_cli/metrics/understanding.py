@@ -16,7 +16,7 @@ QUESTIONS = ("describe the picture", "what is in the picture?", "where is it?")
 
 def score_understanding(
     sampler: Path,
-    images: Tensor,
+    images: list[Tensor],
     vlm: str | None = None,
     device: torch.device | str = "cpu",
     allow_vlm_mismatch: bool = False,
@@ -25,7 +25,7 @@ def score_understanding(
 
     Args:
         sampler: checkpoint of `vugen train-sampler`.
-        images: uint8 [B, 3, H, W].
+        images: uint8 [3, H, W] each.
         vlm: where the VLM is now, if not where the sampler's card says.
         device: where to run.
         allow_vlm_mismatch: take a VLM of other weights than the sampler was trained on.
@@ -68,7 +68,7 @@ def score_understanding(
 
 
 @torch.no_grad()
-def _understand(vlm: FrozenVLM, images: Tensor) -> tuple[list[Tensor], list[list[str]]]:
+def _understand(vlm: FrozenVLM, images: list[Tensor]) -> tuple[list[Tensor], list[list[str]]]:
     """Logits and greedy answers, for each question about each image."""
     logits, answers = [], []
     for question in QUESTIONS:

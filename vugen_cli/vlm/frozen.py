@@ -18,6 +18,8 @@ from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe, parse_recipe
 from vugen_cli.vlm.latents import find_projector, read_latents, to_grid, vision_inputs
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values
+
 
 @dataclass
 class Prefix:
@@ -172,13 +174,20 @@ class FrozenVLM:
             visible = visible.masked_fill(~mask, torch.finfo(visible.dtype).min)[:, None, None]
             visible = visible.expand(-1, -1, length, -1)
         cache = DynamicCache()  # no config: sliding-window layers must keep the whole prompt too
-        self.decoder(
-            input_ids=ids,
-            attention_mask=visible,
-            position_ids=torch.arange(length, device=self.device).expand(len(rows), -1),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        try:
+            self.decoder(
+                input_ids=ids,
+                attention_mask=visible,
+                position_ids=torch.arange(length, device=self.device).expand(len(rows), -1),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            kinds = set(getattr(self.decoder.config, "layer_types", None) or []) - ATTENTION
+            why = f"layers of {', '.join(sorted(kinds))}" if kinds else _first_line(error)
+            raise VugenError(
+                f"{self.name} cannot be used: its decoder does not keep keys and values of a prompt ({why})"
+            ) from error
         layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
         if len(layers) != self.decoder.config.num_hidden_layers:
             raise VugenError(

@@ -106,7 +106,11 @@ def read_latents(
         latents: `encoder` (before the projector) or `projector` (after it).
         any_size: interpolate position embeddings, for towers that can.
     """
-    read = getattr(model, "get_image_features", None) or model.model.get_image_features
+    read = getattr(model.base_model, "get_image_features", None) or getattr(model, "get_image_features", None)
+    if read is None:
+        raise VugenError(
+            f"{type(model).__name__} cannot be used: it does not give image features by themselves"
+        )
     accepted = inspect.signature(read).parameters
     arguments: dict[str, Any] = {key: value for key, value in inputs.items() if key in accepted}
     if any_size and _interpolates(model):
@@ -118,6 +122,8 @@ def read_latents(
             # What a family does with several views after the projector is not our concern.
             if not seen:
                 raise
+    if len(seen) == len(inputs["pixel_values"]):  # projected one image after the other
+        return torch.cat([state.reshape(-1, state.shape[-1]) for state in seen])
     return seen[0]
 
 
@@ -141,6 +147,8 @@ def to_grid(tokens: Tensor, inputs: dict[str, Tensor], batch: int, model: Any) -
     vision = getattr(model.config, "vision_config", None)
     if "image_grid_thw" in inputs:
         height, width = map(int, inputs["image_grid_thw"][0, 1:])
+    elif "spatial_shapes" in inputs:
+        height, width = map(int, inputs["spatial_shapes"][0])
     else:
         patch = _patch_size(model, vision)
         size = inputs["image_sizes"][0].tolist() if "image_sizes" in inputs else None
