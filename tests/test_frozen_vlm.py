@@ -96,6 +96,4 @@ def test_an_unreachable_hub_id_fails_within_seconds(
     result = vugen("train-reducer", "--vlm", "nobody/nothing", "--data", scenes, cwd=tmp_path)
     assert result.returncode == 1
     assert "hub cannot be reached" in result.stderr and len(result.stderr.strip().splitlines()) == 1
-    assert (
-        time.perf_counter() - started < 25
-    )  # the wait itself is 5 s; the rest is importing on a busy machine
+    assert time.perf_counter() - started < 60  # 5 s of waiting; the rest is importing on a busy machine

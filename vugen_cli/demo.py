@@ -35,18 +35,18 @@ PROMPTS = [
 PER_PROMPT = 12  # images of each prompt that are scored
 # Sized for about six minutes on two CPU cores; the full recipe trains many times longer.
 SETTINGS = [
-    "train_reducer.steps=300",
+    "train_reducer.steps=260",
     "train_reducer.batch_size=16",
     "train_reducer.ema=0.98",
-    "train_sampler.steps=360",
+    "train_sampler.steps=320",
     "train_sampler.batch_size=16",
     "train_sampler.ema=0.98",
     "train_reducer.warmup=30",
     "train_sampler.warmup=30",
-    "train_reducer.checkpoint_every=150",
-    "train_sampler.checkpoint_every=150",
-    "train_reducer.preview_every=150",
-    "train_sampler.preview_every=180",
+    "train_reducer.checkpoint_every=130",
+    "train_sampler.checkpoint_every=130",
+    "train_reducer.preview_every=130",
+    "train_sampler.preview_every=160",
     "sampling.steps=10",
 ]
 
