@@ -17,7 +17,8 @@ from vugen_cli.data.openmoji import evaluation_prompts
 from vugen_cli.engine.draw import draw
 from vugen_cli.engine.reconstruct import reconstruct
 from vugen_cli.engine.sampling import load_sampler
-from vugen_cli.metrics.frechet import score_sets, vlm_extractor
+from vugen_cli.metrics.encoders import vlm_extractor
+from vugen_cli.metrics.scores import score_sets
 from vugen_cli.vlm.nano import DESCRIBE, ask, caption_accuracy, mentions
 
 
@@ -46,7 +47,7 @@ def main() -> None:
         options.data,
         vlm_extractor(sampler.vlm, torch.device("cpu")),
         count=len(prompts),
-    )["value"]
+    )["scores"][0]["value"]
     print(json.dumps(scores, indent=1))
 
 

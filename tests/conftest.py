@@ -24,6 +24,12 @@ TINY = NanoVLM(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test, and no command that a test runs, reads or fills the user's cache."""
+    os.environ["VUGEN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set: 96 training scenes in four shards and 24 held-out ones."""

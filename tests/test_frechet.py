@@ -15,6 +15,7 @@ from vugen_cli.metrics.frechet import (
     Moments,
     Statistics,
     frechet_distance,
+    frechet_standard_error,
     load_statistics,
     save_statistics,
 )
@@ -158,6 +159,17 @@ def test_ill_conditioned_covariances_are_exact(decay):
     assert value == pytest.approx(exact_distance(x, y), rel=1e-8)
 
 
+def test_the_standard_error_is_honest():
+    """The jackknife's error, found in one pair of sets, is near the spread over many pairs."""
+    values, errors = [], []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        a, b = rng.standard_normal((200, 6)), rng.exponential(1.2, (150, 6))
+        values.append(frechet_distance(Moments(a), Moments(b)))
+        errors.append(frechet_standard_error(a, b))
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.35)
+
+
 def test_zero_covariance():
     point = Statistics(np.zeros(3), np.zeros((3, 3)))
     assert frechet_distance(point, Statistics(np.ones(3), np.eye(3))) == pytest.approx(6)
@@ -207,6 +219,13 @@ def test_statistics_of_others_are_read(tmp_path):
         assert np.array_equal(read.mean, mu) and np.array_equal(read.covariance, sigma)
         assert read.mean.dtype == read.covariance.dtype == np.float64
         assert (read.n, read.label, read.identity) == (None, None, {})
+    spatial = load_statistics(tmp_path / "adm.npz", spatial=True)
+    assert np.array_equal(spatial.mean, np.zeros(2)) and np.array_equal(spatial.covariance, np.eye(2))
+    with pytest.raises(VugenError, match="expected the arrays mu_s and sigma_s"):
+        load_statistics(tmp_path / "pytorch_fid.npz", spatial=True)
+    save_statistics(tmp_path / "both.npz", Statistics(mu, sigma, 9), spatial)
+    again = load_statistics(tmp_path / "both.npz", spatial=True)
+    assert np.array_equal(again.covariance, np.eye(2)) and again.n == 9
 
 
 class Exploit:

@@ -45,7 +45,7 @@ def write_tar(path, members):
 
 def write_dataset(path, splits):
     path.mkdir()
-    manifest = {"splits": {}}
+    manifest = {"size": 24, "splits": {}}
     for split, shards in splits.items():
         entries = []
         for index, rows in enumerate(shards):
@@ -131,7 +131,7 @@ def test_prepared_data_set(tmp_path):
     assert images.describe()["split"] == "val"
     assert_rows(open_images(data, split="train"), [0, 1, 2])
     assert_rows(open_images(data, limit=2, split="train"), [0, 1])
-    with pytest.raises(VugenError, match="no split 'test'"):
+    with pytest.raises(VugenError, match="no test split"):
         open_images(data, split="test")
     only_train = write_dataset(tmp_path / "other", {"train": [[0]]})
     assert open_images(only_train).split == "train"
@@ -173,10 +173,10 @@ def test_truncated_tar_ends_the_run(tmp_path):
     write_tar(tmp_path / "a.tar", [("0.png", png(PIXELS[0])), ("1.png", png(big))])
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[:6000])
-    with pytest.raises(VugenError, match=r"a\.tar is truncated"):
+    with pytest.raises(VugenError, match=r"a\.tar is cut short"):
         list(open_images(tmp_path / "a.tar"))
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(VugenError, match=r"a\.tar is truncated or not a tar"):
+    with pytest.raises(VugenError, match=r"a\.tar is not a whole, uncompressed tar"):
         list(open_images(tmp_path / "a.tar"))
 
 
@@ -297,16 +297,35 @@ def test_missing_empty_and_foreign_paths(tmp_path):
 def test_batches_group_by_size_and_stay_bounded(tmp_path):
     sizes = [(16 + i % 7, 16) for i in range(60)]
     np.savez(tmp_path / "a.npz", PIXELS)
-    assert [len(batch) for batch in batches(open_images(tmp_path / "a.npz"), 2)] == [2, 2, 1]
+    assert [len(batch) for _, batch in batches(open_images(tmp_path / "a.npz"), 2)] == [2, 2, 1]
     folder = tmp_path / "mixed"
     folder.mkdir()
     for index, size in enumerate(sizes):
         (folder / f"{index:02d}.png").write_bytes(png(np.full((*size, 3), index, np.uint8)))
     seen = []
-    for batch in batches(open_images(folder), 4):
+    for positions, batch in batches(open_images(folder), 4):
         assert batch.ndim == 4 and batch.shape[1] == 3 and 1 <= len(batch) <= 4
-        seen += [int(image[0, 0, 0]) for image in batch]
-    assert sorted(seen) == list(range(60))
+        assert [int(image[0, 0, 0]) for image in batch] == positions
+        seen += positions
+    assert sorted(seen) == list(range(60)) != seen
+
+
+def test_the_digest_is_of_names_and_bytes(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(png(PIXELS[0]))
+    (folder / "1.png").write_bytes(b"no image")
+    images = open_images(folder)
+    first = images.digest()
+    assert images.digest() == first and images.count == 0  # nothing is decoded
+    moved = folder.rename(tmp_path / "b")
+    assert open_images(moved).digest() == first
+    assert open_images(moved, limit=1).digest() != first
+    (moved / "1.png").write_bytes(b"no imagE")
+    assert open_images(moved).digest() != first
+    np.savez(tmp_path / "wide.npz", np.zeros((1, 16, 32, 3), np.uint8))
+    np.savez(tmp_path / "tall.npz", np.zeros((1, 32, 16, 3), np.uint8))
+    assert open_images(tmp_path / "wide.npz").digest() != open_images(tmp_path / "tall.npz").digest()
 
 
 def test_reading_stops_cleanly(tmp_path):

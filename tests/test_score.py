@@ -1,6 +1,7 @@
 """`vugen score`: FID against torch-fidelity, what a score records, and every way it can be asked wrongly."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import socket
@@ -17,12 +18,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vugen_cli.commands import score as score_command
-from vugen_cli.commands.score import newest_samples, recorded_reference, score
+from vugen_cli.commands.score import newest_samples, recorded_reference, recorded_vlm, score
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics import inception
-from vugen_cli.metrics.frechet import Extractor, load_statistics, score_sets, vlm_extractor
+from vugen_cli.metrics.encoders import vlm_extractor
+from vugen_cli.metrics.features import Extractor
+from vugen_cli.metrics.frechet import load_statistics
 from vugen_cli.metrics.inception import find_weights, inception_extractor
+from vugen_cli.metrics.scores import score_sets
 from vugen_cli.torchvision_repair import repair_torchvision
+
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "score.py"
 
 app = typer.Typer()
 app.command()(score)
@@ -30,30 +36,11 @@ app.command()(score)
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A seeded random state dict of the FID network, He-initialised so that features do not vanish."""
-    repair_torchvision()
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    # Built on the meta device: the constructor's loading has nothing to copy into.
-    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        patch.setattr(torch, "load", lambda *_, **__: {})
-        network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, tensor in network.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            state[name] = torch.zeros((), dtype=torch.long)
-        elif name.endswith((".bias", "running_mean")):
-            state[name] = torch.zeros(tensor.shape)
-        elif tensor.ndim > 1:
-            fan_in = tensor[0].numel()
-            state[name] = torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5
-        else:
-            state[name] = torch.ones(tensor.shape)
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(state, path)
-    return path
+    """A seeded random state dict of the FID network, the benchmark's."""
+    spec = importlib.util.spec_from_file_location("benchmark", BENCHMARK)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark.random_weights(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
 def write_images(folder, n, seed, size=(40, 32)):
@@ -72,7 +59,8 @@ def write_images(folder, n, seed, size=(40, 32)):
 def channel_means(images):
     """Four cheap features of an image; stands in where the network does not matter."""
     x = images.double()
-    return torch.stack([*x.mean(dim=(2, 3)).T, x.std(dim=(1, 2, 3))], dim=1)
+    features = torch.stack([*x.mean(dim=(2, 3)).T, x.std(dim=(1, 2, 3))], dim=1)
+    return {"features": features, "logits": features / 20, "spatial": features[:, :3]}
 
 
 def tiny_extractor(name="inception", label="channel means", sha="00"):
@@ -84,8 +72,8 @@ def tiny(monkeypatch):
     """Let the command use the tiny extractor, whatever it is asked for; yields what it was asked."""
     asked = []
 
-    def load_extractor(features, vlm, inception_weights, device):
-        asked.append((features.value, vlm, inception_weights, device.type))
+    def load_extractor(features, vlm, clip, dinov2, inception_weights, images, device):
+        asked.append((features, vlm, clip, dinov2, inception_weights, images, device.type))
         return tiny_extractor("vlm" if features == "vlm" else "inception")
 
     monkeypatch.setattr(score_command, "load_extractor", load_extractor)
@@ -110,13 +98,23 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def by_name(report):
+    return {entry["metric"]: entry for entry in report["scores"]}
+
+
+def frechet(*arguments, **options):
+    (entry,) = score_sets(*arguments, progress=False, **options)["scores"]
+    return entry["value"]
+
+
 @pytest.mark.slow
-def test_fid_agrees_with_torch_fidelity(tmp_path, weights, monkeypatch, one_thread):
+def test_features_and_fid_agree_with_torch_fidelity(tmp_path, weights, monkeypatch, one_thread):
     a, b = write_images(tmp_path / "a", 5, 1), write_images(tmp_path / "b", 5, 2)
     extractor = inception_extractor(weights, "cpu")
-    result = score_sets(a, b, extractor, batch_size=5, progress=False)
+    report = score_sets(a, b, extractor, ["fid"], batch_size=5, progress=False)
     repair_torchvision()
     from torch_fidelity import calculate_metrics
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     # The same LAPACK routine, but of torch, whose threads can be limited.
     monkeypatch.setattr(np.linalg, "eigvals", lambda m: torch.linalg.eigvals(torch.from_numpy(m)).numpy())
@@ -133,12 +131,25 @@ def test_fid_agrees_with_torch_fidelity(tmp_path, weights, monkeypatch, one_thre
         batch_size=4,
     )["frechet_inception_distance"]
     assert theirs > 1e-3
-    assert result["value"] == pytest.approx(theirs, rel=1e-4)
-    assert result["metric"] == "fid" and result["name"] == "FID"
-    assert result["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert "not the standard file" in result["warning"] and "5 images" in result["warning"]
-    features = extractor.features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    assert features.shape == (1, 2048) and features.dtype == torch.float32
+    (entry,) = report["scores"]
+    assert entry["value"] == pytest.approx(theirs, rel=1e-4)
+    assert entry["metric"] == "fid" and entry["name"] == "FID"
+    assert report["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert "not the standard file" in report["warning"] and "5 images" in entry["warning"]
+
+    names = ["2048", "logits_unbiased"]
+    network = FeatureExtractorInceptionV3("x", names, feature_extractor_weights_path=str(weights))
+    seen = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    images = torch.randint(0, 256, (2, 3, 40, 30), dtype=torch.uint8)
+    pool, logits = network(images)
+    ours = extractor.features(images)
+    for value, expected in ((ours["features"], pool), (ours["logits"], logits)):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    # ADM's evaluator flattens TensorFlow's [B, 17, 17, 192] after taking seven channels.
+    spatial = seen[0].movedim(1, -1)[..., :7].reshape(2, 2023)
+    torch.testing.assert_close(ours["spatial"], spatial, rtol=1e-4, atol=1e-5 * float(spatial.max()))
 
 
 class Exploit:
@@ -198,60 +209,91 @@ def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
 def test_identical_sets_score_zero_and_a_score_says_how(tmp_path):
     a = write_images(tmp_path / "a", 12, 1)
     (a / "zz_broken.png").write_bytes(b"nothing")
-    result = score_sets(a, a, tiny_extractor(), progress=False)
-    assert result["value"] == pytest.approx(0, abs=1e-6)
-    assert result["warning"] is None
-    assert result["images"]["count"] == 12 and result["images"]["path"] == str(a)
-    assert len(result["images"]["bad"]) == 1 and "zz_broken.png" in result["images"]["bad"][0]
-    assert result["features"] == "channel means" and result["resize"] == "none"
-    assert result["versions"]["torch"] == torch.__version__
-    json.dumps(result)
+    report = score_sets(a, a, tiny_extractor(), ["fid", "kid", "is", "sfid", "pr", "dc"], progress=False)
+    scores = by_name(report)
+    assert list(scores) == ["fid", "kid", "is", "sfid", "precision", "recall", "density", "coverage"]
+    assert scores["fid"]["value"] == pytest.approx(0, abs=1e-6)
+    assert scores["sfid"]["value"] == pytest.approx(0, abs=1e-6)
+    for metric in ("precision", "recall", "density", "coverage"):
+        assert scores[metric]["value"] == pytest.approx(1)
+    low, high = scores["kid"]["interval"]
+    assert low < 0 < high and scores["kid"]["parameters"]["subset_size"] == 6
+    assert report["warning"] is None and scores["fid"]["warning"] is None
+    for role in ("images", "reference"):
+        assert report[role]["count"] == 12 and report[role]["path"] == str(a)
+        assert len(report[role]["bad"]) == 1 and "zz_broken.png" in report[role]["bad"][0]
+    assert report["features"] == "channel means" and report["resize"] == "none"
+    assert report["versions"]["torch"] == torch.__version__
+    json.dumps(report)
 
 
 def test_batch_size_and_container_do_not_matter(tmp_path):
     a, b = write_images(tmp_path / "a", 12, 1), write_images(tmp_path / "b", 9, 2)
-    expected = score_sets(a, b, tiny_extractor(), progress=False)["value"]
+    expected = frechet(a, b, tiny_extractor())
     assert expected > 1
-    value = score_sets(a, b, tiny_extractor(), batch_size=1, progress=False)["value"]
-    assert value == pytest.approx(expected, rel=1e-9)
+    assert frechet(a, b, tiny_extractor(), batch_size=1) == pytest.approx(expected, rel=1e-9)
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(a.iterdir())])
     np.savez(tmp_path / "a.npz", pixels)
-    assert score_sets(tmp_path / "a.npz", b, tiny_extractor(), progress=False)["value"] == expected
-    assert score_sets(a, b, tiny_extractor(), count=5, progress=False)["images"]["count"] == 5
+    assert frechet(tmp_path / "a.npz", b, tiny_extractor()) == expected
+    report = score_sets(a, b, tiny_extractor(), count=5, progress=False)
+    assert report["images"]["count"] == report["reference"]["count"] == 5
 
 
 def test_statistics_stand_in_for_images(tmp_path):
     a, b = write_images(tmp_path / "a", 12, 1), write_images(tmp_path / "b", 9, 2)
     stats = tmp_path / "b.npz"
-    expected = score_sets(a, b, tiny_extractor(), save_stats=stats, progress=False)
-    result = score_sets(a, stats, tiny_extractor(), progress=False)
-    assert result["value"] == expected["value"]
-    assert result["reference"] == {"path": str(stats), "kind": "statistics", "count": 9, "bad": []}
+    both = ["fid", "sfid"]
+    expected = by_name(score_sets(a, b, tiny_extractor(), both, save_stats=stats, progress=False))
+    report = score_sets(a, stats, tiny_extractor(), both, progress=False)
+    assert {name: entry["value"] for name, entry in by_name(report).items()} == {
+        name: entry["value"] for name, entry in expected.items()
+    }
+    assert report["reference"] == {"path": str(stats), "kind": "statistics", "count": 9, "bad": []}
     for extractor in (tiny_extractor(label="other"), tiny_extractor(sha="ff")):
         with pytest.raises(VugenError, match=r"b\.npz holds statistics of"):
             score_sets(a, stats, extractor, progress=False)
+    with pytest.raises(VugenError, match=r"b\.npz holds no images and not all that --kid needs"):
+        score_sets(a, stats, tiny_extractor(), ["fid", "kid"], progress=False)
     # Other tools' files name no features: they are Inception's, of a number of images that is not known.
     known = load_statistics(stats)
     foreign = tmp_path / "foreign.npz"
     np.savez(foreign, mu=known.mean, sigma=known.covariance)
-    result = score_sets(a, foreign, tiny_extractor(), progress=False)
-    assert result["value"] == pytest.approx(expected["value"]) and result["reference"]["count"] is None
+    report = score_sets(a, foreign, tiny_extractor(), progress=False)
+    assert report["scores"][0]["value"] == pytest.approx(expected["fid"]["value"])
+    assert report["reference"]["count"] is None
     with pytest.raises(VugenError, match=r"foreign\.npz holds statistics of Inception features"):
         score_sets(a, foreign, tiny_extractor("vlm"), progress=False)
-    # ADM's reference batches hold images too, which other features can be taken from.
+    # ADM's reference batches hold images too: for other features, and for what statistics do not suffice for.
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(b.iterdir())])
-    np.savez(foreign, pixels, mu=known.mean, sigma=known.covariance)
-    assert score_sets(a, foreign, tiny_extractor(), progress=False)["reference"]["kind"] == "statistics"
-    result = score_sets(a, foreign, tiny_extractor("vlm"), progress=False)
-    assert result["reference"]["kind"] == "npz" and result["value"] == expected["value"]
+    np.savez(foreign, pixels, mu=known.mean + 1, sigma=known.covariance)
+    report = score_sets(a, foreign, tiny_extractor(), progress=False)
+    assert report["reference"]["kind"] == "statistics"
+    shifted = report["scores"][0]["value"]
+    assert shifted != pytest.approx(expected["fid"]["value"])
+    report = score_sets(a, foreign, tiny_extractor("vlm"), progress=False)
+    assert report["reference"]["kind"] == "npz"
+    assert report["scores"][0]["value"] == expected["fid"]["value"]
+    report = score_sets(a, foreign, tiny_extractor(), ["fid", "pr"], progress=False)
+    assert report["reference"]["kind"] == "npz" and report["scores"][0]["value"] == shifted
+    assert report["reference"]["statistics"] == "of an unknown number of images"
 
 
 def test_small_sets(tmp_path):
     a, b = write_images(tmp_path / "a", 4, 1), write_images(tmp_path / "b", 1, 2)
     with pytest.raises(VugenError, match="at least 2"):
         score_sets(a, b, tiny_extractor(), progress=False)
-    result = score_sets(a, write_images(tmp_path / "c", 30, 2), tiny_extractor(), progress=False)
-    assert result["warning"].startswith("Only 4 images for 4 features")
+    c = write_images(tmp_path / "c", 30, 2)
+    (entry,) = score_sets(a, c, tiny_extractor(), progress=False)["scores"]
+    assert entry["warning"].startswith("Only 4 images for 4 features") and "interval" not in entry
+    with pytest.raises(VugenError, match="neighbourhoods of 5 need at least 6 generated images, got 4"):
+        score_sets(a, c, tiny_extractor(), ["dc"], progress=False)
+    with pytest.raises(VugenError, match="10 splits needs as many images, got 4"):
+        score_sets(a, None, tiny_extractor(), ["is"], progress=False)
+    three = write_images(tmp_path / "three", 3, 2)
+    with pytest.raises(VugenError, match="four at least"):
+        score_sets(three, c, tiny_extractor(), ["kid"], progress=False)
+    (entry,) = score_sets(c, None, tiny_extractor(), ["is"], progress=False)["scores"]
+    assert entry["value"] >= 1 and "3 a split" in entry["warning"]
 
 
 def test_vlm_features_are_averaged_over_the_grid_and_never_called_fid(tmp_path):
@@ -264,11 +306,16 @@ def test_vlm_features_are_averaged_over_the_grid_and_never_called_fid(tmp_path):
 
     extractor = vlm_extractor(Vlm(), torch.device("cpu"))
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    torch.testing.assert_close(extractor.features(images), images.double().mean(dim=(2, 3)) / 255)
+    torch.testing.assert_close(extractor.features(images)["features"], images.float().mean(dim=(2, 3)) / 255)
     a, b = write_images(tmp_path / "a", 6, 1), write_images(tmp_path / "b", 6, 2)
-    result = score_sets(a, b, extractor, progress=False)
-    assert result["metric"] == "frechet_vlm" and "not FID" in result["name"]
-    assert result["vlm_fingerprint"] == "feed" and "weights_sha256" not in result
+    report = score_sets(a, b, extractor, ["fid", "kid", "pr"], progress=False)
+    scores = by_name(report)
+    assert list(scores) == ["frechet_vlm", "kernel_vlm", "precision_vlm", "recall_vlm"]
+    assert "not FID" in scores["frechet_vlm"]["name"] and "not KID" in scores["kernel_vlm"]["name"]
+    assert report["vlm_fingerprint"] == "feed" and "weights_sha256" not in report
+    for metric in ("is", "sfid"):
+        with pytest.raises(VugenError, match=f"drop --{metric}"):
+            score_sets(a, b, extractor, [metric], progress=False)
 
 
 def write_samples(folder, reference=None, **row):
@@ -287,19 +334,61 @@ def test_bare_command(tmp_path, monkeypatch, tiny):
     write_samples(Path("samples"), "data/scenes", dataset="folder")
     output = run("--fid")
     assert "samples" in output and "scores.json" in output and "FID" in output
-    (entry,) = json.loads(Path("scores.json").read_text())["scores"]
-    assert entry["metric"] == "fid" and entry["images"]["kind"] == "samples"
-    assert entry["images"]["count"] == 6 and entry["reference"]["count"] == 7
-    assert tiny == [("inception", "nano", None, "cuda" if torch.cuda.is_available() else "cpu")]
+    report = json.loads(Path("scores.json").read_text())
+    assert report["scores"][0]["metric"] == "fid" and report["images"]["kind"] == "samples"
+    assert report["images"]["count"] == 6 and report["reference"]["count"] == 7
+    assert not report["images"]["cached"]
+    run("--fid")
+    assert json.loads(Path("scores.json").read_text())["images"]["cached"]
+    run("--fid", "--no-cache")
+    assert not json.loads(Path("scores.json").read_text())["images"]["cached"]
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    assert tiny == 3 * [(None, None, None, None, None, Path("samples").resolve(), where)]
     run("--fid", "--features", "vlm", "--device", "cpu", "--out", "deep/er/vlm.json", "--save-stats", "r.npz")
     (entry,) = json.loads(Path("deep/er/vlm.json").read_text())["scores"]
     assert entry["metric"] == "frechet_vlm" and Path("r.npz").is_file()
+    output = run(
+        "--fid", "--kid", "--is", "--pr", "--psnr", "--images", "data/scenes", "--reference", "data/scenes"
+    )
+    scores = json.loads(Path("scores.json").read_text())["scores"]
+    assert [entry["metric"] for entry in scores] == ["fid", "kid", "is", "precision", "recall", "psnr"]
+    assert all(entry["name"] in output for entry in scores) and "7 of 7 pairs are equal" in output
+    assert scores[2]["value"] is None and "Inception Score over 10 splits" in scores[2]["warning"]
+    write_images(Path("data/scenes"), 12, 2)
+    run("--is", "--images", "data/scenes")
+    assert json.loads(Path("scores.json").read_text())["reference"] is None
+
+
+def test_options_that_name_a_network():
+    def load(features=None, vlm=None, clip=None, dinov2=None, weights=None):
+        return score_command.load_extractor(features, vlm, clip, dinov2, weights, Path("gone"), "cpu")
+
+    kinds = score_command.Features
+    with pytest.raises(VugenError, match="--clip MODEL:PRETRAINED"):
+        load(kinds.clip)
+    with pytest.raises(VugenError, match="--dinov2 DIRECTORY"):
+        load(kinds.dinov2)
+    with pytest.raises(VugenError, match="--dinov2 goes with other features than inception"):
+        load(kinds.inception, dinov2=Path("x"))
+    with pytest.raises(VugenError, match="--clip goes with other features than vlm"):
+        load(vlm="nano", clip="x:y")
+    with pytest.raises(VugenError, match="no VLM at gone"):  # --vlm alone says which features are meant
+        load(vlm="./gone")
+    with pytest.raises(VugenError, match="has no config.json"):
+        load(dinov2=Path("gone"))
+    with pytest.raises(VugenError, match="give the weights too"):
+        load(clip="ViT-B-32")
+
+
+def test_the_vlm_is_the_samplers(tmp_path):
+    assert recorded_vlm(write_samples(tmp_path / "samples", vlm="some/vlm")) == "some/vlm"
+    assert recorded_vlm(write_images(tmp_path / "images", 1, 1)) == "nano"
 
 
 def test_command_refuses_bad_input(tmp_path, monkeypatch, tiny):
     monkeypatch.chdir(tmp_path)
     images = write_images(tmp_path / "a", 4, 1)
-    with pytest.raises(VugenError, match="add --fid"):
+    with pytest.raises(VugenError, match="add one or several of --fid"):
         run("--images", images)
     with pytest.raises(VugenError, match="no samples under"):
         run("--fid")
@@ -311,6 +400,8 @@ def test_command_refuses_bad_input(tmp_path, monkeypatch, tiny):
         run("--fid", "--images", images, "--reference", images, "--device", "nonsense")
     with pytest.raises(VugenError, match=r"\.npz"):
         run("--fid", "--images", images, "--reference", images, "--save-stats", "stats.txt")
+    with pytest.raises(VugenError, match="ask for --fid"):
+        run("--kid", "--images", images, "--reference", images, "--save-stats", "stats.npz")
     (tmp_path / "file").touch()
     with pytest.raises(VugenError, match="cannot write"):
         run("--fid", "--images", images, "--reference", images, "--out", "file/scores.json")
@@ -350,8 +441,8 @@ def test_a_missing_embedded_reference_is_drawn(tmp_path, monkeypatch):
     assert recorded_reference(samples) == tmp_path / "data"
     manifest = json.loads((tmp_path / "data" / "dataset.json").read_text())
     assert manifest["splits"]["val"]["shards"][0]["samples"] == 8
-    result = score_sets(samples, tmp_path / "data", tiny_extractor(), progress=False)
-    assert result["reference"]["split"] == "val" and result["reference"]["count"] == 8
+    report = score_sets(samples, tmp_path / "data", tiny_extractor(), progress=False)
+    assert report["reference"]["split"] == "val" and report["reference"]["count"] == 8
 
 
 def test_the_command_imports_nothing_heavy():

@@ -18,7 +18,8 @@ from vugen_cli.engine.sampling import Sampler, load_sampler, new_expert
 from vugen_cli.engine.train_reducer import train_reducer
 from vugen_cli.engine.train_sampler import train_sampler
 from vugen_cli.files import whole_file, write_json
-from vugen_cli.metrics.frechet import score_sets, vlm_extractor
+from vugen_cli.metrics.encoders import vlm_extractor
+from vugen_cli.metrics.scores import score_sets
 from vugen_cli.recipe import Expert, load_recipe
 
 PAGE = Path(__file__).with_name("report.html")
@@ -82,8 +83,9 @@ def run_demo(out: Path, device: torch.device) -> Path:
 
     _say("6/6 score: Fréchet distance to held-out scenes, on the VLM's own features")
     extractor = vlm_extractor(trained.vlm, device)
-    scores = {name: score_sets(out / name, data, extractor) for name in ("untrained", "samples")}
-    write_json(out / "scores.json", {"scores": list(scores.values()), "reconstruction": reconstruction})
+    reports = {name: score_sets(out / name, data, extractor) for name in ("untrained", "samples")}
+    write_json(out / "scores.json", {**reports, "reconstruction": reconstruction})
+    scores = {name: report["scores"][0] for name, report in reports.items()}
 
     minutes = (time.perf_counter() - started) / 60
     report = out / "report.html"

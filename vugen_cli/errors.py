@@ -9,5 +9,9 @@ class VugenError(Exception):
     """
 
 
+class TooFewImages(VugenError):
+    """A set is too small for one metric; others may still be taken."""
+
+
 class Stopped(Exception):
     """A signal asked a run to stop; its state has been saved and the message says how to go on."""

@@ -23,11 +23,15 @@ def reconstruct(
         str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
     ] = None,
     allow_vlm_mismatch: AllowMismatchOption = False,
+    save_images: Annotated[
+        bool, typer.Option("--save-images", help="Also write every original and its reconstruction as PNG.")
+    ] = False,
     device: DeviceOption = None,
 ) -> None:
     """Show what survives the reducer: originals beside what is decoded from their reduced latents.
 
-    Writes reconstruction.png and reconstruction.json with PSNR and SSIM.
+    Writes reconstruction.png and reconstruction.json with PSNR and SSIM. With --save-images, `vugen score`
+    can tell more: rFID is --fid, and LPIPS --lpips, of `decoded` with `originals` as the reference.
 
     \b
     Examples:
@@ -37,7 +41,9 @@ def reconstruct(
     from vugen_cli.engine.loop import pick_device
     from vugen_cli.engine.reconstruct import reconstruct as run
 
-    report = run(reducer, images, out, count, steps, seed, vlm, pick_device(device), allow_vlm_mismatch)
+    report = run(
+        reducer, images, out, count, steps, seed, vlm, pick_device(device), allow_vlm_mismatch, save_images
+    )
     typer.echo(
         f"PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f} over {report['images']['count']} images; "
         f"wrote {out / 'reconstruction.png'}"

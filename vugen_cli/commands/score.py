@@ -1,4 +1,4 @@
-"""`vugen score`: how far a set of images is from a reference."""
+"""`vugen score`: how good a set of images is, by itself, against a reference, or pair by pair."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,25 +6,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vugen_cli.commands.options import DeviceOption
 from vugen_cli.errors import VugenError
 
 if TYPE_CHECKING:
-    from vugen_cli.metrics.frechet import Extractor
+    from vugen_cli.metrics.features import Extractor
 
 REFERENCE_SCENES = 2000  # what is drawn where the embedded data set is named as reference but is not on disk
 
 
 class Features(StrEnum):
-    """What the Fréchet distance is taken on."""
+    """The network that images are compared by."""
 
     inception = "inception"
     vlm = "vlm"
+    clip = "clip"
+    dinov2 = "dinov2"
 
 
 def score(
     fid: Annotated[
-        bool,
-        typer.Option("--fid", help="Fréchet distance to the reference; FID if the features are Inception's."),
+        bool, typer.Option("--fid", help="Fréchet distance to the reference; FID on Inception features.")
+    ] = False,
+    kid: Annotated[
+        bool, typer.Option("--kid", help="Kernel distance to the reference; KID on Inception features.")
+    ] = False,
+    inception_score: Annotated[
+        bool, typer.Option("--is", help="Inception Score; needs no reference.")
+    ] = False,
+    sfid: Annotated[bool, typer.Option("--sfid", help="FID on spatial Inception features.")] = False,
+    pr: Annotated[bool, typer.Option("--pr", help="Precision and recall.")] = False,
+    dc: Annotated[bool, typer.Option("--dc", help="Density and coverage.")] = False,
+    psnr: Annotated[bool, typer.Option("--psnr", help="Of each image and its reference, in pairs.")] = False,
+    ssim: Annotated[bool, typer.Option("--ssim", help="Of each image and its reference, in pairs.")] = False,
+    lpips: Annotated[
+        bool, typer.Option("--lpips", help="Of each image and its reference, in pairs.")
     ] = False,
     understanding: Annotated[
         bool,
@@ -45,69 +61,104 @@ def score(
         ),
     ] = None,
     features: Annotated[
-        Features, typer.Option(help="The network that sees the images.")
-    ] = Features.inception,
+        Features | None,
+        typer.Option(help="The network that sees the images.", show_default="inception"),
+    ] = None,
     vlm: Annotated[
         str | None,
         typer.Option(
-            help="The VLM of --features vlm: nano, a directory or a hub id; or where that of --sampler is.",
-            show_default="nano, or the sampler's",
+            help="VLM of --features vlm: nano, a directory or a hub id; or where that of --sampler is.",
+            show_default="the samples', or nano",
         ),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(help="CLIP of --features clip: MODEL:PRETRAINED or MODEL:FILE.", show_default=False),
+    ] = None,
+    dinov2: Annotated[
+        Path | None, typer.Option(help="Directory of --features dinov2.", show_default=False)
     ] = None,
     inception_weights: Annotated[
         Path | None,
         typer.Option(help="Inception weights, instead of $TORCH_HOME or a download.", show_default=False),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=2, help="At most this many images of each set.", show_default=False)
+        int | None, typer.Option(min=2, help="Only this many images of each set.", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a forward pass.", show_default="what is fast")
+    ] = None,
     save_stats: Annotated[
         Path | None, typer.Option(help="Also write the reference's statistics (.npz).", show_default=False)
     ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Neither read nor keep features in $VUGEN_CACHE.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Where the scores are written.")] = Path("scores.json"),
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one"),
-    ] = None,
+    device: DeviceOption = None,
 ) -> None:
-    """Score a set of images against a reference.
+    """Score a set of images: any of the metrics together, over features that are extracted once.
 
+    Prints a table and writes the numbers, with how they were obtained, as JSON.
+
+    \b
     Examples:
-
-        vugen score --fid
-
-        vugen score --fid --features vlm
-
-        vugen score --fid --images samples --reference data/imagenet --save-stats imagenet.npz
-
-        vugen score --fid --images batch.npz --reference VIRTUAL_imagenet256_labeled.npz
-
-        vugen score --understanding --sampler sampler.safetensors
+      vugen score --fid
+      vugen score --fid --pr --features vlm
+      vugen score --fid --kid --is --sfid --pr --dc --images drawn --reference data/imagenet
+      vugen score --fid --images batch.npz --reference VIRTUAL_imagenet256_labeled.npz
+      vugen score --fid --dinov2 dinov2-large --images drawn --reference photos
+      vugen score --fid --psnr --ssim --images rec/decoded --reference rec/originals
+      vugen score --understanding --sampler sampler.safetensors
     """
     if understanding:
         _print_understanding(_understanding(sampler, images, count or 4, vlm, device), out)
         return
-    if not fid:
-        raise VugenError("no metric was asked for: add --fid (the Fréchet distance) or --understanding.")
+    asked = {"fid": fid, "kid": kid, "is": inception_score, "sfid": sfid, "pr": pr, "dc": dc}
+    metrics = [name for name, wanted in asked.items() if wanted]
+    asked_of_pairs = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
+    pair_metrics = [name for name, wanted in asked_of_pairs.items() if wanted]
+    if not metrics and not pair_metrics:
+        every = ", ".join(f"--{name}" for name in (*asked, *asked_of_pairs, "understanding"))
+        raise VugenError(f"no metric was asked for: add one or several of {every}.")
     if save_stats is not None and save_stats.suffix != ".npz":
         raise VugenError(f"--save-stats {save_stats}: statistics are written as .npz.")
+    if save_stats is not None and not fid:
+        raise VugenError("--save-stats keeps the statistics behind --fid: ask for --fid too.")
 
     from vugen_cli.engine.loop import pick_device
     from vugen_cli.files import write_json
-    from vugen_cli.metrics.frechet import score_sets
+    from vugen_cli.metrics.features import cache_folder
+    from vugen_cli.metrics.pairs import score_pairs
+    from vugen_cli.metrics.scores import score_sets
 
+    where = pick_device(device)
     if images is None:
         images = newest_samples(Path.cwd())
         typer.echo(f"Scoring the last samples, {images}.")
-    if reference is None:
+    if reference is None and (pair_metrics or set(metrics) != {"is"}):
         reference = recorded_reference(images)
-    extractor = load_extractor(features, vlm or "nano", inception_weights, pick_device(device))
-    result = score_sets(
-        images, reference, extractor, count=count, batch_size=batch_size, save_stats=save_stats
+    reports = []
+    if metrics:
+        extractor = load_extractor(features, vlm, clip, dinov2, inception_weights, images, where)
+        reports.append(
+            score_sets(
+                images,
+                reference,
+                extractor,
+                metrics,
+                count=count,
+                batch_size=batch_size,
+                save_stats=save_stats,
+                cache=None if no_cache else cache_folder(),
+            )
+        )
+    if pair_metrics and reference is not None:
+        reports.append(score_pairs(images, reference, pair_metrics, count=count, device=where))
+    _print(reports)  # before it is written: an unwritable file should not cost an hour's result
+    write_json(
+        out, {**reports[-1], **reports[0], "scores": [s for report in reports for s in report["scores"]]}
     )
-    _print_table([result])  # before it is written: an unwritable file should not cost an hour's result
-    write_json(out, {"scores": [result]})
     typer.echo(f"Written to {out}.")
 
 
@@ -121,14 +172,14 @@ def _understanding(
     from vugen_cli.data.openmoji import OpenMojiScenes
     from vugen_cli.engine.draw import pick_sampler
     from vugen_cli.engine.loop import pick_device
-    from vugen_cli.metrics.image_sets import batches, open_images
+    from vugen_cli.metrics.image_sets import open_images
     from vugen_cli.metrics.understanding import score_understanding
 
     if images is None:
         scenes = OpenMojiScenes(count, "val", 64)
         pixels = [np.asarray(scenes[i].image).transpose(2, 0, 1) for i in range(count)]
     else:
-        pixels = [image for chunk in batches(open_images(images, limit=count), 8) for image in chunk]
+        pixels = list(open_images(images, limit=count))
     tensors = [torch.from_numpy(np.ascontiguousarray(image)) for image in pixels]
     return score_understanding(pick_sampler(sampler), tensors, vlm, pick_device(device))
 
@@ -152,22 +203,59 @@ def _print_understanding(result: dict[str, Any], out: Path) -> None:
 
 
 def load_extractor(
-    features: Features | str, vlm: str, inception_weights: Path | None, device: Any
+    features: Features | None,
+    vlm: str | None,
+    clip: str | None,
+    dinov2: Path | None,
+    inception_weights: Path | None,
+    images: Path,
+    device: Any,
 ) -> "Extractor":
     """The feature extractor that the options name, on `device` (a torch.device).
 
     Raises:
-        VugenError: its weights cannot be had.
+        VugenError: the options contradict each other, or its weights cannot be had.
     """
-    from vugen_cli.metrics.frechet import vlm_extractor
+    from vugen_cli.metrics.encoders import clip_extractor, dinov2_extractor, vlm_extractor
     from vugen_cli.metrics.inception import inception_extractor
 
-    if Features(features) is Features.inception:
+    # A network's own option says which features are meant; --features is needed only to take its default.
+    options = {
+        Features.vlm: ("--vlm", vlm),
+        Features.clip: ("--clip", clip),
+        Features.dinov2: ("--dinov2", dinov2),
+        Features.inception: ("--inception-weights", inception_weights),
+    }
+    given = [kind for kind, (_, value) in options.items() if value is not None]
+    features = features or (given[0] if given else Features.inception)
+    if others := [options[kind][0] for kind in given if kind is not features]:
+        raise VugenError(f"{' and '.join(others)} goes with other features than {features.value}: drop one.")
+    if features is Features.inception:
         return inception_extractor(inception_weights, device)
+    if features is Features.clip:
+        if clip is None:
+            raise VugenError("--features clip: say which with --clip MODEL:PRETRAINED or --clip MODEL:FILE.")
+        return clip_extractor(clip, device)
+    if features is Features.dinov2:
+        if dinov2 is None:
+            raise VugenError("--features dinov2: say where it is with --dinov2 DIRECTORY.")
+        return dinov2_extractor(dinov2, device)
 
     from vugen_cli.vlm.frozen import load_vlm
 
+    if vlm is None:
+        vlm = recorded_vlm(images)
+        typer.echo(f"Features of the VLM {vlm}.")
     return vlm_extractor(load_vlm(vlm, device=device), device)
+
+
+def recorded_vlm(images: Path) -> str:
+    """The VLM of the sampler that drew these images, as `samples.jsonl` names it; `nano` if nothing does."""
+    from vugen_cli.metrics.image_sets import read_jsonl
+
+    listing = images / "samples.jsonl"
+    row = next(read_jsonl(listing), {}) if listing.is_file() else {}
+    return str(row.get("vlm") or "nano")
 
 
 def newest_samples(directory: Path) -> Path:
@@ -242,31 +330,47 @@ def _draw_reference(out: Path, images: Path) -> None:
     write_dataset(scenes, out, split="val", size=size, workers=os.cpu_count() or 1)
 
 
-def _print_table(scores: list[dict[str, Any]]) -> None:
+def _print(reports: list[dict[str, Any]]) -> None:
+    """One table of all the scores, what they were taken from, and every warning."""
     from rich.console import Console
     from rich.table import Table
-
-    table = Table("metric", "value", "images", "reference")
-    for entry in scores:
-        sides = [_side(entry[role]) for role in ("images", "reference")]
-        table.add_row(entry["name"], f"{entry['value']:.4f}", *sides)
-    console = Console()
-    console.print(table)
-    for entry in scores:
-        if entry["warning"]:
-            console.print(f"Warning: {entry['warning']}", style="yellow", markup=False, highlight=False)
-        for role in ("images", "reference"):
-            if bad := entry[role]["bad"]:
-                console.print(
-                    f"{len(bad)} of the {role} could not be read, the first {bad[0]}",
-                    style="yellow",
-                    markup=False,
-                    highlight=False,
-                )
-
-
-def _side(record: dict[str, Any]) -> Any:
     from rich.text import Text
 
-    count = "statistics" if record["count"] is None else f"{record['count']:,}"
-    return Text(f"{count} · {record['path']}")
+    console = Console()
+    table = Table("metric", "value", "±", "95% interval")
+    for entry in (entry for report in reports for entry in report["scores"]):
+        low_high = entry.get("interval")
+        table.add_row(
+            entry["name"],
+            _number(entry["value"]) or "–",
+            _number(entry.get("std")),
+            f"{_number(low_high[0])} to {_number(low_high[1])}" if low_high else "",
+        )
+    console.print(table)
+    first = reports[0]
+    for role in ("images", "reference"):
+        if first[role]:
+            count = "statistics" if first[role]["kind"] == "statistics" else f"{first[role]['count']:,}"
+            console.print(Text(f"{role:9} {count} · {first[role]['path']}"))
+    if "features" in first:
+        console.print(Text(f"{'features':9} {first['features']}"))
+    lines = [first.get("warning")]
+    for report in reports:
+        lines += [f"{entry['name']}: {entry['warning']}" for entry in report["scores"] if entry["warning"]]
+    for line in filter(None, lines):
+        console.print(f"Warning: {line}", style="yellow", markup=False, highlight=False)
+    for role in ("images", "reference"):
+        if first[role] and (bad := first[role]["bad"]):
+            console.print(
+                f"{len(bad)} of the {role} could not be read, the first {bad[0]}",
+                style="yellow",
+                markup=False,
+                highlight=False,
+            )
+
+
+def _number(value: float | None) -> str:
+    """Four decimals, or four digits where that would show fewer than two; a KID is often 0.0002."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if abs(value) >= 0.01 or not value else f"{value:.3g}"

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from vugen_cli.data.images import adm_crop
 from vugen_cli.engine.train_reducer import decode_images, load_autoencoder
 from vugen_cli.errors import VugenError
-from vugen_cli.files import write_json
+from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.image_sets import batches, open_images
 from vugen_cli.metrics.pairs import psnr, ssim
 from vugen_cli.pictures import save_grid
@@ -28,6 +29,7 @@ def reconstruct(
     vlm: str | None = None,
     device: torch.device | str = "cpu",
     allow_vlm_mismatch: bool = False,
+    save_images: bool = False,
 ) -> dict[str, Any]:
     """Encode, reduce and decode a set of images; measure and show what is lost.
 
@@ -43,6 +45,8 @@ def reconstruct(
         vlm: where the VLM is now, if not where the card says.
         device: where to run.
         allow_vlm_mismatch: take a VLM of other weights than the checkpoint was trained on.
+        save_images: also write each original and its reconstruction as PNG, `originals/<i>.png` and
+            `decoded/<i>.png`, for `vugen score`.
 
     Returns:
         Mean `psnr` (dB) and `ssim` over the images, how many there were, and those that could not be read.
@@ -55,7 +59,7 @@ def reconstruct(
     rows: list[torch.Tensor] = []
     total, shown = source.total, 0
     with tqdm(total=total, desc="reconstruct", unit="image") as progress:
-        for chunk in batches(source, 8):
+        for positions, chunk in batches(source, 8):
             originals = torch.stack(
                 [
                     torch.from_numpy(adm_crop(i.transpose(1, 2, 0), size).copy()).permute(2, 0, 1)
@@ -67,6 +71,11 @@ def reconstruct(
             ).cpu()
             quality["psnr"].append(psnr(originals.float() / 255, decoded.float() / 255))
             quality["ssim"].append(ssim(originals.float() / 255, decoded.float() / 255))
+            if save_images:
+                for name, pictures in (("originals", originals), ("decoded", decoded)):
+                    for position, picture in zip(positions, pictures, strict=True):
+                        with whole_file(out / name / f"{position:06d}.png") as temporary:
+                            Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(temporary)
             if shown < GRID_IMAGES:
                 rows += [originals, decoded]
                 shown += len(originals)

@@ -6,10 +6,7 @@ On Inception features it is the FID of Heusel et al. (2017); on other features i
 and is called that. Everything here is float64, and memory is O(d²) however many images there are.
 """
 
-import contextlib
-import importlib.metadata
 import zipfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,36 +14,15 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
-from tqdm import tqdm
 
-from vugen_cli import __version__
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file
-from vugen_cli.metrics.image_sets import ImageSet, batches, npz_names, open_images
+from vugen_cli.metrics.image_sets import npz_names
 
 BLOCK_ROWS = 512  # rows folded in at once: fixed, so that the sums do not depend on the batch size
 MAX_STATISTICS_BYTES = 4 << 30  # a covariance of 16,384 features is 2 GiB; more is no statistics file
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """Turns images into features, and says what it is.
-
-    Attributes:
-        name: "inception" or "vlm"; says which metric a Fréchet distance on these features is.
-        label: the features in words, kept in statistics files: only equal labels may be compared.
-        resize: how an image reaches the network's input size.
-        identity: hash of the weights, under the name that a score records it by.
-        features: uint8 [B, 3, H, W] on the CPU -> float [B, d], on any device.
-        warning: what a reader of the score must know about this extractor, or None.
-    """
-
-    name: str
-    label: str
-    resize: str
-    identity: dict[str, str]
-    features: Callable[[torch.Tensor], torch.Tensor]
-    warning: str | None = None
+JACKKNIFE_GROUPS = 10
+IDENTITIES = ("weights_sha256", "vlm_fingerprint", "weights_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -69,24 +45,29 @@ class Statistics:
 
 
 class Moments:
-    """Streaming mean and covariance of feature vectors, in float64.
+    """Streaming, mergeable mean and covariance of feature vectors, in float64.
 
     Blocks are centred by their own mean and merged by the pairwise update of Chan, Golub and LeVeque (1983),
     which does not lose digits where the mean is large beside the spread, as sums of squares do.
 
+    Args:
+        rows: [n, d] to begin with, as by `update`.
+
     Example:
-        >>> moments = Moments()
-        >>> moments.update(np.array([[0.0], [2.0]]))
+        >>> moments = Moments(np.array([[0.0], [2.0]]))
         >>> moments.n, moments.mean, moments.covariance
         (2, array([1.]), array([[2.]]))
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: np.ndarray | None = None) -> None:
         self.n = 0
         self._folded = 0  # of the n rows, those already in _mean and _scatter; the rest wait in _pending
         self._mean = np.zeros(0)
         self._scatter = np.zeros((0, 0))  # sum of outer products of deviations from the mean
         self._pending: list[np.ndarray] = []
+        if rows is not None:
+            for start in range(0, len(rows), BLOCK_ROWS):  # in blocks: float64 would double a large set
+                self.update(rows[start : start + BLOCK_ROWS])
 
     def update(self, features: np.ndarray | torch.Tensor) -> None:
         """Add rows [B, d] of any real dtype.
@@ -241,9 +222,31 @@ def _pivoted_cholesky(covariance: np.ndarray) -> np.ndarray:
     return lower
 
 
-def save_statistics(path: Path, statistics: Statistics) -> None:
-    """Write mean and covariance as `.npz` in pytorch-fid's layout (mu, sigma), with n and the extractor
-    beside them.
+def frechet_standard_error(a: np.ndarray, b: np.ndarray) -> float:
+    """Standard error of the Fréchet distance between two sets of features [n, d], [m, d].
+
+    The delete-a-group jackknife (Kott 2001): each set is cut into ten groups, the distance taken without one
+    of them at a time, and the two sets' variances added. Resampling with replacement would not do: repeated
+    images raise the distance itself. Twenty distances, so dear where d is large.
+    """
+    variance = 0.0
+    whole = Moments(a), Moments(b)
+    for side, rows in enumerate((a, b)):
+        groups = [Moments(rows[group::JACKKNIFE_GROUPS]) for group in range(JACKKNIFE_GROUPS)]
+        values = []
+        for left_out in groups:
+            rest = Moments()
+            for group in groups:
+                if group is not left_out:
+                    rest.merge(group)
+            values.append(frechet_distance(rest, whole[1 - side]))
+        variance += (JACKKNIFE_GROUPS - 1) * float(np.var(values))
+    return variance**0.5
+
+
+def save_statistics(path: Path, statistics: Statistics, spatial: Statistics | None = None) -> None:
+    """Write mean and covariance as `.npz` in pytorch-fid's layout (mu, sigma), those of sFID's features as
+    guided-diffusion (ADM) names them (mu_s, sigma_s), with n and the extractor beside them.
 
     The file appears whole or not at all.
 
@@ -251,6 +254,8 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
         VugenError: the file cannot be written.
     """
     arrays: dict[str, Any] = {"mu": statistics.mean, "sigma": statistics.covariance, **statistics.identity}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     if statistics.n is not None:
         arrays["n"] = statistics.n
     if statistics.label is not None:
@@ -262,10 +267,13 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
         np.savez(temporary, **arrays)
 
 
-def load_statistics(path: Path) -> Statistics:
+def load_statistics(path: Path, spatial: bool = False) -> Statistics:
     """Read statistics from `.npz`: as `save_statistics` writes, or in the layout of pytorch-fid (mu, sigma)
-    or of guided-diffusion (ADM; mu, sigma, and mu_s, sigma_s of sFID, which are left alone). Nothing is
-    unpickled.
+    or of guided-diffusion (ADM; mu, sigma, and mu_s, sigma_s of sFID). Nothing is unpickled.
+
+    Args:
+        path: the file.
+        spatial: read those of sFID's features instead.
 
     Raises:
         VugenError: the file is missing, damaged, or holds no such arrays.
@@ -274,194 +282,25 @@ def load_statistics(path: Path) -> Statistics:
     if not path.is_file():
         raise VugenError(f"no statistics at {path}: there is no such file.")
     names = npz_names(path)
-    if not {"mu", "sigma"} <= names:
-        raise VugenError(f"{path} holds no statistics: expected the arrays mu and sigma.")
+    wanted = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
+    if not names.issuperset(wanted):
+        raise VugenError(f"{path} holds no such statistics: expected the arrays {' and '.join(wanted)}.")
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(info.file_size for info in archive.infolist() if info.filename != "arr_0.npy")
         if size > MAX_STATISTICS_BYTES:
             raise ValueError(f"{size} bytes is too large")
         with np.load(path, allow_pickle=False) as arrays:
-            mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in ("mu", "sigma"))
+            mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in wanted)
             n = int(arrays["n"]) if "n" in names else None
             label = str(arrays["features"]) if "features" in names else None
-            identity: dict[str, str] = {
-                name: str(arrays[name]) for name in ("weights_sha256", "vlm_fingerprint") if name in names
-            }
+            identity: dict[str, str] = {name: str(arrays[name]) for name in IDENTITIES if name in names}
     # np.load raises many kinds on a damaged file, zlib.error and pickle refusals among them.
     except Exception as error:
         raise VugenError(f"{path} cannot be read as statistics: {error}.") from error
     if mean.ndim != 1 or covariance.shape != (mean.size, mean.size) or not mean.size:
         raise VugenError(
-            f"{path} holds mu {list(mean.shape)} and sigma {list(covariance.shape)}: expected [d] and [d, d]."
+            f"{path} holds {wanted[0]} {list(mean.shape)} and {wanted[1]} {list(covariance.shape)}: expected "
+            f"[d] and [d, d]."
         )
     return Statistics(mean, covariance, n, label, identity)
-
-
-def vlm_extractor(vlm: Any, device: torch.device) -> Extractor:
-    """Features from a VLM's own vision encoder, averaged over its grid of patches.
-
-    Args:
-        vlm: what `vugen_cli.vlm.frozen.load_vlm` returns, of which this uses `fingerprint` and
-            `encode(float [B, 3, H, W] in [0, 1]) -> float [B, h, w, d]`.
-        device: where images are moved before they are encoded.
-    """
-
-    def features(images: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            grid = vlm.encode(images.to(device).float() / 255)
-            return grid.double().mean(dim=(1, 2))
-
-    return Extractor(
-        name="vlm",
-        label="mean of the VLM's vision embeddings",
-        resize="the VLM's own preprocessing",
-        identity={"vlm_fingerprint": str(vlm.fingerprint)},
-        features=features,
-    )
-
-
-def score_sets(
-    images: Path,
-    reference: Path,
-    extractor: Extractor,
-    *,
-    count: int | None = None,
-    batch_size: int = 64,
-    save_stats: Path | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Fréchet distance between two sets, with all that is needed to know how it was obtained.
-
-    Args:
-        images, reference: anything `open_images` takes, or an `.npz` of statistics.
-        extractor: what the distance is taken on.
-        count: at most this many images of each set.
-        batch_size: images a forward pass; the result depends on it only through the network's rounding.
-        save_stats: also write the reference's statistics here.
-        progress: show a bar on standard error.
-
-    Returns:
-        {"metric": "fid" | "frechet_vlm", "name", "value", "features", "weights_sha256" | "vlm_fingerprint",
-        "resize", "images": {...}, "reference": {...}, "versions": {...}, "warning": str | None}; JSON-able.
-
-    Raises:
-        VugenError: a set cannot be read, has fewer than 2 images, or has statistics from another extractor.
-    """
-    # Both are opened before either is read: a wrong path should not cost a pass over the other set.
-    sources = [_open(Path(path), extractor, count) for path in (reference, images)]
-    (reference_statistics, reference_record), (image_statistics, image_record) = (
-        _measure(source, role, extractor, batch_size, progress)
-        for role, source in zip(("reference", "images"), sources, strict=True)
-    )
-    if save_stats is not None:
-        save_statistics(save_stats, reference_statistics)
-    value = frechet_distance(image_statistics, reference_statistics)
-    metric, name = {
-        "inception": ("fid", "FID"),
-        "vlm": ("frechet_vlm", "Fréchet distance on VLM features (not FID)"),
-    }[extractor.name]
-    dim = reference_statistics.mean.size
-    warnings = [extractor.warning, _size_warning(image_record, reference_record, dim)]
-    return {
-        "metric": metric,
-        "name": name,
-        "value": value,
-        "features": extractor.label,
-        **extractor.identity,
-        "resize": extractor.resize,
-        "images": image_record,
-        "reference": reference_record,
-        "versions": {
-            "vugen-cli": __version__,
-            **{
-                package: importlib.metadata.version(package)
-                for package in ("torch", "torch-fidelity", "numpy")
-            },
-        },
-        "warning": " ".join(filter(None, warnings)) or None,
-    }
-
-
-def _open(path: Path, extractor: Extractor, count: int | None) -> ImageSet | tuple[Path, Statistics]:
-    """One side of a score: statistics where the file holds usable ones, else its images."""
-    if path.suffix.lower() == ".npz" and path.is_file():
-        names = npz_names(path)
-        # ADM's files hold images and the statistics of a larger set; like ADM's evaluator, take those.
-        if {"mu", "sigma"} <= names:
-            statistics = load_statistics(path)
-            if _statistics_fit(path, statistics, extractor, has_images="arr_0" in names):
-                return path, statistics
-    return open_images(path, count)
-
-
-def _measure(
-    source: ImageSet | tuple[Path, Statistics],
-    role: str,
-    extractor: Extractor,
-    batch_size: int,
-    progress: bool,
-) -> tuple[Statistics, dict[str, Any]]:
-    """Statistics of one side, and its record for the score."""
-    if isinstance(source, tuple):
-        path, statistics = source
-        return statistics, {"path": str(path), "kind": "statistics", "count": statistics.n, "bad": []}
-    moments = Moments()
-    bar = tqdm(total=source.total, desc=role, unit="img", disable=None if progress else True)
-    with bar, torch.inference_mode(), _full_float32():
-        for batch in batches(source, batch_size):
-            moments.update(extractor.features(torch.from_numpy(batch)))
-            bar.update(len(batch))
-    if moments.n < 2:
-        bad = f" ({len(source.bad)} could not be read, the first {source.bad[0]})" if source.bad else ""
-        raise VugenError(
-            f"{source.path} has {moments.n} readable images{bad}: a Fréchet distance needs at least 2."
-        )
-    statistics = Statistics(
-        moments.mean, moments.covariance, moments.n, extractor.label, dict(extractor.identity)
-    )
-    return statistics, source.describe()
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """cuDNN without TF32, convolutions' default: its ten-bit mantissa shows in a FID's third digit."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
-
-
-def _statistics_fit(path: Path, statistics: Statistics, extractor: Extractor, has_images: bool) -> bool:
-    """Whether a statistics file fits the extractor; False where it does not but has images to use instead.
-
-    A file without a label is in the layout of pytorch-fid or ADM, which only ever hold Inception features.
-    """
-    if statistics.label is None:
-        if extractor.name == "inception":
-            return True
-        found = "Inception features (it names no other)"
-    elif statistics.label != extractor.label:
-        found = f"'{statistics.label}'"
-    elif statistics.identity != extractor.identity:
-        found = f"the same network with other weights ({statistics.identity})"
-    else:
-        return True
-    if has_images:
-        return False
-    raise VugenError(
-        f"{path} holds statistics of {found}, not of '{extractor.label}' {extractor.identity}: "
-        f"give images as the reference, or score with those features."
-    )
-
-
-def _size_warning(images: dict[str, Any], reference: dict[str, Any], dim: int) -> str | None:
-    small = [
-        f"{record['count']} {role}"
-        for role, record in (("images", images), ("reference images", reference))
-        if record["count"] is not None and record["count"] <= dim
-    ]
-    if not small:
-        return None
-    return (
-        f"Only {' and '.join(small)} for {dim} features: the covariance is singular and the distance "
-        f"biased upwards; compare it only with scores from as many images."
-    )

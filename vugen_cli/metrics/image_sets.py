@@ -5,29 +5,36 @@ image that cannot be decoded is left out of the stream, named and counted; a con
 ends the run, since a score over part of a reference would look like a score.
 """
 
+import hashlib
 import itertools
 import json
 import os
-import tarfile
 import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
+from vugen_cli.data.folder import IMAGE_SUFFIXES, image_paths
+from vugen_cli.data.images import MAX_PIXELS, decode
+from vugen_cli.data.loader import ShardedImages, read_manifest
+from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 MAX_FILE_BYTES = 256 << 20  # one encoded image; a zip member may claim to unpack to anything
-MAX_PIXELS = 178_956_970  # one image of an npz batch; Pillow's own limit before it calls an image a bomb
 
-# An image not yet read: its name, and how to get it as uint8 [3, H, W]. The call runs in a worker thread.
-_Item = tuple[str, Callable[[], np.ndarray]]
+# An image not yet read: its name, and how to get its bytes. The call runs in a worker thread.
+_Item = tuple[str, Callable[[], bytes]]
+
+# What reading or decoding one damaged image raises; zlib.error: a damaged stream inside it.
+_BAD = (ValueError, OSError, SyntaxError, zlib.error)
 
 
 @dataclass
@@ -37,9 +44,10 @@ class ImageSet:
     Attributes:
         path: where the images are, as it was given.
         kind: "folder", "samples", "shards", "tar", "zip" or "npz".
-        total: how many images there are, None where only reading would tell; capped by `limit`.
-        limit: stop after this many good images; None reads all.
+        total: how many images there are, readable or not; None where only reading would tell.
+        limit: read this many images from the start, bad ones included; None reads all.
         split: the split of a prepared data set, None for other kinds.
+        shape: (H, W) where the images are rows of an array and not encoded files.
         count: good images read so far, by the iteration now running or the last one.
         bad: "name: reason" of each image left out so far.
     """
@@ -50,46 +58,77 @@ class ImageSet:
     limit: int | None
     items: Callable[[], Iterator[_Item]] = field(repr=False)
     split: str | None = None
+    shape: tuple[int, int] | None = None
     count: int = 0
     bad: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield each image as uint8 RGB [3, H, W], in the set's order, decoded ahead of need in threads.
+        """Yield each good image as uint8 RGB [3, H, W], in the set's order.
+
+        Raises:
+            VugenError: a tar, zip or npz is truncated or not what its name says.
+        """
+        return (image for _, image in self.named() if image is not None)
+
+    def named(self) -> Iterator[tuple[str, np.ndarray | None]]:
+        """Yield every image's name with its pixels, None if it is bad; decoded ahead of need in threads.
 
         Raises:
             VugenError: a tar, zip or npz is truncated or not what its name says.
         """
         self.count, self.bad = 0, []
-        if self.limit == 0:
-            return
         workers = min(8, os.cpu_count() or 1)
-        items = self.items()
+        items = self._limited()
         waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         try:
             while True:
                 for name, read in itertools.islice(items, 4 * workers - len(waiting)):
-                    waiting.append((name, pool.submit(read)))
+                    waiting.append((name, pool.submit(self._pixels, read)))
                 if not waiting:
                     return
                 name, future = waiting.popleft()
                 try:
                     image = future.result()
-                # zlib.error: a damaged stream inside an image, which Pillow lets through.
-                except (ValueError, OSError, SyntaxError, zlib.error) as error:
+                except _BAD as error:
                     self.bad.append(f"{name}: {_one_line(error)}")
+                    yield name, None
                     continue
                 self.count += 1
-                yield image
-                if self.count == self.limit:
-                    return
+                yield name, image
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def digest(self, progress: bool = True) -> str:
+        """SHA-256 over the name and the bytes of every image, in order; nothing is decoded.
+
+        Raises:
+            VugenError: as iterating does.
+        """
+        sha = hashlib.sha256(repr(self.shape).encode())
+        bar = tqdm(
+            self._limited(), "hash", self.total, unit="img", delay=2, disable=None if progress else True
+        )
+        for name, read in bar:
+            try:
+                content = hashlib.sha256(read()).hexdigest()
+            except _BAD as error:
+                content = _one_line(error)
+            sha.update(f"{name}\0{content}\0".encode("utf-8", "surrogateescape"))
+        return sha.hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """What was read, as a record: path, kind, split if it has one, count of good images, bad ones."""
         record = {"path": str(self.path), "kind": self.kind, "count": self.count, "bad": list(self.bad)}
         return record if self.split is None else {**record, "split": self.split}
+
+    def _limited(self) -> Iterator[_Item]:
+        return itertools.islice(self.items(), self.limit)
+
+    def _pixels(self, read: Callable[[], bytes]) -> np.ndarray:
+        data = read()
+        pixels = decode(data) if self.shape is None else np.frombuffer(data, np.uint8).reshape(*self.shape, 3)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def open_images(path: Path, limit: int | None = None, split: str | None = None) -> ImageSet:
@@ -99,9 +138,9 @@ def open_images(path: Path, limit: int | None = None, split: str | None = None) 
         path: one of
             a folder with a `dataset.json` as `vugen prepare` writes (its `val` split, else `train`),
             a folder with a `samples.jsonl` as `vugen sample` writes (only the files it lists under "file"),
-            a folder of tars, or a folder of images (read recursively: png, jpg, jpeg, webp, bmp),
+            a folder of tars, or a folder of images (read recursively),
             a `.tar`, a `.zip`, or an `.npz` with "arr_0" uint8 [N, H, W, 3] as guided-diffusion (ADM) writes.
-        limit: read at most this many images.
+        limit: read only this many images from the start.
         split: the split of a prepared data set, instead of `val`, else `train`.
 
     Raises:
@@ -110,32 +149,36 @@ def open_images(path: Path, limit: int | None = None, split: str | None = None) 
     path = Path(path)
     if limit is not None and limit < 1:
         raise VugenError(f"the number of images must be at least 1, got {limit}.")
-    kind, total, items, found_split = _recognise(path, split)
-    if total == 0:
-        raise VugenError(f"no image in {path}: expected {_suffixes()} files, shards, a zip or an npz batch.")
-    if total is not None and limit is not None:
-        total = min(total, limit)
-    return ImageSet(path, kind, total, limit, items, found_split)
+    images = _recognise(path, split)
+    if images.total == 0:
+        raise VugenError(f"no image in {path}: expected image files, shards, a zip or an npz batch.")
+    images.limit = limit
+    if images.total is not None and limit is not None:
+        images.total = min(images.total, limit)
+    return images
 
 
-def batches(images: ImageSet, batch_size: int) -> Iterator[np.ndarray]:
-    """Yield the set as uint8 [B, 3, H, W], B at most `batch_size`; images are grouped by size, so order may
-    change.
+def batches(images: ImageSet, batch_size: int) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield the good images as uint8 [B, 3, H, W], B at most `batch_size`, with their positions in the set.
 
-    At most `4 * batch_size` images wait for others of their size; when more would, the largest group goes out
-    short.
+    Images are grouped by size, so their order may change; position i is the i-th good image. At most
+    `4 * batch_size` images wait for others of their size; when more would, the largest group goes out short.
     """
-    waiting: dict[tuple[int, ...], list[np.ndarray]] = {}
-    for image in images:
+    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+    for position, image in enumerate(images):
         group = waiting.setdefault(image.shape, [])
-        group.append(image)
+        group.append((position, image))
         if len(group) < batch_size:
             if sum(map(len, waiting.values())) < 4 * batch_size:
                 continue
             group = max(waiting.values(), key=len)
-        yield np.stack(waiting.pop(group[0].shape))
+        yield _stack(waiting.pop(group[0][1].shape))
     for group in waiting.values():
-        yield np.stack(group)
+        yield _stack(group)
+
+
+def _stack(group: list[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray]:
+    return [position for position, _ in group], np.stack([image for _, image in group])
 
 
 def npz_names(path: Path) -> set[str]:
@@ -151,56 +194,47 @@ def npz_names(path: Path) -> set[str]:
         raise VugenError(f"{path} is not a readable .npz: {_one_line(error)}.") from error
 
 
-def _recognise(
-    path: Path, split: str | None
-) -> tuple[str, int | None, Callable[[], Iterator[_Item]], str | None]:
+def _recognise(path: Path, split: str | None) -> ImageSet:
     if path.is_dir():
         if (path / "dataset.json").is_file():
-            shards, total, found = _manifest_shards(path, split)
-            return "shards", total, lambda: _tar_items(shards), found
+            return _prepared(path, split)
         if (path / "samples.jsonl").is_file():
             files = _sample_files(path)
-            return "samples", len(files), lambda: _file_items(path, files), None
-        files = _image_files(path)
+            return ImageSet(path, "samples", len(files), None, lambda: _file_items(path, files))
+        files = list(image_paths(path))
         tars = sorted(path.glob("*.tar"))
-        if tars and not any(file.parent == path for file in files):
-            return "tar", None, lambda: _tar_items(tars), None
-        return "folder", len(files), lambda: _file_items(path, files), None
+        if tars and not any("/" not in name for name in files):
+            return ImageSet(path, "tar", None, None, lambda: _tar_items(tars))
+        return ImageSet(path, "folder", len(files), None, lambda: _file_items(path, files))
     if not path.is_file():
         raise VugenError(f"no images at {path}: there is no such file or folder.")
     suffix = path.suffix.lower()
     if suffix == ".tar":
-        return "tar", None, lambda: _tar_items([path]), None
+        return ImageSet(path, "tar", None, None, lambda: _tar_items([path]))
     if suffix == ".zip":
-        return "zip", _zip_count(path), lambda: _zip_items(path), None
+        return ImageSet(path, "zip", _zip_count(path), None, lambda: _zip_items(path))
     if suffix == ".npz":
-        return "npz", _npz_count(path), lambda: _npz_items(path), None
+        n, height, width = _npz_header(path)
+        return ImageSet(path, "npz", n, None, lambda: _npz_items(path), shape=(height, width))
     raise VugenError(f"{path} is no image set: expected a folder, a .tar, a .zip or an .npz batch.")
 
 
-def _manifest_shards(directory: Path, split: str | None) -> tuple[list[Path], int, str]:
-    """The shards of one split of a prepared data set, how many samples they hold, and the split's name."""
-    manifest = directory / "dataset.json"
+def _prepared(directory: Path, split: str | None) -> ImageSet:
+    """One split of a data set that `vugen prepare` wrote; `val` if none is named and there is one."""
     try:
-        splits = json.loads(manifest.read_text(encoding="utf-8"))["splits"]
-        if split is None:
-            split = "val" if splits.get("val", {}).get("shards") else "train"
-        if split not in splits:
-            raise VugenError(f"{directory} has no split '{split}': it has {', '.join(splits) or 'none'}.")
-        shards = [(str(shard["name"]), int(shard["samples"])) for shard in splits[split]["shards"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VugenError(f"{manifest} is not a manifest that `vugen prepare` writes: {error!r}.") from error
-    for name, _ in shards:
-        if PurePosixPath(name).name != name or "\\" in name:
-            raise VugenError(f"{manifest} names the shard '{name}', which is outside its folder.")
-        if not (directory / name).is_file():
-            raise VugenError(
-                f"{directory / name} is missing: prepare {directory} again, or score another set."
-            )
-    return [directory / name for name, _ in shards], sum(samples for _, samples in shards), split
+        splits = read_manifest(directory)["splits"]
+        split = split or ("val" if splits.get("val", {}).get("shards") else "train")
+        stored = ShardedImages(directory, split)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise VugenError(
+            f"{directory / 'dataset.json'} is not a manifest that `vugen prepare` writes ({error!r}): "
+            f"prepare {directory} again."
+        ) from error
+    shards = [directory / name for name in stored.names]
+    return ImageSet(directory, "shards", len(stored), None, lambda: _tar_items(shards), split)
 
 
-def _sample_files(directory: Path) -> list[Path]:
+def _sample_files(directory: Path) -> list[str]:
     """The files that `samples.jsonl` lists, each once: what else a folder holds (a grid) is no sample."""
     listing = directory / "samples.jsonl"
     names: dict[str, None] = {}
@@ -211,7 +245,7 @@ def _sample_files(directory: Path) -> list[Path]:
         if not (directory / name).resolve().is_relative_to(directory.resolve()):
             raise VugenError(f"{listing} line {number} names '{name}', which is outside its folder.")
         names[name] = None
-    return [directory / name for name in names]
+    return list(names)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -233,14 +267,6 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         raise VugenError(f"{path} cannot be read as JSON lines: {_one_line(error)}.") from error
 
 
-def _image_files(directory: Path) -> list[Path]:
-    files = []
-    for folder, subfolders, names in os.walk(directory):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [Path(folder, name) for name in sorted(names) if _is_image(name)]
-    return files
-
-
 def _is_image(name: str) -> bool:
     """Whether a file or archive member is an image by its name; macOS's `._x.png` and `__MACOSX/` are not."""
     pure = PurePosixPath(name)
@@ -248,42 +274,26 @@ def _is_image(name: str) -> bool:
     return pure.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
-def _file_items(directory: Path, files: list[Path]) -> Iterator[_Item]:
-    def reader(file: Path) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            _check_size(file.stat().st_size)
-            return _decode(file.read_bytes())
+def _file_items(directory: Path, names: list[str]) -> Iterator[_Item]:
+    for name in names:
+        yield name, partial(_read_file, directory / name)
 
-        return read
 
-    for file in files:
-        yield str(file.relative_to(directory)), reader(file)
+def _read_file(file: Path) -> bytes:
+    _check_size(file.stat().st_size)
+    return file.read_bytes()
 
 
 def _tar_items(shards: list[Path]) -> Iterator[_Item]:
     for shard in shards:
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    if member.isfile() and _is_image(member.name):
-                        name = f"{shard.name}/{member.name}"
-                        yield name, _decoder(_read_member(archive, member))
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise VugenError(
-                f"{shard} is truncated or not a tar ({_one_line(error)}): write it again."
-            ) from error
+        for name, offset, size in tar_members(shard):
+            if _is_image(name):
+                yield f"{shard.name}/{name}", partial(_read_member, shard, offset, size)
 
 
-def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | ValueError:
-    """The member's bytes, or the error that makes only this image bad; `tarfile.ReadError` if cut short."""
-    if member.size > MAX_FILE_BYTES:
-        return ValueError(f"{member.size} bytes is too large for an image")
-    stream = archive.extractfile(member)
-    assert stream is not None  # the caller checked that it is a regular file
-    data = stream.read()
-    if len(data) != member.size:
-        raise tarfile.ReadError("unexpected end of data")
-    return data
+def _read_member(shard: Path, offset: int, size: int) -> bytes:
+    _check_size(size)
+    return read_at(shard, offset, size)
 
 
 def _zip_count(path: Path) -> int:
@@ -306,7 +316,7 @@ def _zip_items(path: Path) -> Iterator[_Item]:
             # RuntimeError: an encrypted member. NotImplementedError: a compression that Python lacks.
             except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
                 data = ValueError(_one_line(error))
-            yield info.filename, _decoder(data)
+            yield info.filename, partial(_given, data)
 
 
 def _npz_header(path: Path) -> tuple[int, int, int]:
@@ -336,10 +346,6 @@ def _read_npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_2_0(stream)
 
 
-def _npz_count(path: Path) -> int:
-    return _npz_header(path)[0]
-
-
 def _npz_items(path: Path) -> Iterator[_Item]:
     """Rows are read one by one: `np.load` would hold the whole batch, 10 GB for 50,000 images of 256 px."""
     n, height, width = _npz_header(path)
@@ -352,38 +358,18 @@ def _npz_items(path: Path) -> Iterator[_Item]:
                 raise VugenError(f"{path} is damaged at image {index}: {_one_line(error)}.") from error
             if len(row) != height * width * 3:
                 raise VugenError(f"{path} ends at image {index} of {n}: it is truncated.")
-            yield f"arr_0[{index}]", _unpacker(row, height, width)
+            yield f"arr_0[{index}]", partial(_given, row)
 
 
-def _unpacker(row: bytes, height: int, width: int) -> Callable[[], np.ndarray]:
-    return lambda: np.ascontiguousarray(
-        np.frombuffer(row, np.uint8).reshape(height, width, 3).transpose(2, 0, 1)
-    )
-
-
-def _decoder(data: bytes | Exception) -> Callable[[], np.ndarray]:
-    def decode() -> np.ndarray:
-        if isinstance(data, Exception):
-            raise data
-        return _decode(data)
-
-    return decode
-
-
-def _decode(data: bytes) -> np.ndarray:
-    """Encoded image -> uint8 [3, H, W]; ValueError or OSError for what is no image or too large a one."""
-    from vugen_cli.data.images import load_image
-
-    return np.ascontiguousarray(np.asarray(load_image(data), dtype=np.uint8).transpose(2, 0, 1))
+def _given(data: bytes | Exception) -> bytes:
+    if isinstance(data, Exception):
+        raise data
+    return data
 
 
 def _check_size(size: int) -> None:
     if size > MAX_FILE_BYTES:
         raise ValueError(f"{size} bytes is too large for an image")
-
-
-def _suffixes() -> str:
-    return ", ".join(sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,9 +1,18 @@
-"""Full-reference image quality of pairs: PSNR and SSIM, one value a pair."""
+"""Full-reference image quality of pairs: PSNR, SSIM and (from `lpips`) LPIPS, one value a pair."""
 
+from collections.abc import Callable, Collection
+from itertools import zip_longest
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from vugen_cli.errors import VugenError
+from vugen_cli.metrics.image_sets import ImageSet, open_images
+from vugen_cli.metrics.manifold import RESAMPLES, SEED, bootstrap_interval
 
 SSIM_WINDOW = 11  # Gaussian window of the paper: 11x11, sigma 1.5
 SSIM_SIGMA = 1.5
@@ -58,6 +67,102 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     luminance = (2 * mean_a * mean_b + c1) / (mean_a * mean_a + mean_b * mean_b + c1)
     structure = (2 * cov + c2) / (var_a + var_b + c2)
     return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+def score_pairs(
+    images: Path,
+    reference: Path,
+    metrics: Collection[str] = ("psnr", "ssim"),
+    *,
+    count: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Mean PSNR, SSIM and LPIPS of the images of one set and those of another, first with first and so on.
+
+    A pair of which one image is bad is left out; the record of its set names it.
+
+    Args:
+        images, reference: anything `open_images` takes; where both have file names, those must be the same up
+            to the suffix.
+        metrics: of "psnr" (dB), "ssim" and "lpips".
+        count: only this many pairs.
+        device: where LPIPS's network runs.
+        progress: show a bar on standard error.
+
+    Returns:
+        A report as of `scores.score_sets`, without an extractor.
+
+    Raises:
+        VugenError: the sets do not pair up, a pair differs in size, no pair is left, or LPIPS's weights are
+            not there.
+    """
+    from vugen_cli.metrics.lpips import load_lpips
+    from vugen_cli.metrics.scores import versions
+
+    ours, theirs = open_images(images, count), open_images(reference, count)
+    measures: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"psnr": psnr, "ssim": ssim}
+    hashes: dict[str, str] = {}
+    if "lpips" in metrics:
+        measures["lpips"], hashes = load_lpips(device)
+    values: dict[str, list[float]] = {metric: [] for metric in metrics}
+    pairs = zip_longest(ours.named(), theirs.named())
+    for a, b in tqdm(pairs, "pairs", ours.total, unit="pair", disable=None if progress else True):
+        _check_partners(ours, theirs, a, b)
+        if a[1] is None or b[1] is None:
+            continue
+        if a[1].shape != b[1].shape:
+            raise VugenError(
+                f"{a[0]} is {_size(a[1])} and its partner {b[0]} is {_size(b[1])}: pairs must be of one size."
+            )
+        x, y = (torch.from_numpy(pixels)[None].double() / 255 for pixels in (a[1], b[1]))
+        for metric in metrics:
+            values[metric].append(measures[metric](x, y).item())
+    if not all(values.values()):
+        raise VugenError(f"no pair of {images} and {reference} is readable.")
+    return {
+        "scores": [_mean_of_pairs(metric, np.array(each)) for metric, each in values.items()],
+        "images": ours.describe(),
+        "reference": theirs.describe(),
+        "versions": versions(),
+        **({"lpips_weights_sha256": hashes} if hashes else {}),
+    }
+
+
+def _mean_of_pairs(metric: str, values: np.ndarray) -> dict[str, Any]:
+    finite = values[np.isfinite(values)]
+    same = len(values) - len(finite)
+    return {
+        "metric": metric,
+        "name": {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS (VGG16)"}[metric],
+        "value": float(finite.mean()) if len(finite) else None,  # JSON has no infinity
+        "interval": list(bootstrap_interval(finite)) if len(finite) else None,
+        "interval_method": "bootstrap of the pairs",
+        "parameters": {"pairs": len(values), "resamples": RESAMPLES, "seed": SEED},
+        "warning": f"{same} of {len(values)} pairs are equal: their infinite PSNR is left out."
+        if same
+        else None,
+    }
+
+
+def _check_partners(ours: ImageSet, theirs: ImageSet, a: Any, b: Any) -> None:
+    if a is None or b is None:
+        longer = theirs if a is None else ours
+        raise VugenError(
+            f"{ours.path} and {theirs.path} do not pair up: only {longer.path} goes on at {(a or b)[0]}."
+        )
+    named = {"folder", "samples", "zip"}
+    if ours.kind in named and theirs.kind in named:
+        stems = [PurePosixPath(name).with_suffix("") for name, _ in (a, b)]
+        if stems[0] != stems[1]:
+            raise VugenError(
+                f"{ours.path} and {theirs.path} do not pair up: {a[0]} stands beside {b[0]}; give a pair the "
+                f"same name in both."
+            )
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[2]}x{pixels.shape[1]}"
 
 
 def _checked(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,128 @@
+"""Features other than Inception's: a VLM's own vision encoder, CLIP through open_clip, DINOv2."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vugen_cli.errors import VugenError
+from vugen_cli.metrics.features import Extractor
+from vugen_cli.torchvision_repair import repair_torchvision
+from vugen_cli.vlm.frozen import fingerprint
+
+
+def vlm_extractor(vlm: Any, device: torch.device | str) -> Extractor:
+    """Features from a VLM's own vision encoder, averaged over its grid of patches.
+
+    Args:
+        vlm: what `vugen_cli.vlm.frozen.load_vlm` returns, of which this uses `fingerprint` and
+            `encode(float [B, 3, H, W] in [0, 1]) -> float [B, h, w, d]`.
+        device: where images are moved before they are encoded.
+    """
+
+    def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        grid = vlm.encode(images.to(device).float() / 255)
+        return {"features": grid.double().mean(dim=(1, 2)).float()}
+
+    return Extractor(
+        name="vlm",
+        label="mean of the VLM's vision embeddings",
+        resize="the VLM's own preprocessing",
+        identity={"vlm_fingerprint": str(vlm.fingerprint)},
+        features=features,
+    )
+
+
+def clip_extractor(model: str, device: torch.device | str = "cpu") -> Extractor:
+    """Image embeddings of a CLIP model, as they are projected and before they are normalised.
+
+    Args:
+        model: "MODEL:PRETRAINED" of open_clip, as in "ViT-B-32:laion2b_s34b_b79k", or "MODEL:FILE" with a
+            checkpoint on disk.
+        device: where the network runs.
+
+    Raises:
+        VugenError: there is no such model, or its weights cannot be had.
+    """
+    architecture, _, pretrained = model.partition(":")
+    if not pretrained:
+        raise VugenError(
+            f"--clip {model}: give the weights too, as in ViT-B-32:laion2b_s34b_b79k or MODEL:FILE."
+        )
+    repair_torchvision()
+    import open_clip
+
+    if architecture not in open_clip.list_models():
+        raise VugenError(
+            f"--clip {model}: open_clip has no model {architecture}; it has ViT-B-32, ViT-L-14, ..."
+        )
+    try:
+        network, _, preprocess = open_clip.create_model_and_transforms(
+            architecture, pretrained=pretrained, device=device, weights_only=True
+        )
+    except Exception as error:  # a foreign file can fail in as many ways as a download
+        raise VugenError(f"--clip {model} could not be loaded: {_first_line(error)}") from error
+    network.eval().requires_grad_(False)
+
+    def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        pixels = [preprocess(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images]
+        return {"features": network.encode_image(torch.stack(pixels).to(device))}
+
+    return Extractor(
+        name="clip",
+        label=f"CLIP {architecture} image embedding",
+        resize="open_clip's preprocessing of the model",
+        identity={"weights_fingerprint": fingerprint(network)},
+        features=features,
+    )
+
+
+def dinov2_extractor(directory: Path, device: torch.device | str = "cpu") -> Extractor:
+    """The class token of a DINOv2 model after its last normalisation, as Stein et al. (2023) use it.
+
+    Args:
+        directory: a Hugging Face directory of a DINOv2 model, with or without registers.
+        device: where the network runs.
+
+    Raises:
+        VugenError: there is no such directory or it holds another kind of model.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise VugenError(f"--dinov2 {directory} has no config.json: give a Hugging Face directory of DINOv2.")
+    repair_torchvision()
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(directory, **source)
+        if config.model_type not in ("dinov2", "dinov2_with_registers"):
+            raise VugenError(f"--dinov2 {directory} holds a {config.model_type} model, not DINOv2.")
+        processor = AutoImageProcessor.from_pretrained(directory, **source)
+        network, report = AutoModel.from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **source
+        )
+    except VugenError:
+        raise
+    except Exception as error:  # a foreign directory can fail in as many ways as there are model classes
+        raise VugenError(f"--dinov2 {directory} could not be loaded: {_first_line(error)}") from error
+    if report["missing_keys"]:  # transformers would leave these at random
+        raise VugenError(f"--dinov2 {directory} lacks weights, such as {sorted(report['missing_keys'])[0]}.")
+    network.eval().requires_grad_(False).to(device)
+
+    def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        pixels = processor(images=list(images.to(device)), return_tensors="pt")["pixel_values"].to(device)
+        return {"features": network(pixel_values=pixels).last_hidden_state[:, 0]}
+
+    return Extractor(
+        name="dinov2",
+        label=f"DINOv2 class token, {config.hidden_size}",
+        resize="the directory's own preprocessing",
+        identity={"weights_fingerprint": fingerprint(network)},
+        features=features,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
