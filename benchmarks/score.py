@@ -32,7 +32,8 @@ from torch_fidelity import calculate_metrics
 images, reference, weights, subset, out = sys.argv[1:]
 scores = calculate_metrics(
     input1=images, input2=reference, fid=True, kid=True, isc=True, prc=True, kid_subset_size=int(subset),
-    cuda=False, cache=False, feature_extractor_weights_path=weights, verbose=False,
+    feature_extractor="inception-v3-compat", feature_extractor_weights_path=weights,
+    cuda=False, cache=False, verbose=False,
 )
 json.dump(scores, open(out, "w"))
 """

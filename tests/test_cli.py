@@ -106,12 +106,14 @@ def test_the_newest_sampler_here_is_taken_and_scored_against_its_reference(
     result = vugen("sample", "--prompts", "prompts.txt", "-n", "2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "sampler: sampler.safetensors, the newest here" in result.stdout
-    vlm = json.loads(vugen_card(tmp_path / "sampler.safetensors"))["vlm"]["name"]
-    result = vugen("score", "--fid", "--features", "vlm", "--vlm", vlm, cwd=tmp_path)
+    result = vugen("score", "--fid", "--features", "vlm", cwd=tmp_path)  # the sampler's VLM, not nano
     assert result.returncode == 0, result.stderr
-    (score,) = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    report = json.loads((tmp_path / "scores.json").read_text())
+    (score,) = report["scores"]
+    card = json.loads(vugen_card(tmp_path / "sampler.safetensors"))
+    assert report["vlm_fingerprint"] == card["vlm"]["fingerprint"]
     assert score["metric"] == "frechet_vlm" and score["value"] > 0 and "not FID" in score["name"]
-    assert score["images"]["count"] == 4 and score["reference"]["count"] == 24 and score["warning"]
+    assert report["images"]["count"] == 4 and report["reference"]["count"] == 24 and score["warning"]
 
 
 def vugen_card(path: Path) -> str:
