@@ -142,6 +142,9 @@ def test_dinov2_is_its_class_token(folder, tmp_path):
         found = extractor.features(images)["features"]
     assert found.shape == (2, 16)
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)  # resizing through torch or Pillow
+    settings = json.loads((directory / "preprocessor_config.json").read_text())
+    (directory / "preprocessor_config.json").write_text(json.dumps({**settings, "do_center_crop": False}))
+    assert dinov2_extractor(directory).resize != extractor.resize
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     with pytest.raises(VugenError, match="lacks weights"):

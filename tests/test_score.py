@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -299,6 +300,7 @@ def test_small_sets(tmp_path):
 def test_vlm_features_are_averaged_over_the_grid_and_never_called_fid(tmp_path):
     class Vlm:
         fingerprint = "feed"
+        processor = SimpleNamespace(image_processor=SimpleNamespace(to_dict=lambda: {"size": 8}))
 
         def encode(self, images):
             assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
@@ -402,6 +404,8 @@ def test_command_refuses_bad_input(tmp_path, monkeypatch, tiny):
         run("--fid", "--images", images, "--reference", images, "--save-stats", "stats.txt")
     with pytest.raises(VugenError, match="ask for --fid"):
         run("--kid", "--images", images, "--reference", images, "--save-stats", "stats.npz")
+    with pytest.raises(VugenError, match="ask for --fid"):
+        run("--psnr", "--images", images, "--reference", images, "--save-stats", "stats.npz")
     (tmp_path / "file").touch()
     with pytest.raises(VugenError, match="cannot write"):
         run("--fid", "--images", images, "--reference", images, "--out", "file/scores.json")

@@ -123,8 +123,6 @@ def score(
         raise VugenError(f"no metric was asked for: add one or several of {every}.")
     if save_stats is not None and save_stats.suffix != ".npz":
         raise VugenError(f"--save-stats {save_stats}: statistics are written as .npz.")
-    if save_stats is not None and not fid:
-        raise VugenError("--save-stats keeps the statistics behind --fid: ask for --fid too.")
 
     from vugen_cli.engine.loop import pick_device
     from vugen_cli.files import write_json
@@ -139,22 +137,21 @@ def score(
     if reference is None and (pair_metrics or set(metrics) != {"is"}):
         reference = recorded_reference(images)
     reports = []
-    if metrics:
-        extractor = load_extractor(features, vlm, clip, dinov2, inception_weights, images, where)
-        reports.append(
-            score_sets(
-                images,
-                reference,
-                extractor,
-                metrics,
-                count=count,
-                batch_size=batch_size,
-                save_stats=save_stats,
-                cache=None if no_cache else cache_folder(),
-            )
-        )
-    if pair_metrics and reference is not None:
+    if pair_metrics and reference is not None:  # first: sets that do not pair up show at once
         reports.append(score_pairs(images, reference, pair_metrics, count=count, device=where))
+    if metrics or save_stats is not None:
+        extractor = load_extractor(features, vlm, clip, dinov2, inception_weights, images, where)
+        report = score_sets(
+            images,
+            reference,
+            extractor,
+            metrics,
+            count=count,
+            batch_size=batch_size,
+            save_stats=save_stats,
+            cache=None if no_cache else cache_folder(),
+        )
+        reports.insert(0, report)
     _print(reports)  # before it is written: an unwritable file should not cost an hour's result
     write_json(
         out, {**reports[-1], **reports[0], "scores": [s for report in reports for s in report["scores"]]}

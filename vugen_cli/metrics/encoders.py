@@ -1,5 +1,7 @@
 """Features other than Inception's: a VLM's own vision encoder, CLIP through open_clip, DINOv2."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ def vlm_extractor(vlm: Any, device: torch.device | str) -> Extractor:
     """Features from a VLM's own vision encoder, averaged over its grid of patches.
 
     Args:
-        vlm: what `vugen_cli.vlm.frozen.load_vlm` returns, of which this uses `fingerprint` and
-            `encode(float [B, 3, H, W] in [0, 1]) -> float [B, h, w, d]`.
+        vlm: what `vugen_cli.vlm.frozen.load_vlm` returns, of which this uses `fingerprint`, the settings of
+            `processor.image_processor`, and `encode(float [B, 3, H, W] in [0, 1]) -> float [B, h, w, d]`.
         device: where images are moved before they are encoded.
     """
 
@@ -28,7 +30,7 @@ def vlm_extractor(vlm: Any, device: torch.device | str) -> Extractor:
     return Extractor(
         name="vlm",
         label="mean of the VLM's vision embeddings",
-        resize="the VLM's own preprocessing",
+        resize=_settings("the VLM's own preprocessing", vlm.processor.image_processor.to_dict()),
         identity={"vlm_fingerprint": str(vlm.fingerprint)},
         features=features,
     )
@@ -72,7 +74,7 @@ def clip_extractor(model: str, device: torch.device | str = "cpu") -> Extractor:
     return Extractor(
         name="clip",
         label=f"CLIP {architecture} image embedding",
-        resize="open_clip's preprocessing of the model",
+        resize=_settings("open_clip's preprocessing", open_clip.get_model_preprocess_cfg(network)),
         identity={"weights_fingerprint": fingerprint(network)},
         features=features,
     )
@@ -118,10 +120,16 @@ def dinov2_extractor(directory: Path, device: torch.device | str = "cpu") -> Ext
     return Extractor(
         name="dinov2",
         label=f"DINOv2 class token, {config.hidden_size}",
-        resize="the directory's own preprocessing",
+        resize=_settings("the directory's own preprocessing", processor.to_dict()),
         identity={"weights_fingerprint": fingerprint(network)},
         features=features,
     )
+
+
+def _settings(name: str, settings: dict[str, Any]) -> str:
+    """A preprocessing by name and the hash of its settings, which weights do not tell."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return f"{name} (settings {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
 def _first_line(error: BaseException) -> str:

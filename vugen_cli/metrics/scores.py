@@ -154,6 +154,8 @@ def score_sets(
                 f"{NAMES[metric]} is defined on the Inception network alone: drop --{metric} or score with "
                 f"--features inception."
             )
+    if save_stats is not None and "fid" not in metrics:
+        raise VugenError("--save-stats keeps the statistics behind --fid: ask for --fid too.")
     # Both are opened before either is read: a wrong path should not cost a pass over the other set.
     ours = _Side("images", Path(images), extractor, count, metrics)
     theirs = None
@@ -164,7 +166,8 @@ def score_sets(
         raise VugenError("only the Inception Score needs no reference: give --reference.")
     ours.read(batch_size, cache, progress)
     if save_stats is not None and theirs is not None:
-        _save(save_stats, theirs)
+        spatial = theirs.gaussian("spatial") if "sfid" in metrics else None
+        save_statistics(save_stats, theirs.gaussian("features"), spatial)
     scores: list[dict[str, Any]] = []
     for metric in (name for name in NAMES if name in metrics):
         try:
@@ -228,15 +231,6 @@ def statistics_fit(path: Path, statistics: Statistics, extractor: Extractor, has
         f"{path} holds statistics of {found}, not of '{extractor.label}' {extractor.identity}: "
         f"give images as the reference, or score with those features."
     )
-
-
-def _save(path: Path, side: _Side) -> None:
-    if "features" not in side.statistics and "features" not in side.features:
-        raise VugenError("--save-stats keeps the statistics behind --fid: ask for --fid too.")
-    spatial = (
-        side.gaussian("spatial") if side.statistics.keys() | side.features.keys() >= {"spatial"} else None
-    )
-    save_statistics(path, side.gaussian("features"), spatial)
 
 
 def _frechet(ours: _Side, theirs: _Side, metric: str) -> list[dict[str, Any]]:
