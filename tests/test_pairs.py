@@ -111,6 +111,8 @@ def test_lpips_agrees_with_torch_fidelity(tmp_path, monkeypatch):
     assert expected.min() > 1e-4
     torch.testing.assert_close(lpips(a.float() / 255, b.float() / 255), expected, rtol=1e-3, atol=1e-6)
     assert lpips(a.double() / 255, a.double() / 255).tolist() == [0, 0, 0]
+    with pytest.raises(VugenError, match="at least 16x16"):
+        lpips(a[..., :15].float(), b[..., :15].float())
     (folder / next(iter(FILES))).write_bytes(b"no weights")
     with pytest.raises(VugenError, match="holds no weights of LPIPS"):
         load_lpips()

@@ -334,15 +334,17 @@ def _print(reports: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
     console = Console()
-    table = Table("metric", "value", "±", "95% interval")
-    for entry in (entry for report in reports for entry in report["scores"]):
-        low_high = entry.get("interval")
-        table.add_row(
-            entry["name"],
-            _number(entry["value"]) or "–",
-            _number(entry.get("std")),
-            f"{_number(low_high[0])} to {_number(low_high[1])}" if low_high else "",
-        )
+    entries = [entry for report in reports for entry in report["scores"]]
+    columns = {
+        "metric": [entry["name"] for entry in entries],
+        "value": [_number(entry["value"]) or "–" for entry in entries],
+        "±": [_number(entry.get("std")) for entry in entries],
+        "95% interval": [" to ".join(map(_number, entry.get("interval") or [])) for entry in entries],
+    }
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    table = Table(*columns)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
     console.print(table)
     first = reports[0]
     for role in ("images", "reference"):

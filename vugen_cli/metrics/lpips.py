@@ -32,7 +32,8 @@ def load_lpips(
         A function of two float [B, 3, H, W] in [0, 1] to float [B], and the files' hashes by name.
 
     Raises:
-        VugenError: a file is missing or damaged; says where to get it and where to put it.
+        VugenError: a file is missing or damaged; says where to get it and where to put it. The function
+            raises it for images of less than 16 pixels a side, of which VGG16 leaves nothing.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for name, url in FILES.items():
@@ -56,6 +57,8 @@ def load_lpips(
 
     @torch.inference_mode()
     def lpips(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if min(a.shape[-2:]) < 16:
+            raise VugenError(f"LPIPS needs images of at least 16x16 pixels, got {a.shape[-2]}x{a.shape[-1]}.")
         distance = torch.zeros((), device=device)
         x = (torch.cat([a, b]).to(device, torch.float32) - mean) / std
         for index, layer in enumerate(vgg):
