@@ -54,9 +54,32 @@ class NanoVLM(Section):
 class Reducer(Section):
     """How z [B, h, w, d] becomes z̃ [B, h, w, channels]."""
 
-    kind: Literal["linear", "mlp"] = "linear"
-    channels: PositiveInt = 16
-    hidden: PositiveInt = Field(512, description="hidden width of the mlp reducer")
+    kind: Literal["linear", "mlp", "attention", "pca", "identity"] = Field(
+        "linear",
+        description="`pca` is fitted in closed form and `identity` keeps all of z; the others are trained",
+    )
+    channels: PositiveInt = Field(16, description="of z̃; `identity` keeps those of z")
+    merge: Literal[1, 2] = Field(1, description="2 folds 2 x 2 places of the grid into one, before all else")
+    hidden: PositiveInt = Field(512, description="hidden width of the mlp and attention reducers")
+    layers: PositiveInt = Field(2, description="transformer blocks of the attention reducer")
+    heads: PositiveInt = Field(8, description="of the attention reducer")
+    normalise: Literal["channel", "layer", "kl", "l2"] = Field(
+        "channel", description="what keeps z̃ at one scale while it trains; see docs/decoders.md"
+    )
+    penalty: float = Field(1e-3, ge=0, description="weight of the `kl` or `l2` term")
+
+    @property
+    def trained(self) -> bool:
+        """Whether stage 1 trains the reducer; one that is not is fitted before the decoder trains."""
+        return self.kind not in ("pca", "identity")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "Reducer":
+        if self.kind == "attention" and (self.hidden % self.heads or self.hidden % 4):
+            raise ValueError("reducer.hidden must be a multiple of 4 and of reducer.heads")
+        if not self.trained and self.normalise != "channel":
+            raise ValueError(f"reducer.normalise must be channel where reducer.kind is {self.kind}")
+        return self
 
 
 class PixelDecoder(Section):

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.engine.latent_report import describe_latents, save_latent_report
 from vugen_cli.engine.loop import Stage, train
 from vugen_cli.engine.seeds import seeded_noise
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.models.pixel_decoder import PixelDecoder, to_pixels
-from vugen_cli.models.reducer import Reducer
+from vugen_cli.models.reducer import Reducer, merge
 from vugen_cli.pictures import save_grid
 from vugen_cli.recipe import USE_OF_VLM, Recipe, parse_recipe
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
 STATISTICS_IMAGES = 10_000  # enough for a per-channel mean and deviation to three digits
+REPORT_IMAGES = 1_000
 
 
 class Autoencoder(nn.Module):
@@ -35,21 +37,17 @@ class Autoencoder(nn.Module):
     def __init__(self, recipe: Recipe, width: int):
         super().__init__()
         self.reducer = Reducer(recipe.reducer, width)
-        self.decoder = PixelDecoder(recipe.decoder, recipe.reducer.channels)
+        self.decoder = PixelDecoder(recipe.decoder, self.reducer.channels)
 
     def loss(self, z: Tensor, images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-        """Flow-matching loss of the pixels given z̃, with noise on z̃ so that decoding forgives sampling error.
-
-        The noise (RAE, arXiv 2510.11690) has a standard deviation drawn between 0 and `decoder.noise` for
-        each image; z̃ has unit variance.
+        """Flow-matching loss of the pixels given z̃, with noise on z̃ so that decoding forgives sampling error,
+        and the reducer's penalty.
         """
-        latents = self.reducer(z)
-        size = (len(latents), 1, 1, 1)
-        spread = recipe.decoder.noise * torch.rand(size, generator=generator, device=latents.device)
-        latents = latents + spread * torch.randn(latents.shape, generator=generator, device=latents.device)
+        latents, penalty = self.reducer.noisy(z, recipe.decoder.noise, generator)
         t = draw_times(len(images), recipe.flow.time, recipe.decoder.shift, generator)
         pixels = to_pixels(images).contiguous(memory_format=torch.channels_last)
-        return flow_matching_loss(lambda x, t: self.decoder(x, t, latents), pixels, t, generator)
+        flow = flow_matching_loss(lambda x, t: self.decoder(x, t, latents), pixels, t, generator)
+        return flow + recipe.reducer.penalty * penalty
 
 
 def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -> Path:
@@ -67,11 +65,12 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     images = ShardedImages(data)
     size = recipe.decoder.image_size or images.size
     vlm = load_vlm(recipe.vlm, device, recipe)
-    first, _ = next(images.in_order(1))
     vlm.prefix([""])  # stage 2 needs it: a VLM that has none must not cost hours first
-    _, height, width, channels = vlm.encode(torch.from_numpy(first).permute(2, 0, 1)[None]).shape
+    first, _ = next(images.in_order(1))
+    z = vlm.encode(torch.from_numpy(first).permute(2, 0, 1)[None])
+    _, height, width, _ = merge(z, recipe.reducer.merge).shape
     torch.manual_seed(recipe.seed)
-    module = Autoencoder(recipe, channels).to(device)
+    module = Autoencoder(recipe, z.shape[-1]).to(device)
     if size % module.decoder.multiple:
         raise VugenError(
             f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}"
@@ -87,7 +86,7 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
         "recipe": recipe.model_dump(mode="json"),
         "vlm": {"name": recipe.vlm, "fingerprint": vlm.fingerprint},
         "data": dataset_card(data),
-        "latents": {"channels": recipe.reducer.channels, "grid": [height, width], "width": channels},
+        "latents": {"channels": module.reducer.channels, "grid": [height, width], "width": z.shape[-1]},
         "image_size": size,
     }
     resolved = {key: card[key] for key in ("vlm", "data", "latents", "image_size")} | {
@@ -103,10 +102,18 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
         decoded = decode_images(vlm, module.reducer, module.decoder, shown, recipe.seed)
         save_grid(torch.cat([shown, decoded.cpu()]), path, columns=len(shown))
 
+    if recipe.reducer.kind == "pca":
+        module.reducer.fit_pca(latents_of(vlm, images, STATISTICS_IMAGES))
+    if not recipe.reducer.trained:
+        module.reducer.fit_statistics(latents_of(vlm, images, STATISTICS_IMAGES))
     run = out.with_suffix(".run")
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, size)
     train(Stage("reducer", module, loss, preview, resolved), stream, settings, recipe.seed, run, device)
-    module.reducer.fit_statistics(latents_of(vlm, images, STATISTICS_IMAGES))
+    if recipe.reducer.trained:
+        module.reducer.fit_statistics(latents_of(vlm, images, STATISTICS_IMAGES))
+    with torch.no_grad():
+        report = describe_latents(map(module.reducer, latents_of(vlm, images, REPORT_IMAGES)))
+    save_latent_report(report, out)
     save_checkpoint(out, with_prefix(module.state_dict(), "autoencoder"), card)
     return out
 
