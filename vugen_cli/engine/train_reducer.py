@@ -13,10 +13,11 @@ from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_b
 from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
 from vugen_cli.engine.latent_report import describe_latents, save_latent_report
 from vugen_cli.engine.loop import Stage, train
+from vugen_cli.engine.perceptual import Alignment, PictureLoss, picture_losses
 from vugen_cli.engine.seeds import seeded_noise
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
-from vugen_cli.models.pixel_decoder import PixelDecoder, to_pixels
+from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.models.reducer import Reducer, merge
 from vugen_cli.pictures import save_grid
 from vugen_cli.recipe import USE_OF_VLM, Recipe, parse_recipe
@@ -38,16 +39,52 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.reducer = Reducer(recipe.reducer, width)
         self.decoder = PixelDecoder(recipe.decoder, self.reducer.channels)
+        self.alignment: Alignment | None = None  # only while training with REPA
 
-    def loss(self, z: Tensor, images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-        """Flow-matching loss of the pixels given z̃, with noise on z̃ so that decoding forgives sampling error,
-        and the reducer's penalty.
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("alignment.")}
+
+    def loss(
+        self,
+        z: Tensor,
+        images: Tensor,
+        recipe: Recipe,
+        generator: torch.Generator,
+        pictures: dict[str, tuple[float, PictureLoss]],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Flow matching of the pixels given z̃, and the recipe's other terms; the total, and each by name.
+
+        Args:
+            z: [B, h, w, d] of the images.
+            images: uint8 [B, 3, S, S].
+            recipe: its weights.
+            generator: draws times and noise.
+            pictures: from `picture_losses`; they see the clean prediction.
         """
         latents, penalty = self.reducer.noisy(z, recipe.decoder.noise, generator)
         t = draw_times(len(images), recipe.flow.time, recipe.decoder.shift, generator)
-        pixels = to_pixels(images).contiguous(memory_format=torch.channels_last)
-        flow = flow_matching_loss(lambda x, t: self.decoder(x, t, latents), pixels, t, generator)
-        return flow + recipe.reducer.penalty * penalty
+        target = self.decoder.target(images)
+        middle: list[Tensor] | None = [] if self.alignment else None
+        clean = []
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            v = self.decoder(x, t, latents, middle)
+            clean.append(x + (1 - t)[:, None, None, None] * v)
+            return v
+
+        total = flow = flow_matching_loss(velocity, target, t, generator)
+        values = {"flow": flow}
+        for name, (weight, picture_loss) in pictures.items():
+            values[name] = picture_loss(clean[0], target, z)
+            total = total + weight * values[name]
+        if self.alignment and middle:
+            values["repa"] = self.alignment(middle[0], z)
+            total = total + recipe.decoder.losses.repa * values["repa"]
+        if recipe.reducer.normalise in ("kl", "l2"):
+            values[recipe.reducer.normalise] = penalty
+            total = total + recipe.reducer.penalty * penalty
+        return total, values if len(values) > 1 else {}
 
 
 def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -> Path:
@@ -76,9 +113,12 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
             f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}"
         )
     settings = recipe.train_reducer
+    pictures = picture_losses(recipe.decoder.losses, vlm, size, device)
+    if recipe.decoder.losses.repa:
+        module.alignment = Alignment(recipe.decoder.channels[-1], z.shape[-1]).to(device)
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return module.loss(vlm.encode(batch.images), batch.images, recipe, generator), {}
+        return module.loss(vlm.encode(batch.images), batch.images, recipe, generator, pictures)
 
     card = {
         "stage": "reducer",
@@ -114,7 +154,7 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     with torch.no_grad():
         report = describe_latents(map(module.reducer, latents_of(vlm, images, REPORT_IMAGES)))
     save_latent_report(report, out)
-    save_checkpoint(out, with_prefix(module.state_dict(), "autoencoder"), card)
+    save_checkpoint(out, with_prefix(module.weights(), "autoencoder"), card)
     return out
 
 
