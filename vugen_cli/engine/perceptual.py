@@ -125,7 +125,7 @@ def load_lpips(device: torch.device) -> nn.Module:
     if missing:
         raise VugenError(
             f"decoder.losses.lpips: {' and '.join(missing)} not in {folder}; put them there "
-            "(torchvision's VGG-16, torch-fidelity's LPIPS), or use decoder.losses.perceptual, which needs no download"
+            "(torchvision's VGG-16, torch-fidelity's LPIPS), or use decoder.losses.perceptual instead"
         )
     from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
 

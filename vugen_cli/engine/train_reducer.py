@@ -16,7 +16,7 @@ from vugen_cli.engine.loop import Stage, train
 from vugen_cli.engine.perceptual import Alignment, PictureLoss, picture_losses
 from vugen_cli.engine.seeds import seeded_noise
 from vugen_cli.errors import VugenError
-from vugen_cli.flow import draw_times, flow_matching_loss
+from vugen_cli.flow import Solver, draw_times, flow_matching_loss
 from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.models.reducer import Reducer, merge
 from vugen_cli.pictures import save_grid
@@ -135,8 +135,7 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
         )
     }
 
-    held_out = [adm_crop(pixels, size) for pixels, _ in images.held_out().in_order(8)]
-    shown = torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2)
+    shown = held_out_images(images, size)
 
     def preview(path: Path) -> None:
         decoded = decode_images(vlm, module.reducer, module.decoder, shown, recipe.seed)
@@ -156,6 +155,12 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     save_latent_report(report, out)
     save_checkpoint(out, with_prefix(module.weights(), "autoencoder"), card)
     return out
+
+
+def held_out_images(images: ShardedImages, size: int) -> Tensor:
+    """The pictures of a preview, uint8 [8, 3, size, size]: the first of the `val` split."""
+    held_out = [adm_crop(pixels, size) for pixels, _ in images.held_out().in_order(8)]
+    return torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2)
 
 
 def load_autoencoder(
@@ -178,6 +183,24 @@ def load_autoencoder(
     module = Autoencoder(recipe, card["latents"]["width"])
     load_weights(module, part(tensors, "autoencoder"), path)
     return module.to(device).eval().requires_grad_(False), tensors, card
+
+
+def load_decoder(
+    path: str | Path, autoencoder: Autoencoder, device: torch.device
+) -> tuple[PixelDecoder, dict[str, Any]]:
+    """The decoder of another checkpoint, with its card, for the z̃ of this autoencoder.
+
+    Raises:
+        VugenError: as `load_autoencoder`, or its reducer is another one.
+    """
+    other, _, card = load_autoencoder(path, device)
+    mine, theirs = autoencoder.reducer.state_dict(), other.reducer.state_dict()
+    if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+        raise VugenError(
+            f"{path} decodes the latents of another reducer: give one that `vugen train-reducer --distill` "
+            "made from this sampler or from the reducer it was trained on"
+        )
+    return other.decoder, card
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
@@ -215,6 +238,7 @@ def decode_images(
     seed: int,
     steps: int | None = None,
     first: int = 0,
+    solver: Solver | None = None,
 ) -> Tensor:
     """Images decoded from their own z̃: uint8 [B, 3, S, S] -> uint8 of the same shape.
 
@@ -224,4 +248,4 @@ def decode_images(
     noise = torch.stack(
         [seeded_noise(images.shape[1:], seed, "reconstruct", first + i) for i in range(len(images))]
     )
-    return decoder.decode(latents, noise.to(latents.device), steps)
+    return decoder.decode(latents, noise.to(latents.device), steps, solver)

@@ -109,6 +109,10 @@ class PixelDecoder(nn.Module):
         clean = functional.pixel_shuffle(x, self.recipe.patch).float()
         return (clean - noised) / (1 - t).clamp_min(NEAREST)[:, None, None, None]
 
+    def integrate(self, latents: Tensor, noise: Tensor, steps: int, solver: Solver) -> Tensor:
+        """x at t = 1, float [B, 3, H, W]: `decode` before rounding, and with a gradient."""
+        return solve(lambda x, t: self(x, t, latents), noise, steps, solver)
+
     @torch.no_grad()
     def decode(
         self, latents: Tensor, noise: Tensor, steps: int | None = None, solver: Solver | None = None
@@ -121,8 +125,9 @@ class PixelDecoder(nn.Module):
             steps: ODE steps; default from the recipe.
             solver: see `flow.solve`; default from the recipe.
         """
-        steps, solver = steps or self.recipe.steps, solver or self.recipe.solver
-        return to_uint8(solve(lambda x, t: self(x, t, latents), noise, steps, solver))
+        return to_uint8(
+            self.integrate(latents, noise, steps or self.recipe.steps, solver or self.recipe.solver)
+        )
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
