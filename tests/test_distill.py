@@ -9,7 +9,7 @@ from test_training import changed, metrics
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
-from vugen_cli.engine.checkpoint import load_checkpoint, read_card, save_checkpoint, with_prefix
+from vugen_cli.engine.checkpoint import load_checkpoint, read_card
 from vugen_cli.engine.distill import distill
 from vugen_cli.engine.sampling import load_sampler
 from vugen_cli.engine.train_reducer import load_autoencoder, train_reducer
@@ -26,7 +26,7 @@ def teacher(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     wake(module.decoder)
     torch.nn.init.normal_(module.decoder.outward.weight, std=0.15)
     out = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_checkpoint(out, with_prefix(module.weights(), "autoencoder"), card)
+    module.save(out, card)
     return out
 
 

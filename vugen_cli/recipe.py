@@ -54,11 +54,12 @@ class NanoVLM(Section):
 class Reducer(Section):
     """How z [B, h, w, d] becomes z̃ [B, h, w, channels]."""
 
-    kind: Literal["linear", "mlp", "attention", "pca", "identity"] = Field(
+    kind: Literal["linear", "mlp", "attention", "pca", "identity", "vae"] = Field(
         "linear",
-        description="`pca` is fitted in closed form and `identity` keeps all of z; the others are trained",
+        description="`pca` is fitted, `identity` keeps all of z, `vae` takes the latents of decoder.vae "
+        "instead of z (the paper's baseline); the others are trained",
     )
-    channels: PositiveInt = Field(16, description="of z̃; `identity` keeps those of z")
+    channels: PositiveInt = Field(16, description="of z̃; `identity` and `vae` keep theirs")
     merge: Literal[1, 2] = Field(1, description="2 folds 2 x 2 places of the grid into one, before all else")
     hidden: PositiveInt = Field(512, description="hidden width of the mlp and attention reducers")
     layers: PositiveInt = Field(2, description="transformer blocks of the attention reducer")
@@ -71,7 +72,7 @@ class Reducer(Section):
     @property
     def trained(self) -> bool:
         """Whether stage 1 trains the reducer; one that is not is fitted before the decoder trains."""
-        return self.kind not in ("pca", "identity")
+        return self.kind not in ("pca", "identity", "vae")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Reducer":
@@ -104,8 +105,18 @@ class DecoderLosses(Section):
 
 
 class Decoder(Section):
-    """The pixel diffusion decoder (PDD): a U-Net with a transformer in the middle, conditioned on z̃."""
+    """From z̃ to pixels: pixel diffusion (PDD), a U-Net with a transformer in the middle, or latent diffusion
+    that ends in a VAE (LDM).
+    """
 
+    kind: Literal["pdd", "ldm"] = "pdd"
+    vae: str | None = Field(
+        None, description="of the LDM decoder and of reducer.kind=vae: a diffusers directory or a hub id"
+    )
+    denoiser: Literal["unet", "dit"] = Field(
+        "unet",
+        description="of the LDM decoder; a DiT has middle_layers blocks as wide as the last of channels",
+    )
     preset: Literal["nano", "S", "B", "M", "L"] | None = Field(
         None, description="sets patch, channels, blocks, middle_layers and heads, where they are not given"
     )
@@ -113,7 +124,7 @@ class Decoder(Section):
     channels: list[PositiveInt] = Field([96, 160], description="width of each level, finest first")
     blocks: PositiveInt = Field(1, description="residual blocks a level, down and up")
     middle_layers: PositiveInt = 4
-    heads: PositiveInt = 5
+    heads: PositiveInt = Field(5, description="must divide the last of channels")
     steps: PositiveInt = Field(4, description="ODE steps when decoding")
     solver: Literal["euler", "heun", "midpoint"] = Field("euler", description="ODE solver when decoding")
     shift: float = Field(2.0, gt=0, description="moves training times towards the noise end if > 1")
@@ -128,6 +139,18 @@ class Decoder(Section):
     def _apply_preset(cls, values: Any) -> Any:
         preset = PRESETS.get(str(values.get("preset")), {}) if isinstance(values, dict) else {}
         return {**preset, **values} if preset else values
+
+
+class VAE(Section):
+    """Sizes of the small autoencoder that `vugen train-vae` trains from scratch."""
+
+    channels: PositiveInt = Field(4, description="of its latents")
+    widths: list[PositiveInt] = Field(
+        [32, 64, 96, 128],
+        description="of each level, multiples of 8; every level but the first halves the grid",
+    )
+    blocks: PositiveInt = Field(1, description="residual blocks a level")
+    kl: float = Field(1e-3, ge=0, description="weight of KL beside the pixels' mean square error")
 
 
 class Expert(Section):
@@ -212,17 +235,23 @@ class Recipe(Section):
     nano_vlm: NanoVLM = NanoVLM()
     reducer: Reducer = Reducer()
     decoder: Decoder = Decoder()
+    vae: VAE = VAE()
     expert: Expert = Expert()
     flow: Flow = Flow()
     sampling: Sampling = Sampling()
     train_vlm: Training = Training()
+    train_vae: Training = Training()
     train_reducer: Training = Training()
     train_sampler: Training = Training()
 
     @model_validator(mode="after")
-    def _middle_heads_divide(self) -> "Recipe":
+    def _parts_fit(self) -> "Recipe":
         if self.decoder.channels[-1] % self.decoder.heads:
             raise ValueError("decoder.heads must divide the last of decoder.channels")
+        if (self.decoder.kind == "ldm" or self.reducer.kind == "vae") and not self.decoder.vae:
+            raise ValueError("decoder.vae is missing: name a VAE, or make one with `vugen train-vae`")
+        if self.decoder.kind == "ldm" and any(self.decoder.losses.model_dump().values()):
+            raise ValueError("decoder.losses see pixels: with decoder.kind=ldm set them to 0")
         return self
 
 

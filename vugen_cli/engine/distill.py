@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
-from vugen_cli.engine.checkpoint import save_checkpoint, with_prefix
 from vugen_cli.engine.loop import Stage, differences, train
 from vugen_cli.engine.perceptual import picture_losses
 from vugen_cli.engine.train_reducer import decode_images, held_out_images, load_autoencoder
 from vugen_cli.errors import VugenError
+from vugen_cli.models.vae import VAEDecoder
 from vugen_cli.pictures import save_grid
 from vugen_cli.recipe import Recipe
 from vugen_cli.vlm.frozen import fingerprint, load_vlm
@@ -40,6 +40,8 @@ def distill(recipe: Recipe, teacher: Path, data: Path, out: Path, device: torch.
     """
     autoencoder, _, card = load_autoencoder(teacher, device)
     expert, size = autoencoder.decoder, card["image_size"]
+    if isinstance(expert, VAEDecoder):
+        raise VugenError(f"{teacher} decodes with a VAE, in one call already: nothing to distill")
     steps, solver = recipe.decoder.steps, recipe.decoder.solver
     mine, theirs = (d.model_dump(exclude=FREE) for d in (recipe.decoder, expert.recipe))
     if changed := differences(theirs, mine):
@@ -58,7 +60,7 @@ def distill(recipe: Recipe, teacher: Path, data: Path, out: Path, device: torch.
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            z = vlm.encode(batch.images)
+            z = autoencoder.z(vlm, batch.images)
             latents, _ = autoencoder.reducer.noisy(z, recipe.decoder.noise, generator)
             noise = torch.randn(batch.images.shape, generator=generator, device=device)
             target = expert.integrate(latents, noise, steps, solver)
@@ -73,11 +75,11 @@ def distill(recipe: Recipe, teacher: Path, data: Path, out: Path, device: torch.
     shown = held_out_images(images, size)
 
     def preview(path: Path) -> None:
-        rows = [
-            decode_images(vlm, autoencoder.reducer, decoder, shown, recipe.seed, count, solver=way).cpu()
-            for decoder, count, way in ((expert, steps, solver), (student, 1, "euler"))
-        ]
-        save_grid(torch.cat([shown, *rows]), path, columns=len(shown))
+        rows = [shown]
+        for decoder, count, way in ((expert, steps, solver), (student, 1, "euler")):
+            autoencoder.decoder = decoder
+            rows.append(decode_images(vlm, autoencoder, shown, recipe.seed, count, solver=way).cpu())
+        save_grid(torch.cat(rows), path, columns=len(shown))
 
     card = {
         **{key: card[key] for key in ("vlm", "latents", "image_size")},
@@ -95,5 +97,5 @@ def distill(recipe: Recipe, teacher: Path, data: Path, out: Path, device: torch.
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, size)
     train(Stage("decoder", student, loss, preview, resolved), stream, settings, recipe.seed, run, device)
     autoencoder.decoder = student
-    save_checkpoint(out, with_prefix(autoencoder.weights(), "autoencoder"), card)
+    autoencoder.save(out, card)
     return out

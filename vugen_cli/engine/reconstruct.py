@@ -62,9 +62,7 @@ def reconstruct(
                     for i in chunk
                 ]
             )
-            decoded = decode_images(
-                frozen, autoencoder.reducer, autoencoder.decoder, originals, seed, steps, progress.n
-            ).cpu()
+            decoded = decode_images(frozen, autoencoder, originals, seed, steps, progress.n).cpu()
             quality["psnr"].append(psnr(originals.float() / 255, decoded.float() / 255))
             quality["ssim"].append(ssim(originals.float() / 255, decoded.float() / 255))
             if shown < GRID_IMAGES:

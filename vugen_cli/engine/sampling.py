@@ -14,7 +14,7 @@ from vugen_cli.engine.seeds import seeded_noise
 from vugen_cli.engine.train_reducer import load_autoencoder, load_decoder, load_weights
 from vugen_cli.flow import Solver, solve
 from vugen_cli.models.generation_expert import GenerationExpert
-from vugen_cli.models.pixel_decoder import PixelDecoder
+from vugen_cli.models.latent_decoder import ImageDecoder
 from vugen_cli.recipe import Expert, Sampling, parse_recipe
 from vugen_cli.vlm.frozen import FrozenVLM, Prefix, vlm_of
 
@@ -36,7 +36,7 @@ class Sampler:
         self,
         vlm: FrozenVLM,
         expert: GenerationExpert,
-        decoder: PixelDecoder,
+        decoder: ImageDecoder,
         card: dict[str, Any],
         path: str | Path,
     ):

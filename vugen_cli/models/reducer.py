@@ -32,13 +32,13 @@ class Reducer(nn.Module):
         super().__init__()
         self.recipe = recipe
         width *= recipe.merge**2
-        self.channels = width if recipe.kind == "identity" else recipe.channels
+        self.channels = width if recipe.kind in ("identity", "vae") else recipe.channels
         if recipe.kind == "pca" and recipe.channels > width:
             raise VugenError(
                 f"reducer.channels={recipe.channels}: PCA of {width} values has no more than those"
             )
         out = self.channels * (2 if recipe.normalise == "kl" else 1)  # KL: a mean and a log-variance
-        if recipe.kind == "identity":
+        if recipe.kind in ("identity", "vae"):
             self.net: nn.Module = nn.Identity()
         elif recipe.kind == "attention":
             self.net = GridAttention(recipe, width, out)
