@@ -1,11 +1,12 @@
 """`vugen reconstruct`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vugen_cli.commands.options import AllowMismatchOption, DeviceOption
+from vugen_cli.commands.score import Features
 
 
 def reconstruct(
@@ -13,36 +14,68 @@ def reconstruct(
     reducer: Annotated[
         Path, typer.Option(help="Checkpoint of `vugen train-reducer` (a sampler's works too).")
     ] = Path("reducer.safetensors"),
+    full: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint of the identity reducer: adds a row decoded from all of z."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the grid and the figures.")] = Path("reconstructions"),
     count: Annotated[int | None, typer.Option(min=1, help="At most this many images. [default: all]")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Decoder steps. [default: the checkpoint's]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the decoder's noise.")] = 0,
+    features: Annotated[
+        Features, typer.Option(help="The network that the Fréchet distance is taken on.")
+    ] = Features.vlm,
+    inception_weights: Annotated[
+        Path | None,
+        typer.Option(help="Inception weights, instead of $TORCH_HOME or a download.", show_default=False),
+    ] = None,
     vlm: Annotated[
         str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
     ] = None,
     allow_vlm_mismatch: AllowMismatchOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Show what survives the reducer: originals beside what is decoded from their reduced latents.
+    """Show what survives the reducer: originals above what is decoded from their latents, full and reduced.
 
-    Writes reconstruction.png and reconstruction.json with PSNR and SSIM.
+    Writes reconstruction.png, and reconstruction.json with PSNR, SSIM, LPIPS where its weights are at hand,
+    and the Fréchet distance between the set and its reconstructions.
 
     \b
     Examples:
       vugen reconstruct --reducer reducer.safetensors --images data/openmoji --count 500
       vugen reconstruct --images photos/ --out rec
+      vugen reconstruct --images data/openmoji --full identity.safetensors
     """
     from vugen_cli.engine.loop import pick_device
     from vugen_cli.engine.reconstruct import reconstruct as run
 
-    report = run(reducer, images, out, count, steps, seed, vlm, pick_device(device), allow_vlm_mismatch)
+    where = pick_device(device)
+    extractor = None  # the VLM's own encoder
+    if features is Features.inception:
+        from vugen_cli.metrics.inception import inception_extractor
+
+        extractor = inception_extractor(inception_weights, where)
+    report = run(reducer, images, out, count, steps, seed, vlm, where, allow_vlm_mismatch, full, extractor)
+    for name, found in (("from all of z", report.get("full")), ("from reduced z", report)):
+        if found:
+            typer.echo(f"{name}: {summary(found)}")
     typer.echo(
-        f"PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f} over {report['images']['count']} images; "
+        f"over {report['images']['count']} images, Fréchet distance on {report['features']}; "
         f"wrote {out / 'reconstruction.png'}"
     )
     if report["images"]["bad"]:
         typer.echo(
             f"{len(report['images']['bad'])} images could not be read; they are listed in reconstruction.json"
         )
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The figures of one way of decoding, in a line."""
+    parts = [f"PSNR {found['psnr']:.2f} dB", f"SSIM {found['ssim']:.4f}"]
+    if "lpips" in found:
+        parts.append(f"LPIPS {found['lpips']:.4f}")
+    if found["frechet"] is not None:
+        parts.append(f"Fréchet distance {found['frechet']:.3f}")
+    return ", ".join(parts)
