@@ -20,6 +20,7 @@ COMMANDS = [
     "score",
     "reconstruct",
     "train-vlm",
+    "train-vae",
     "inspect",
     "demo",
 ]

@@ -8,7 +8,7 @@ from vugen_cli.models.embeddings import grid_positions, sinusoid
 from vugen_cli.models.generation_expert import GenerationExpert, PrefixCache
 from vugen_cli.models.pixel_decoder import PixelDecoder, to_pixels, to_uint8
 from vugen_cli.models.reducer import Reducer
-from vugen_cli.recipe import PixelDecoder as DecoderRecipe
+from vugen_cli.recipe import Decoder as DecoderRecipe
 from vugen_cli.recipe import Reducer as ReducerRecipe
 from vugen_cli.vlm.frozen import FrozenVLM
 

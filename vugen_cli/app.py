@@ -17,6 +17,7 @@ from vugen_cli.commands.sample import sample
 from vugen_cli.commands.score import score
 from vugen_cli.commands.train_reducer import train_reducer
 from vugen_cli.commands.train_sampler import train_sampler
+from vugen_cli.commands.train_vae import train_vae
 from vugen_cli.commands.train_vlm import train_vlm
 from vugen_cli.errors import Stopped, VugenError
 
@@ -36,6 +37,7 @@ for command in (
     reconstruct,
     chat,
     train_vlm,
+    train_vae,
     inspect,
     demo,
 ):

@@ -63,7 +63,8 @@ def solve(
     Args:
         velocity: called with t as a float32 tensor [B].
         noise: x at t = 0, [B, ...].
-        steps: intervals; `euler` calls the velocity once in each, `heun` and `midpoint` twice.
+        steps: intervals; `euler` calls the velocity once in each, `heun` and `midpoint` twice, but `heun`
+            once in the last (EDM, arXiv 2206.00364): a network that predicts the data has no velocity at 1.
         solver: order 1 (`euler`) or 2 (`heun`, `midpoint`).
         shift: spends more of the steps near the noise if > 1; see `shift_time`.
 
@@ -79,7 +80,7 @@ def solve(
     for t, after in itertools.pairwise(times):
         step = after - t
         slope = at(x, t)
-        if solver == "heun":
+        if solver == "heun" and after < 1:
             slope = (slope + at(x + step * slope, after)) / 2
         elif solver == "midpoint":
             slope = at(x + step / 2 * slope, t + step / 2)

@@ -52,8 +52,11 @@ def sampler_recipe(
     batch_size: int | None,
     overrides: list[str] | None,
     vlm: str | None,
+    stage: str = "train_sampler",
 ) -> "Recipe":
-    """The recipe of stage 2: the given one or the reducer's, with the reducer's networks and VLM."""
+    """The recipe of stage 2, or of a distillation (`stage="train_reducer"`): the given one or that of the
+    checkpoint it starts from, with that checkpoint's networks and VLM.
+    """
     from vugen_cli.recipe import load_recipe, parse_recipe
 
     stored = card.get("recipe", {})
@@ -62,7 +65,7 @@ def sampler_recipe(
         key: stored[key] for key in ("reducer", "decoder", "vlm", "latents", "vlm_size") if key in stored
     }
     return parse_recipe(
-        {**values, **fixed}, str(reducer), _overrides("train_sampler", steps, batch_size, overrides, vlm)
+        {**values, **fixed}, str(reducer), _overrides(stage, steps, batch_size, overrides, vlm)
     )
 
 

@@ -1,7 +1,7 @@
 """`vugen reconstruct`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,10 @@ def reconstruct(
     reducer: Annotated[
         Path, typer.Option(help="Checkpoint of `vugen train-reducer` (a sampler's works too).")
     ] = Path("reducer.safetensors"),
+    full: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint of the identity reducer: adds a row decoded from all of z."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the grid and the figures.")] = Path("reconstructions"),
     count: Annotated[int | None, typer.Option(min=1, help="At most this many images. [default: all]")] = None,
     steps: Annotated[
@@ -28,27 +32,41 @@ def reconstruct(
     ] = False,
     device: DeviceOption = None,
 ) -> None:
-    """Show what survives the reducer: originals beside what is decoded from their reduced latents.
+    """Show what survives the reducer: originals above what is decoded from their latents, full and reduced.
 
-    Writes reconstruction.png and reconstruction.json with PSNR and SSIM. With --save-images, `vugen score`
-    can tell more: rFID is --fid, and LPIPS --lpips, of `decoded` with `originals` as the reference.
+    Writes reconstruction.png, and reconstruction.json with PSNR, SSIM, LPIPS where its weights are at hand,
+    and the Fréchet distance between the set and its reconstructions on the VLM's features. With
+    --save-images, `vugen score --fid` of `decoded` with `originals` as the reference is rFID.
 
     \b
     Examples:
       vugen reconstruct --reducer reducer.safetensors --images data/openmoji --count 500
       vugen reconstruct --images photos/ --out rec
+      vugen reconstruct --images data/openmoji --full identity.safetensors
     """
     from vugen_cli.engine.loop import pick_device
     from vugen_cli.engine.reconstruct import reconstruct as run
 
-    report = run(
-        reducer, images, out, count, steps, seed, vlm, pick_device(device), allow_vlm_mismatch, save_images
-    )
+    where = pick_device(device)
+    report = run(reducer, images, out, count, steps, seed, vlm, where, allow_vlm_mismatch, save_images, full)
+    for name, found in (("from all of z", report.get("full")), ("from reduced z", report)):
+        if found:
+            typer.echo(f"{name}: {summary(found)}")
     typer.echo(
-        f"PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f} over {report['images']['count']} images; "
+        f"over {report['images']['count']} images, Fréchet distance on {report['features']}; "
         f"wrote {out / 'reconstruction.png'}"
     )
     if report["images"]["bad"]:
         typer.echo(
             f"{len(report['images']['bad'])} images could not be read; they are listed in reconstruction.json"
         )
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The figures of one way of decoding, in a line."""
+    parts = [f"PSNR {found['psnr']:.2f} dB", f"SSIM {found['ssim']:.4f}"]
+    if "lpips" in found:
+        parts.append(f"LPIPS {found['lpips']:.4f}")
+    if found["frechet"] is not None:
+        parts.append(f"Fréchet distance {found['frechet']:.3f}")
+    return ", ".join(parts)

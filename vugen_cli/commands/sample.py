@@ -31,6 +31,10 @@ def sample(
             help="Checkpoint of `vugen train-sampler`. [default: the newest here, else the bundled]"
         ),
     ] = None,
+    decoder: Annotated[
+        Path | None,
+        typer.Option(help="Draw with the decoder of this checkpoint, as `train-reducer --distill` makes it."),
+    ] = None,
     vlm: Annotated[
         str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
     ] = None,
@@ -62,6 +66,6 @@ def sample(
     from vugen_cli.engine.sampling import load_sampler
 
     texts = collect_prompts(prompts or [], prompts_file)
-    loaded = load_sampler(pick_sampler(sampler), vlm, pick_device(device), allow_vlm_mismatch)
+    loaded = load_sampler(pick_sampler(sampler), vlm, pick_device(device), allow_vlm_mismatch, decoder)
     folder = draw(loaded, texts, n, out, seed, steps, guidance, solver.value if solver else None)
     typer.echo(f"wrote {len(texts) * n} pictures, grid.png and samples.jsonl to {folder}/")

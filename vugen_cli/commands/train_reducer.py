@@ -5,14 +5,24 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import DataOption, DeviceOption, RecipeOption, SetOption, VlmOption
+from vugen_cli.commands.options import DeviceOption, RecipeOption, SetOption, VlmOption
+from vugen_cli.errors import VugenError
 
 
 def train_reducer(
-    data: DataOption = Path("data/openmoji"),
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Data set written by `vugen prepare`. [default: data/openmoji; with --distill the teacher's]"
+        ),
+    ] = None,
     vlm: VlmOption = None,
     recipe: RecipeOption = None,
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")] = Path("reducer.safetensors"),
+    distill: Annotated[
+        Path | None,
+        typer.Option(help="Train no reducer: teach this checkpoint's decoder to draw in one step."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
     set_: SetOption = None,
@@ -28,12 +38,25 @@ def train_reducer(
       vugen train-reducer --data data/openmoji
       vugen train-reducer --data data/imagenet --recipe imagenet-256 --vlm path/to/vlm --out r.safetensors
       vugen train-reducer --data data/mine --steps 5000 --set reducer.channels=32
+      vugen train-reducer --distill reducer.safetensors --set decoder.steps=8 --out one-step.safetensors
     """
-    from vugen_cli.commands.options import require_safetensors, training_recipe
+    from vugen_cli.commands.options import require_safetensors, sampler_recipe, training_recipe
+    from vugen_cli.engine.checkpoint import read_card
     from vugen_cli.engine.loop import pick_device
-    from vugen_cli.engine.train_reducer import train_reducer as run
 
     require_safetensors(out)
+    if distill:
+        from vugen_cli.engine.distill import distill as teach
+
+        if distill.resolve() == out.resolve():
+            raise VugenError(f"--out {out} is the teacher itself: give the student another name")
+        card = read_card(distill)
+        resolved = sampler_recipe(card, distill, recipe, steps, batch_size, set_, vlm, "train_reducer")
+        teach(resolved, distill, data or Path(card["data"]["path"]), out, pick_device(device))
+        typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler SAMPLER --decoder {out}')
+        return
+    from vugen_cli.engine.train_reducer import train_reducer as run
+
     resolved = training_recipe(recipe, "train_reducer", steps, batch_size, set_, vlm)
-    run(resolved, data, out, pick_device(device))
+    run(resolved, data or Path("data/openmoji"), out, pick_device(device))
     typer.echo(f"wrote {out}; next: vugen train-sampler --reducer {out}")

@@ -91,6 +91,7 @@ def draw(
         **settings,
         "sampler": str(sampler.path),
         "step": sampler.card["step"],
+        **({"decoder": sampler.card["decoder"]} if "decoder" in sampler.card else {}),
         "vlm": sampler.card["vlm"]["name"],
         "dataset": sampler.card["data"]["dataset"],
         "reference": sampler.card["data"]["path"],

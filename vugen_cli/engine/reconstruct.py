@@ -1,22 +1,30 @@
-"""Originals beside what the pixel decoder makes of their z̃: the paper's Figure 2 without the full z."""
+"""Originals, what is decoded from all of z, and what is from z̃: the paper's Figure 2, with figures."""
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from vugen_cli.data.images import adm_crop
 from vugen_cli.engine.train_reducer import decode_images, load_autoencoder
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
+from vugen_cli.metrics.encoders import vlm_extractor
+from vugen_cli.metrics.frechet import Moments, frechet_distance
 from vugen_cli.metrics.image_sets import batches, open_images
+from vugen_cli.metrics.lpips import load_lpips
 from vugen_cli.metrics.pairs import psnr, ssim
 from vugen_cli.pictures import save_grid
 from vugen_cli.vlm.frozen import vlm_of
 
 GRID_IMAGES = 16
+COLUMNS = 8
+BATCH = 8
 
 
 def reconstruct(
@@ -30,10 +38,11 @@ def reconstruct(
     device: torch.device | str = "cpu",
     allow_vlm_mismatch: bool = False,
     save_images: bool = False,
+    full: Path | None = None,
 ) -> dict[str, Any]:
-    """Encode, reduce and decode a set of images; measure and show what is lost.
+    """Encode, reduce and decode a set of images, streaming; measure and show what is lost.
 
-    Writes `reconstruction.png` (originals above, decoded below, in rows of eight) and `reconstruction.json`.
+    Writes `reconstruction.png` (the first 16, each above what is made of it) and `reconstruction.json`.
 
     Args:
         checkpoint: of a reducer or a sampler.
@@ -47,44 +56,68 @@ def reconstruct(
         allow_vlm_mismatch: take a VLM of other weights than the checkpoint was trained on.
         save_images: also write each original and its reconstruction as PNG, `originals/<i>.png` and
             `decoded/<i>.png`, for `vugen score`.
+        full: a checkpoint of the identity reducer, for a row decoded from all of z.
 
     Returns:
-        Mean `psnr` (dB) and `ssim` over the images, how many there were, and those that could not be read.
+        Mean `psnr` (dB), `ssim` and, where its weights are at hand, `lpips` over the images; `frechet`, the
+        distance between the set and its reconstructions (None for a single image), and its `features`; the
+        same under `full`; how many images there were, and those that could not be read.
     """
-    autoencoder, _, card = load_autoencoder(checkpoint, torch.device(device))
+    device = torch.device(device)
+    autoencoder, _, card = load_autoencoder(checkpoint, device)
     frozen = vlm_of(card, checkpoint, vlm, device, allow_vlm_mismatch)
-    source = open_images(images, limit=count)
     size = card["image_size"]
-    quality: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": []}
-    rows: list[torch.Tensor] = []
-    total, shown = source.total, 0
-    with tqdm(total=total, desc="reconstruct", unit="image") as progress:
-        for positions, chunk in batches(source, 8):
-            originals = torch.stack(
-                [
-                    torch.from_numpy(adm_crop(i.transpose(1, 2, 0), size).copy()).permute(2, 0, 1)
-                    for i in chunk
-                ]
+    ways = {"z reduced": autoencoder}
+    if full:
+        whole, _, full_card = load_autoencoder(full, device)
+        frozen.check(full_card, full, allow_vlm_mismatch)
+        if whole.reducer.recipe.kind != "identity":
+            raise VugenError(
+                f"--full {full} has a reducer of kind {whole.reducer.recipe.kind}: train one on all of z "
+                "with `vugen train-reducer --set reducer.kind=identity`"
             )
-            decoded = decode_images(
-                frozen, autoencoder.reducer, autoencoder.decoder, originals, seed, steps, progress.n
-            ).cpu()
-            quality["psnr"].append(psnr(originals.float() / 255, decoded.float() / 255))
-            quality["ssim"].append(ssim(originals.float() / 255, decoded.float() / 255))
+        if full_card["image_size"] != size:
+            raise VugenError(f"--full {full} draws {full_card['image_size']} px, but {checkpoint} {size} px")
+        ways = {"z in full": whole, **ways}
+    extractor = vlm_extractor(frozen, device)
+    measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+    with contextlib.suppress(VugenError):  # its weights are not at hand
+        measures["lpips"], _ = load_lpips(device)
+    source = open_images(images, limit=count)
+    reference = Moments()
+    moments = {name: Moments() for name in ways}
+    quality: dict[str, dict[str, list[Tensor]]] = {name: {m: [] for m in measures} for name in ways}
+    shown: dict[str, list[Tensor]] = {name: [] for name in ("original", *ways)}
+    with tqdm(total=source.total, desc="reconstruct", unit="image") as progress, torch.no_grad():
+        for positions, chunk in batches(source, BATCH):
+            squares = [adm_crop(i.transpose(1, 2, 0), size).copy() for i in chunk]
+            originals = torch.stack([torch.from_numpy(i).permute(2, 0, 1) for i in squares])
+            pictures = {"original": originals}
+            reference.update(extractor.features(originals)["features"])
+            for name, way in ways.items():
+                decoded = decode_images(frozen, way, originals, seed, steps, positions).cpu()
+                pictures[name] = decoded
+                moments[name].update(extractor.features(decoded)["features"])
+                pair = originals.float() / 255, decoded.float() / 255
+                for measure, found in quality[name].items():
+                    found.append(measures[measure](*pair).cpu())
             if save_images:
-                for name, pictures in (("originals", originals), ("decoded", decoded)):
-                    for position, picture in zip(positions, pictures, strict=True):
-                        with whole_file(out / name / f"{position:06d}.png") as temporary:
-                            Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(temporary)
-            if shown < GRID_IMAGES:
-                rows += [originals, decoded]
-                shown += len(originals)
+                save_pictures(out / "originals", originals, positions)
+                save_pictures(out / "decoded", pictures["z reduced"], positions)
+            for name, rows in shown.items():
+                rows += pictures[name][: GRID_IMAGES - len(rows)]
             progress.update(len(originals))
-    if not quality["psnr"]:
+    if not reference.n:
         raise VugenError(f"no readable image in {images}")
-    result = {name: torch.cat(values).double().mean().item() for name, values in quality.items()}
+    results: dict[str, dict[str, Any]] = {
+        name: {metric: torch.cat(values).double().mean().item() for metric, values in found.items()}
+        | {"frechet": frechet_distance(moments[name], reference) if reference.n > 1 else None}
+        for name, found in quality.items()
+    }
     report = {
-        **result,
+        **results["z reduced"],
+        **({"full": results["z in full"] | {"checkpoint": str(full)}} if full else {}),
+        "features": extractor.label,
         "images": {"path": str(images), "count": source.count, "bad": source.bad},
         "checkpoint": str(checkpoint),
         "steps": steps or autoencoder.decoder.recipe.steps,
@@ -92,5 +125,32 @@ def reconstruct(
         "size": size,
     }
     write_json(out / "reconstruction.json", report)
-    save_grid(torch.cat(rows), out / "reconstruction.png", columns=min(8, len(rows[0])))
+    save_rows(shown, out / "reconstruction.png")
     return report
+
+
+def save_pictures(folder: Path, pictures: Tensor, positions: list[int]) -> None:
+    """Write uint8 [B, 3, S, S] as PNGs named by their positions."""
+    for position, picture in zip(positions, pictures, strict=True):
+        with whole_file(folder / f"{position:06d}.png") as temporary:
+            Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(temporary)
+
+
+def save_rows(rows: dict[str, list[Tensor]], path: Path) -> None:
+    """Write a grid in which every column is one picture, with the rows' names under their first picture.
+
+    Args:
+        rows: name -> uint8 [3, S, S] each, as many in every row; long rows are broken.
+        path: the PNG to write.
+    """
+    count = len(next(iter(rows.values())))
+    columns = min(COLUMNS, count)
+    tiles: list[Tensor] = []
+    labels: list[str] = []
+    for begin in range(0, count, columns):
+        for name, pictures in rows.items():
+            row = pictures[begin : begin + columns]
+            blank = torch.full_like(row[0], 255)
+            tiles += row + [blank] * (columns - len(row))
+            labels += [name] + [""] * (columns - 1)
+    save_grid(torch.stack(tiles), path, columns, labels)

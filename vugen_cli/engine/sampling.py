@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vugen_cli.engine.checkpoint import part
 from vugen_cli.engine.seeds import seeded_noise
-from vugen_cli.engine.train_reducer import load_autoencoder, load_weights
+from vugen_cli.engine.train_reducer import load_autoencoder, load_decoder, load_weights
 from vugen_cli.flow import Solver, solve
 from vugen_cli.models.generation_expert import GenerationExpert
-from vugen_cli.models.pixel_decoder import PixelDecoder
+from vugen_cli.models.latent_decoder import ImageDecoder
 from vugen_cli.recipe import Expert, Sampling, parse_recipe
 from vugen_cli.vlm.frozen import FrozenVLM, Prefix, vlm_of
 
@@ -36,7 +36,7 @@ class Sampler:
         self,
         vlm: FrozenVLM,
         expert: GenerationExpert,
-        decoder: PixelDecoder,
+        decoder: ImageDecoder,
         card: dict[str, Any],
         path: str | Path,
     ):
@@ -126,6 +126,7 @@ def load_sampler(
     vlm: str | None = None,
     device: torch.device | str = "cpu",
     allow_vlm_mismatch: bool = False,
+    decoder: str | Path | None = None,
 ) -> Sampler:
     """Load a sampler checkpoint and the VLM it was trained on.
 
@@ -134,11 +135,15 @@ def load_sampler(
         vlm: where the VLM is now, if not where the card says.
         device: where to sample.
         allow_vlm_mismatch: take a VLM of other weights than it was trained on.
+        decoder: a checkpoint whose decoder is to draw instead: a distilled one of the same reducer.
 
     Raises:
-        VugenError: not a sampler, damaged, or another VLM.
+        VugenError: not a sampler, damaged, another VLM, or a decoder of another reducer.
     """
     autoencoder, tensors, card = load_autoencoder(path, torch.device(device), "sampler")
+    if decoder:
+        autoencoder.decoder, other = load_decoder(decoder, autoencoder, torch.device(device))
+        card = {**card, "image_size": other["image_size"], "decoder": str(decoder)}
     frozen = vlm_of(card, path, vlm, device, allow_vlm_mismatch)
     recipe = frozen.recipe.expert.model_copy(update={"init": "fresh"})
     expert = new_expert(frozen, card["latents"], recipe)

@@ -1,6 +1,6 @@
 """Stage 1: the reducer and the pixel decoder, trained together on the frozen VLM's latents."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,22 @@ from torch import Tensor, nn
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.engine.latent_report import describe_latents, save_latent_report
 from vugen_cli.engine.loop import Stage, train
+from vugen_cli.engine.perceptual import Alignment, PictureLoss, picture_losses
 from vugen_cli.engine.seeds import seeded_noise
 from vugen_cli.errors import VugenError
-from vugen_cli.flow import draw_times, flow_matching_loss
-from vugen_cli.models.pixel_decoder import PixelDecoder, to_pixels
+from vugen_cli.flow import Solver, draw_times, flow_matching_loss
+from vugen_cli.models.latent_decoder import ImageDecoder, LatentDecoder
+from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.models.reducer import Reducer
+from vugen_cli.models.vae import FrozenVAE, VAEDecoder, load_vae, stored_vae
 from vugen_cli.pictures import save_grid
 from vugen_cli.recipe import USE_OF_VLM, Recipe, parse_recipe
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
 STATISTICS_IMAGES = 10_000  # enough for a per-channel mean and deviation to three digits
+REPORT_IMAGES = 1_000
 
 
 class Autoencoder(nn.Module):
@@ -29,27 +34,86 @@ class Autoencoder(nn.Module):
 
     Args:
         recipe: its `reducer` and `decoder` sections.
-        width: d of the VLM's z.
+        width: d of the VLM's z, or the channels of the VAE where that is what the reducer reads.
+        vae: of a recipe that names one.
     """
 
-    def __init__(self, recipe: Recipe, width: int):
+    decoder: ImageDecoder
+
+    def __init__(self, recipe: Recipe, width: int, vae: FrozenVAE | None = None):
         super().__init__()
-        self.reducer = Reducer(recipe.reducer, width)
-        self.decoder = PixelDecoder(recipe.decoder, recipe.reducer.channels)
+        self.reducer, self.vae = Reducer(recipe.reducer, width), vae
+        if recipe.reducer.kind == "vae":
+            assert vae
+            self.decoder = VAEDecoder(recipe.decoder, self.reducer, vae)
+        elif recipe.decoder.kind == "ldm":
+            assert vae
+            self.decoder = LatentDecoder(recipe.decoder, self.reducer.channels, vae)
+        else:
+            self.decoder = PixelDecoder(recipe.decoder, self.reducer.channels)
+        self.alignment: Alignment | None = None  # only while training with REPA
 
-    def loss(self, z: Tensor, images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-        """Flow-matching loss of the pixels given z̃, with noise on z̃ so that decoding forgives sampling error.
+    def z(self, vlm: FrozenVLM, images: Tensor) -> Tensor:
+        """What the reducer reads of images, uint8 [B, 3, S, S] -> [B, h, w, d]: z, or a VAE's latents."""
+        if self.reducer.recipe.kind == "vae":
+            assert self.vae
+            return self.vae.encode(images.to(vlm.device)).permute(0, 2, 3, 1)
+        return vlm.encode(images)
 
-        The noise (RAE, arXiv 2510.11690) has a standard deviation drawn between 0 and `decoder.noise` for
-        each image; z̃ has unit variance.
+    def encode(self, vlm: FrozenVLM, images: Tensor) -> Tensor:
+        """z̃ of images, uint8 [B, 3, S, S] -> [B, h, w, c]."""
+        return self.reducer(self.z(vlm, images))
+
+    def save(self, path: Path, card: dict[str, Any]) -> None:
+        """Write a checkpoint with all that decoding needs, a VAE included."""
+        weights = {k: v for k, v in self.state_dict().items() if not k.startswith("alignment.")}
+        tensors = with_prefix(weights, "autoencoder")
+        if self.vae:
+            tensors |= with_prefix(self.vae.model.state_dict(), "vae")
+            card = {**card, "vae": self.vae.card()}
+        save_checkpoint(path, tensors, card)
+
+    def loss(
+        self,
+        z: Tensor,
+        images: Tensor,
+        recipe: Recipe,
+        generator: torch.Generator,
+        pictures: dict[str, tuple[float, PictureLoss]],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Flow matching of the pixels given z̃, and the recipe's other terms; the total, and each by name.
+
+        Args:
+            z: [B, h, w, d] of the images.
+            images: uint8 [B, 3, S, S].
+            recipe: its weights.
+            generator: draws times and noise.
+            pictures: from `picture_losses`; they see the clean prediction.
         """
-        latents = self.reducer(z)
-        size = (len(latents), 1, 1, 1)
-        spread = recipe.decoder.noise * torch.rand(size, generator=generator, device=latents.device)
-        latents = latents + spread * torch.randn(latents.shape, generator=generator, device=latents.device)
+        latents, penalty = self.reducer.noisy(z, recipe.decoder.noise, generator)
+        assert not isinstance(self.decoder, VAEDecoder)
         t = draw_times(len(images), recipe.flow.time, recipe.decoder.shift, generator)
-        pixels = to_pixels(images).contiguous(memory_format=torch.channels_last)
-        return flow_matching_loss(lambda x, t: self.decoder(x, t, latents), pixels, t, generator)
+        target = self.decoder.target(images)
+        middle: list[Tensor] | None = [] if self.alignment else None
+        clean = []
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            v = self.decoder(x, t, latents, middle)
+            clean.append(x + (1 - t)[:, None, None, None] * v)
+            return v
+
+        total = flow = flow_matching_loss(velocity, target, t, generator)
+        values = {"flow": flow}
+        for name, (weight, picture_loss) in pictures.items():
+            values[name] = picture_loss(clean[0], target, z)
+            total = total + weight * values[name]
+        if self.alignment and middle:
+            values["repa"] = self.alignment(middle[0], z)
+            total = total + recipe.decoder.losses.repa * values["repa"]
+        if recipe.reducer.normalise in ("kl", "l2"):
+            values[recipe.reducer.normalise] = penalty
+            total = total + recipe.reducer.penalty * penalty
+        return total, values if len(values) > 1 else {}
 
 
 def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -> Path:
@@ -67,19 +131,26 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     images = ShardedImages(data)
     size = recipe.decoder.image_size or images.size
     vlm = load_vlm(recipe.vlm, device, recipe)
-    first, _ = next(images.in_order(1))
     vlm.prefix([""])  # stage 2 needs it: a VLM that has none must not cost hours first
-    _, height, width, channels = vlm.encode(torch.from_numpy(first).permute(2, 0, 1)[None]).shape
+    vae = load_vae(recipe.decoder.vae, device) if recipe.decoder.vae else None
+    shown = held_out_images(images, size)
+    if recipe.reducer.kind == "vae" and vae:
+        d, height, width = vae.encode(shown[:1].to(device)).shape[1:]
+    else:
+        height, width, d = vlm.encode(shown[:1]).shape[1:]
     torch.manual_seed(recipe.seed)
-    module = Autoencoder(recipe, channels).to(device)
+    module = Autoencoder(recipe, d, vae).to(device)
     if size % module.decoder.multiple:
         raise VugenError(
             f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}"
         )
     settings = recipe.train_reducer
+    pictures = picture_losses(recipe.decoder.losses, vlm, size, device)
+    if recipe.decoder.losses.repa:
+        module.alignment = Alignment(recipe.decoder.channels[-1], d).to(device)
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return module.loss(vlm.encode(batch.images), batch.images, recipe, generator), {}
+        return module.loss(module.z(vlm, batch.images), batch.images, recipe, generator, pictures)
 
     card = {
         "stage": "reducer",
@@ -87,7 +158,11 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
         "recipe": recipe.model_dump(mode="json"),
         "vlm": {"name": recipe.vlm, "fingerprint": vlm.fingerprint},
         "data": dataset_card(data),
-        "latents": {"channels": recipe.reducer.channels, "grid": [height, width], "width": channels},
+        "latents": {
+            "channels": module.reducer.channels,
+            "grid": [side // recipe.reducer.merge for side in (height, width)],
+            "width": d,
+        },
         "image_size": size,
     }
     resolved = {key: card[key] for key in ("vlm", "data", "latents", "image_size")} | {
@@ -96,19 +171,37 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
         )
     }
 
-    held_out = [adm_crop(pixels, size) for pixels, _ in images.held_out().in_order(8)]
-    shown = torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2)
-
     def preview(path: Path) -> None:
-        decoded = decode_images(vlm, module.reducer, module.decoder, shown, recipe.seed)
+        decoded = decode_images(vlm, module, shown, recipe.seed)
         save_grid(torch.cat([shown, decoded.cpu()]), path, columns=len(shown))
 
+    def z_of(count: int) -> Iterator[Tensor]:
+        return (module.z(vlm, batch) for batch in stored_images(images, count, size))
+
+    if recipe.reducer.kind == "pca":
+        module.reducer.fit_pca(z_of(STATISTICS_IMAGES))
+    if not recipe.reducer.trained:
+        module.reducer.fit_statistics(z_of(STATISTICS_IMAGES))
     run = out.with_suffix(".run")
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, size)
-    train(Stage("reducer", module, loss, preview, resolved), stream, settings, recipe.seed, run, device)
-    module.reducer.fit_statistics(latents_of(vlm, images, STATISTICS_IMAGES))
-    save_checkpoint(out, with_prefix(module.state_dict(), "autoencoder"), card)
+    if recipe.reducer.kind == "vae":  # reducer and decoder are the VAE's: there is nothing to train
+        module.eval()
+        card["step"] = 0
+    else:
+        stage = Stage("reducer", module, loss, preview, resolved)
+        train(stage, stream, settings, recipe.seed, run, device)
+    if recipe.reducer.trained:
+        module.reducer.fit_statistics(z_of(STATISTICS_IMAGES))
+    with torch.no_grad():
+        save_latent_report(describe_latents(map(module.reducer, z_of(REPORT_IMAGES))), out)
+    module.save(out, card)
     return out
+
+
+def held_out_images(images: ShardedImages, size: int) -> Tensor:
+    """The pictures of a preview, uint8 [8, 3, size, size]: the first of the `val` split."""
+    held_out = [adm_crop(pixels, size) for pixels, _ in images.held_out().in_order(8)]
+    return torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2)
 
 
 def load_autoencoder(
@@ -128,9 +221,28 @@ def load_autoencoder(
     if card.get("stage") not in ("reducer", "sampler"):
         raise VugenError(f"{path} is a {card.get('stage')} checkpoint: a reducer or sampler is needed here")
     recipe = parse_recipe(card["recipe"], str(path))
-    module = Autoencoder(recipe, card["latents"]["width"])
+    vae = stored_vae(card["vae"], part(tensors, "vae"), device) if "vae" in card else None
+    module = Autoencoder(recipe, card["latents"]["width"], vae)
     load_weights(module, part(tensors, "autoencoder"), path)
     return module.to(device).eval().requires_grad_(False), tensors, card
+
+
+def load_decoder(
+    path: str | Path, autoencoder: Autoencoder, device: torch.device
+) -> tuple[ImageDecoder, dict[str, Any]]:
+    """The decoder of another checkpoint, with its card, for the z̃ of this autoencoder.
+
+    Raises:
+        VugenError: as `load_autoencoder`, or its reducer is another one.
+    """
+    other, _, card = load_autoencoder(path, device)
+    mine, theirs = autoencoder.reducer.state_dict(), other.reducer.state_dict()
+    if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+        raise VugenError(
+            f"{path} decodes the latents of another reducer: give one that `vugen train-reducer --distill` "
+            "made from this sampler or from the reducer it was trained on"
+        )
+    return other.decoder, card
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
@@ -147,34 +259,35 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path
         ) from error
 
 
-def latents_of(vlm: FrozenVLM, images: ShardedImages, count: int, batch_size: int = 64) -> Iterator[Tensor]:
-    """z of the first `count` images of a split, in batches."""
+def stored_images(
+    images: ShardedImages, count: int, size: int | None = None, batch_size: int = 64
+) -> Iterator[Tensor]:
+    """The first `count` images of a split in batches, uint8 [B, 3, S, S]; `size` resizes as training does."""
     pending: list[Tensor] = []
     for pixels, _ in images.in_order(count):
-        pending.append(torch.from_numpy(pixels).permute(2, 0, 1))
+        pending.append(torch.from_numpy(adm_crop(pixels, size or images.size)).permute(2, 0, 1))
         if len(pending) == batch_size:
-            yield vlm.encode(torch.stack(pending))
+            yield torch.stack(pending)
             pending.clear()
     if pending:
-        yield vlm.encode(torch.stack(pending))
+        yield torch.stack(pending)
 
 
 @torch.no_grad()
 def decode_images(
     vlm: FrozenVLM,
-    reducer: Reducer,
-    decoder: PixelDecoder,
+    autoencoder: Autoencoder,
     images: Tensor,
     seed: int,
     steps: int | None = None,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
+    solver: Solver | None = None,
 ) -> Tensor:
     """Images decoded from their own z̃: uint8 [B, 3, S, S] -> uint8 of the same shape.
 
-    The noise of image i depends on the seed and its number, first + i, alone.
+    The noise of an image depends on the seed and its number alone; by default they count from 0.
     """
-    latents = reducer(vlm.encode(images))
-    noise = torch.stack(
-        [seeded_noise(images.shape[1:], seed, "reconstruct", first + i) for i in range(len(images))]
-    )
-    return decoder.decode(latents, noise.to(latents.device), steps)
+    latents = autoencoder.encode(vlm, images)
+    numbers = range(len(images)) if numbers is None else numbers
+    noise = torch.stack([seeded_noise(images.shape[1:], seed, "reconstruct", i) for i in numbers])
+    return autoencoder.decoder.decode(latents, noise.to(latents.device), steps, solver)

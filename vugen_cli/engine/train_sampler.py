@@ -55,7 +55,7 @@ def train_sampler(
         prompts = ["" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True)]
         prefix = vlm.prefix(prompts)
         with torch.no_grad():
-            target = autoencoder.reducer(vlm.encode(batch.images))
+            target = autoencoder.encode(vlm, batch.images)
         t = draw_times(len(target), recipe.flow.time, recipe.flow.shift, generator)
         return flow_matching_loss(lambda x, t: expert(x, t, prefix), target, t, generator), {}
 

@@ -29,7 +29,8 @@ def load_lpips(
     """LPIPS of pairs, with its two files from torch's hub folder ($TORCH_HOME/hub/checkpoints).
 
     Returns:
-        A function of two float [B, 3, H, W] in [0, 1] to float [B], and the files' hashes by name.
+        A function of two float [B, 3, H, W] in [0, 1] to float [B], differentiable, and the files' hashes by
+        name.
 
     Raises:
         VugenError: a file is missing or damaged; says where to get it and where to put it. The function
@@ -38,7 +39,7 @@ def load_lpips(
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for name, url in FILES.items():
         if not (folder / name).is_file():
-            raise VugenError(f"LPIPS needs {folder / name}: get it from {url}, or leave --lpips out.")
+            raise VugenError(f"LPIPS needs {folder / name}: get it from {url}, or do without LPIPS.")
     repair_torchvision()
     from torchvision.models.vgg import cfgs, make_layers
 
@@ -55,7 +56,6 @@ def load_lpips(
     vgg.to(device)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
 
-    @torch.inference_mode()
     def lpips(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if min(a.shape[-2:]) < 16:
             raise VugenError(f"LPIPS needs images of at least 16x16 pixels, got {a.shape[-2]}x{a.shape[-1]}.")

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from vugen_cli.flow import Solver, solve
 from vugen_cli.models.embeddings import TimeEmbedding
-from vugen_cli.recipe import PixelDecoder as PixelDecoderRecipe
+from vugen_cli.recipe import Decoder as DecoderRecipe
 
 NEAREST = 0.05  # the least 1 - t by which a clean prediction is divided
 WINDOW = 8  # reach of the relative positions, in tokens each way: a 17 x 17 window
@@ -27,7 +27,7 @@ class PixelDecoder(nn.Module):
         channels: of z̃.
     """
 
-    def __init__(self, recipe: PixelDecoderRecipe, channels: int):
+    def __init__(self, recipe: DecoderRecipe, channels: int):
         super().__init__()
         self.recipe = recipe
         widths, condition = recipe.channels, recipe.channels[-1]
@@ -60,18 +60,26 @@ class PixelDecoder(nn.Module):
         nn.init.zeros_(self.outward.weight)
         self.to(memory_format=torch.channels_last)
 
+    @staticmethod
+    def target(images: Tensor) -> Tensor:
+        """What decoding ends in, x at t = 1: pixels in [-1, 1] of uint8 images [B, 3, H, W]."""
+        return to_pixels(images).contiguous(memory_format=torch.channels_last)
+
     @property
     def multiple(self) -> int:
         """Image sides must be a multiple of this: the pixels of one middle token."""
         return self.recipe.patch * 2 ** (len(self.recipe.channels) - 1)
 
-    def forward(self, noised: Tensor, t: Tensor, latents: Tensor) -> Tensor:
+    def forward(
+        self, noised: Tensor, t: Tensor, latents: Tensor, middle: list[Tensor] | None = None
+    ) -> Tensor:
         """Velocity, float [B, 3, H, W].
 
         Args:
             noised: [B, 3, H, W], pixels in [-1, 1] on the path to noise; H and W multiples of `multiple`.
             t: [B] in [0, 1].
             latents: z̃ [B, h, w, c]; the grid is stretched over the image whatever its size.
+            middle: a list to which the features half through the transformer are added, [B, H', W', width].
         """
         time = self.time(t)[:, :, None, None]
         condition = functional.silu(self.latents(latents.permute(0, 3, 1, 2)) + time)
@@ -87,8 +95,10 @@ class PixelDecoder(nn.Module):
         height, width = x.shape[-2:]
         tokens = x.flatten(2).transpose(1, 2)
         seen = functional.interpolate(condition, (height, width), mode="nearest").flatten(2).transpose(1, 2)
-        for layer in self.middle:
+        for number, layer in enumerate(self.middle):
             tokens = layer(tokens, seen, height, width)
+            if middle is not None and number == (len(self.middle) - 1) // 2:
+                middle.append(tokens.unflatten(1, (height, width)))
         x = x + tokens.transpose(1, 2).unflatten(2, (height, width))
         for blocks, grow in zip(self.up, self.grow, strict=True):
             for block in blocks:
@@ -99,9 +109,13 @@ class PixelDecoder(nn.Module):
         clean = functional.pixel_shuffle(x, self.recipe.patch).float()
         return (clean - noised) / (1 - t).clamp_min(NEAREST)[:, None, None, None]
 
+    def integrate(self, latents: Tensor, noise: Tensor, steps: int, solver: Solver) -> Tensor:
+        """x at t = 1, float [B, 3, H, W]: `decode` before rounding, and with a gradient."""
+        return solve(lambda x, t: self(x, t, latents), noise, steps, solver)
+
     @torch.no_grad()
     def decode(
-        self, latents: Tensor, noise: Tensor, steps: int | None = None, solver: Solver = "euler"
+        self, latents: Tensor, noise: Tensor, steps: int | None = None, solver: Solver | None = None
     ) -> Tensor:
         """Images of some latents, uint8 [B, 3, H, W].
 
@@ -109,10 +123,11 @@ class PixelDecoder(nn.Module):
             latents: z̃ [B, h, w, c].
             noise: standard normal [B, 3, H, W]; fixes the picture.
             steps: ODE steps; default from the recipe.
-            solver: see `flow.solve`.
+            solver: see `flow.solve`; default from the recipe.
         """
-        pixels = solve(lambda x, t: self(x, t, latents), noise, steps or self.recipe.steps, solver)
-        return to_uint8(pixels)
+        return to_uint8(
+            self.integrate(latents, noise, steps or self.recipe.steps, solver or self.recipe.solver)
+        )
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -4,7 +4,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from vugen_cli.errors import VugenError
+from vugen_cli.metrics.frechet import Moments
+from vugen_cli.models.embeddings import grid_positions
 from vugen_cli.recipe import Reducer as ReducerRecipe
 
 
@@ -12,36 +16,89 @@ class Reducer(nn.Module):
     """z [B, h, w, d] -> z̃ [B, h, w, channels] with zero mean and unit variance in each channel.
 
     Normalising inside the reducer fixes the latents' scale while it trains, so that it cannot outrun the
-    noise that is added to z̃ by growing, and the sampler always works in a normalised space.
+    noise that is added to z̃ by growing, and the sampler always works in a normalised space. With `merge` of 2
+    the grid is halved first.
 
     Args:
-        recipe: kind and sizes.
+        recipe: kind, sizes, and what keeps the scale.
         width: d.
+
+    Attributes:
+        channels: of z̃.
+        mean, std: float32 [channels], what the network's output is normalised by outside training.
     """
 
     def __init__(self, recipe: ReducerRecipe, width: int):
         super().__init__()
-        if recipe.kind == "linear":
-            self.net: nn.Module = nn.Linear(width, recipe.channels)
-        else:
-            self.net = nn.Sequential(
-                nn.LayerNorm(width),
-                nn.Linear(width, recipe.hidden),
-                nn.GELU(),
-                nn.Linear(recipe.hidden, recipe.channels),
+        self.recipe = recipe
+        width *= recipe.merge**2
+        self.channels = width if recipe.kind in ("identity", "vae") else recipe.channels
+        if recipe.kind == "pca" and recipe.channels > width:
+            raise VugenError(
+                f"reducer.channels={recipe.channels}: PCA of {width} values has no more than those"
             )
-        self.register_buffer("mean", torch.zeros(recipe.channels))
-        self.register_buffer("std", torch.ones(recipe.channels))
+        out = self.channels * (2 if recipe.normalise == "kl" else 1)  # KL: a mean and a log-variance
+        if recipe.kind in ("identity", "vae"):
+            self.net: nn.Module = nn.Identity()
+        elif recipe.kind == "attention":
+            self.net = GridAttention(recipe, width, out)
+        elif recipe.kind == "mlp":
+            self.net = nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, recipe.hidden), nn.GELU(), nn.Linear(recipe.hidden, out)
+            )
+        else:
+            self.net = nn.Linear(width, out)
+        if not recipe.trained:
+            self.net.requires_grad_(False)
+        self.register_buffer("mean", torch.zeros(self.channels))
+        self.register_buffer("std", torch.ones(self.channels))
 
     def forward(self, z: Tensor) -> Tensor:
         """Normalised by the batch's own statistics in training, by the stored ones otherwise."""
-        raw = self.net(z).float()
-        if not self.training:
+        return self._normalised(self.raw(z)[0])
+
+    def noisy(self, z: Tensor, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """z̃ as the decoder sees it in training, and the penalty that keeps its scale (a scalar).
+
+        The noise (RAE, arXiv 2510.11690) has a standard deviation drawn between 0 and `noise` for each image.
+        It is in units of z̃'s own spread; under `kl` and `l2` it is in units of the network's output, whose
+        scale the penalty holds, and so is the posterior's noise under `kl` (arXiv 1312.6114).
+        """
+        raw, log_variance = self.raw(z)
+        latents = self._normalised(raw)
+        size = (len(latents), 1, 1, 1)
+        spread = noise * torch.rand(size, generator=generator, device=latents.device)
+        penalised = self.recipe.normalise in ("kl", "l2")
+        if penalised:
+            spread = spread / self.std
+        latents = latents + spread * torch.randn(latents.shape, generator=generator, device=latents.device)
+        if not penalised:
+            return latents, latents.new_zeros(())
+        if log_variance is None:
+            return latents, raw.square().mean()
+        posterior = torch.randn(latents.shape, generator=generator, device=latents.device)
+        latents = latents + (0.5 * log_variance).exp() / self.std * posterior
+        return latents, 0.5 * (raw.square() + log_variance.exp() - 1 - log_variance).mean()
+
+    def raw(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's output before normalising, float32 [B, h, w, channels], and KL's log-variance."""
+        out = self.net(merge(z, self.recipe.merge)).float()
+        if self.recipe.normalise == "kl":
+            mean, log_variance = out.chunk(2, -1)
+            return mean, log_variance.clamp(-30, 20)
+        if self.recipe.normalise == "layer":
+            out = functional.layer_norm(out, out.shape[-1:])
+        return out, None
+
+    def _normalised(self, raw: Tensor) -> Tensor:
+        if not self.training or not self.recipe.trained:
             return (raw - self.mean) / self.std
         mean, std = raw.mean((0, 1, 2)), raw.std((0, 1, 2)) + 1e-5
         with torch.no_grad():
             self.mean.lerp_(mean, 0.02)
             self.std.lerp_(std, 0.02)
+        if self.recipe.normalise != "channel":  # layer, kl and l2 hold the scale; this only follows it
+            return (raw - self.mean) / self.std
         return (raw - mean) / std
 
     @torch.no_grad()
@@ -50,8 +107,71 @@ class Reducer(nn.Module):
         count = 0
         total = squares = torch.zeros_like(self.mean, dtype=torch.float64)
         for z in batches:
-            raw = self.net(z).double().flatten(0, 2)
+            raw = self.raw(z)[0].double().flatten(0, 2)
             count, total, squares = count + len(raw), total + raw.sum(0), squares + raw.square().sum(0)
         mean = total / count
         self.mean.copy_(mean)
         self.std.copy_((squares / count - mean**2).clamp_min(1e-10).sqrt())
+
+    @torch.no_grad()
+    def fit_pca(self, batches: Iterable[Tensor]) -> None:
+        """Make the linear map the leading principal directions of an iterable of z; no training.
+
+        The covariance is summed up streaming in float64. Each direction's largest entry is positive, so that
+        the same data give the same reducer.
+        """
+        assert isinstance(self.net, nn.Linear)
+        moments = Moments()
+        for z in batches:
+            moments.update(merge(z, self.recipe.merge).flatten(0, 2))
+        _, vectors = torch.linalg.eigh(torch.from_numpy(moments.covariance))  # eigenvalues ascend
+        directions = vectors.flip(1)[:, : self.channels].T
+        largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+        directions = directions * largest.sign()
+        self.net.weight.copy_(directions)
+        self.net.bias.copy_(-directions @ torch.from_numpy(moments.mean))
+
+
+class GridAttention(nn.Module):
+    """Transformer blocks over the grid, so that a place can leave to its neighbours what they already say."""
+
+    def __init__(self, recipe: ReducerRecipe, width: int, out: int):
+        super().__init__()
+        self.inward = nn.Linear(width, recipe.hidden)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                recipe.hidden,
+                recipe.heads,
+                4 * recipe.hidden,
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(recipe.layers)
+        )
+        self.outward = nn.Sequential(nn.LayerNorm(recipe.hidden), nn.Linear(recipe.hidden, out))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[B, h, w, width] -> [B, h, w, out], any grid."""
+        height, width = z.shape[1:3]
+        x = self.inward(z.flatten(1, 2))
+        x = x + grid_positions(height, width, x.shape[-1]).to(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.outward(x).unflatten(1, (height, width))
+
+
+def merge(z: Tensor, factor: int) -> Tensor:
+    """Fold factor x factor places of a grid into one: [B, h, w, d] -> [B, h / f, w / f, d f²].
+
+    Raises:
+        VugenError: the grid cannot be divided so.
+    """
+    if factor == 1:
+        return z
+    if z.shape[1] % factor or z.shape[2] % factor:
+        raise VugenError(
+            f"reducer.merge={factor}: a grid of {z.shape[1]} x {z.shape[2]} cannot be divided so; set it to 1"
+        )
+    return functional.pixel_unshuffle(z.permute(0, 3, 1, 2), factor).permute(0, 2, 3, 1)

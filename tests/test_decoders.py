@@ -1,0 +1,174 @@
+"""Decoders: presets, losses beside flow matching, solvers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_networks import SMALL, wake
+from test_training import changed, metrics
+
+from vugen_cli.engine.checkpoint import load_checkpoint
+from vugen_cli.engine.perceptual import Alignment, VisionFeatures, cosine_distance, picture_losses
+from vugen_cli.engine.train_reducer import Autoencoder, load_autoencoder, train_reducer
+from vugen_cli.errors import VugenError
+from vugen_cli.models.pixel_decoder import PixelDecoder
+from vugen_cli.recipe import PRESETS, Decoder, DecoderLosses, Recipe, load_recipe
+from vugen_cli.vlm.frozen import FrozenVLM
+
+CPU = torch.device("cpu")
+MILLIONS = {"S": 13.4, "B": 20, "M": 48, "L": 85}  # SSDD, arXiv 2510.04961
+COUNTS = {"nano": 4_649_324, "S": 13_570_900, "B": 20_589_160, "M": 49_444_572, "L": 87_778_252}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_documented_sizes(name: str) -> None:
+    with torch.device("meta"):
+        decoder = PixelDecoder(Decoder(preset=name), 16)  # type: ignore[arg-type]
+    count = sum(p.numel() for p in decoder.parameters())
+    assert count == COUNTS[name] and decoder.multiple == 8
+    assert name == "nano" or count / 1e6 == pytest.approx(MILLIONS[name], rel=0.05)
+    page = (Path(__file__).parent.parent / "docs/decoders.md").read_text()
+    assert f"| {name} | {count:,} |" in page
+
+
+def test_a_preset_fills_in_what_is_not_given_and_replaces_a_files_sizes() -> None:
+    assert Decoder(preset="S").heads == 3 and Decoder(preset="S", heads=2).heads == 2
+    stored = Decoder(preset="S").model_dump()
+    assert Decoder.model_validate(stored) == Decoder(preset="S")
+    assert load_recipe("nano", ["decoder.channels=[8,16]", "decoder.preset=L"]).decoder.channels[-1] == 512
+    recipe = load_recipe("nano", ["decoder.preset=L", "decoder.channels=[8, 16]", "decoder.heads=2"])
+    assert recipe.decoder.channels == [8, 16] and recipe.decoder.middle_layers == 8
+
+
+def test_the_shipped_recipes_have_the_sizes_they_had() -> None:
+    assert load_recipe("nano").decoder.channels == [96, 160]
+    assert load_recipe("imagenet-256").decoder.channels == [96, 192, 384]
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint"])
+def test_every_solver_ends_on_the_clean_picture_of_a_perfect_decoder(solver: str) -> None:
+    """A network that always predicts the same picture has a straight path: any solver must land on it."""
+    decoder = PixelDecoder(SMALL, 4).eval()  # its last convolution starts at zero: it predicts its bias
+    with torch.no_grad():
+        decoder.outward.bias.fill_(0.5)
+    noise, latents = torch.randn(2, 3, 16, 16), torch.randn(2, 2, 2, 4)
+    for steps in (1, 2, 4, 8):
+        picture = decoder.decode(latents, noise, steps, solver)  # type: ignore[arg-type]
+        assert torch.equal(picture, torch.full_like(picture, 191)), (solver, steps)
+
+
+def test_the_recipes_solver_is_the_default() -> None:
+    torch.manual_seed(0)
+    decoder = wake(PixelDecoder(SMALL.model_copy(update={"solver": "midpoint"}), 4))
+    noise, latents = torch.randn(1, 3, 16, 16), torch.randn(1, 2, 2, 4)
+    default = decoder.decode(latents, noise, 3)  # type: ignore[operator]
+    assert torch.equal(default, decoder.decode(latents, noise, 3, "midpoint"))  # type: ignore[operator]
+    assert not torch.equal(default, decoder.decode(latents, noise, 3, "euler"))  # type: ignore[operator]
+
+
+# --- losses beside flow matching ---
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_differentiable_features_are_those_of_the_vlm(vlm: FrozenVLM, size: int) -> None:
+    see = VisionFeatures(vlm, size)
+    images = see._example(size)
+    assert cosine_distance(see(images.float() / 127.5 - 1), vlm.encode(images)) < (
+        1e-6 if size == 64 else 1e-3
+    )
+    pixels = torch.zeros(1, 3, size, size, requires_grad=True)
+    see(pixels).square().mean().backward()
+    assert pixels.grad is not None and pixels.grad.any()
+    assert all(p.grad is None for p in vlm.model.parameters())
+
+
+def test_a_processor_that_does_something_else_is_refused(
+    vlm: FrozenVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vlm, "encode", lambda images: torch.randn(1, 8, 8, 32))
+    with pytest.raises(VugenError, match=r"does more than resize and normalise.*perceptual=0"):
+        VisionFeatures(vlm, 64)
+
+
+def test_missing_lpips_weights_are_one_line(
+    vlm: FrozenVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(VugenError, match=r"LPIPS needs .*vgg16-397923af.pth"):
+        picture_losses(DecoderLosses(lpips=1.0), vlm, 64, CPU)
+
+
+def test_lpips_is_zero_for_equal_pictures_and_has_a_gradient(
+    vlm: FrozenVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With random weights in the two files; their values are torch-fidelity's business."""
+    from torchvision.models import vgg16
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub/checkpoints"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in vgg16().state_dict().items()}
+    # the classifier is 90% of the file and not used: one stored row stands for all of it
+    weights = {
+        name: torch.randn(1, *shape[1:]).expand(shape) if "classifier" in name else 0.05 * torch.randn(shape)
+        for name, shape in shapes.items()
+    }
+    torch.save(weights, folder / "vgg16-397923af.pth")
+    lins = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
+    torch.save(lins, folder / "weights-vgg16-lpips.pth")
+    (_, lpips) = picture_losses(DecoderLosses(lpips=1.0), vlm, 64, CPU)["lpips"]
+    a, b = torch.rand(2, 3, 32, 32) - 0.5, (torch.rand(2, 3, 32, 32) - 0.5).requires_grad_()
+    assert lpips(a, a, a) == 0
+    distance = lpips(b, a, a)
+    distance.backward()
+    assert distance > 0 and b.grad is not None and b.grad.any()
+
+
+def test_alignment_is_zero_where_the_head_tells_z() -> None:
+    torch.manual_seed(0)
+    head = Alignment(6, 5)
+    middle = torch.randn(2, 4, 4, 6)
+    told = head.outward(head.net(middle))
+    assert head(middle, told).item() == pytest.approx(0, abs=1e-6)
+    assert head(middle, -told).item() == pytest.approx(2, abs=1e-6)
+    assert head(middle, torch.randn(2, 8, 8, 5)).item() > 0.2
+
+
+def test_every_term_reaches_reducer_and_decoder_and_none_the_vlm(vlm: FrozenVLM, tiny_recipe: Recipe) -> None:
+    recipe = changed(
+        tiny_recipe, "decoder.losses.perceptual=0.3", "decoder.losses.repa=0.7", "reducer.normalise=l2"
+    )
+    torch.manual_seed(0)
+    module = Autoencoder(recipe, 32)
+    module.alignment = Alignment(recipe.decoder.channels[-1], 32)
+    wake(module).train()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    pictures = picture_losses(recipe.decoder.losses, vlm, 64, CPU)
+
+    def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return module.loss(vlm.encode(images), images, recipe, torch.Generator().manual_seed(0), pictures)
+
+    total, values = loss()
+    assert list(values) == ["flow", "perceptual", "repa", "l2"]
+    expected = values["flow"] + 0.3 * values["perceptual"] + 0.7 * values["repa"] + 1e-3 * values["l2"]
+    assert torch.allclose(total, expected)
+    for name in values:
+        module.zero_grad()
+        loss()[1][name].backward()
+        reached = {
+            n.split(".")[0] for n, p in module.named_parameters() if p.grad is not None and p.grad.any()
+        }
+        assert reached >= ({"reducer"} if name == "l2" else {"reducer", "decoder"}), name
+    assert all(p.grad is None for p in vlm.model.parameters())
+
+
+def test_a_run_with_every_term_leaves_a_checkpoint_without_the_head(
+    scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = changed(tiny_recipe, "decoder.losses.perceptual=1", "decoder.losses.repa=0.5")
+    path = train_reducer(recipe, scenes, tmp_path / "r.safetensors", CPU)
+    assert {"flow", "perceptual", "repa"} <= set(metrics(tmp_path / "r.run")[0])
+    assert not any("alignment" in name for name in load_checkpoint(path)[0])
+    load_autoencoder(path, CPU)

@@ -1,0 +1,134 @@
+"""Single-step distillation: the student follows its teacher, and samplers take it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_networks import wake
+from test_training import changed, metrics
+from typer.testing import CliRunner
+
+from vugen_cli.app import app
+from vugen_cli.engine.checkpoint import load_checkpoint, read_card
+from vugen_cli.engine.distill import distill
+from vugen_cli.engine.sampling import load_sampler
+from vugen_cli.engine.train_reducer import load_autoencoder, train_reducer
+from vugen_cli.errors import VugenError
+from vugen_cli.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def teacher(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny reducer with a decoder whose pictures depend on noise and z̃; four steps of training do not."""
+    module, _, card = load_autoencoder(trained / "reducer.safetensors", CPU)
+    wake(module.decoder)
+    torch.nn.init.normal_(module.decoder.outward.weight, std=0.15)
+    out = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    module.save(out, card)
+    return out
+
+
+@pytest.fixture(scope="module")
+def student(
+    teacher: Path, scenes: Path, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A student of the teacher at four steps."""
+    recipe = changed(
+        tiny_recipe,
+        "decoder.steps=4",
+        "train_reducer.steps=60",
+        "train_reducer.warmup=1",
+        "train_reducer.lr=3e-3",
+    )
+    out = tmp_path_factory.mktemp("student") / "student.safetensors"
+    return distill(recipe, teacher, scenes, out, CPU)
+
+
+def test_the_student_keeps_the_reducer_and_decodes_in_one_step(
+    trained: Path, teacher: Path, student: Path
+) -> None:
+    before, _ = load_checkpoint(teacher)
+    tensors, card = load_checkpoint(student, "reducer")
+    assert tensors.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, tensors[name]) == (".reducer." in name or not tensor.is_floating_point())
+    assert card["recipe"]["decoder"]["steps"] == 1 and card["distilled"]["steps"] == 4
+    assert card["latents"] == read_card(trained / "reducer.safetensors")["latents"]
+
+
+def test_one_step_of_the_student_is_nearer_to_many_of_the_teacher_than_one_of_the_teacher(
+    teacher: Path, student: Path
+) -> None:
+    teaching = load_autoencoder(teacher, CPU)[0].decoder
+    taught = load_autoencoder(student, CPU)[0].decoder
+    generator = torch.Generator().manual_seed(7)
+    latents = torch.randn(8, 8, 8, 4, generator=generator)
+    noise = torch.randn(8, 3, 64, 64, generator=generator)
+    goal = teaching.integrate(latents, noise, 4, "euler")
+
+    def distance(decoder) -> float:  # type: ignore[no-untyped-def]
+        return (decoder.integrate(latents, noise, 1, "euler") - goal).square().mean().item()
+
+    assert distance(taught) < 0.6 * distance(teaching)
+    assert torch.equal(taught.decode(latents, noise), taught.decode(latents, noise, 1))
+    losses = [row["loss"] for row in metrics(student.with_suffix(".run"))]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert (student.with_suffix(".run") / "preview-0000060.png").stat().st_size
+
+
+def test_a_sampler_draws_with_the_student(trained: Path, student: Path) -> None:
+    sampler = load_sampler(trained / "sampler.safetensors", decoder=student)
+    plain = load_sampler(trained / "sampler.safetensors")
+    assert sampler.decoder.recipe.steps == 1
+    (_, _, picture), (_, _, before) = next(sampler.sample(["a bear"])), next(plain.sample(["a bear"]))
+    assert picture.shape == before.shape and not torch.equal(picture, before)
+
+
+def test_a_decoder_of_another_reducer_is_refused(
+    trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    other = train_reducer(changed(tiny_recipe, "seed=5"), scenes, tmp_path / "other.safetensors", CPU)
+    with pytest.raises(VugenError, match=r"other.safetensors decodes the latents of another reducer"):
+        load_sampler(trained / "sampler.safetensors", decoder=other)
+
+
+def test_a_student_of_other_networks_or_of_one_step_is_refused(
+    trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    teacher, out = trained / "reducer.safetensors", tmp_path / "s.safetensors"
+    with pytest.raises(VugenError, match="decodes in one step: nothing to distill"):
+        distill(tiny_recipe, teacher, scenes, out, CPU)
+    with pytest.raises(VugenError, match=r"keeps the networks of .*decoder.blocks: 1 -> 2"):
+        distill(changed(tiny_recipe, "decoder.blocks=2"), teacher, scenes, out, CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_takes_recipe_and_data_from_the_teacher(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a sampler too: the bundled one has no reducer file of its own."""
+    monkeypatch.chdir(tmp_path)
+    sampler = str(trained / "sampler.safetensors")
+    result = CliRunner().invoke(
+        app,
+        [
+            "train-reducer",
+            "--distill",
+            sampler,
+            "--set",
+            "decoder.steps=2",
+            "--steps",
+            "2",
+            "--out",
+            "one.safetensors",
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    assert "next: vugen sample" in result.output
+    result = CliRunner().invoke(
+        app, ["sample", "a bear", "--sampler", sampler, "--decoder", "one.safetensors"]
+    )
+    assert result.exit_code == 0, result.output
+    assert '"decoder": "one.safetensors"' in Path("samples/samples.jsonl").read_text()

@@ -1,0 +1,36 @@
+"""`vugen train-vae`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vugen_cli.commands.options import DataOption, DeviceOption, RecipeOption, SetOption
+
+
+def train_vae(
+    data: DataOption = Path("data/openmoji"),
+    out: Annotated[Path, typer.Option(help="Diffusers directory to write.")] = Path("vae"),
+    recipe: RecipeOption = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
+    set_: SetOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Train a small AutoencoderKL from scratch, where no pretrained one can be had.
+
+    The LDM decoder (decoder.kind=ldm) diffuses in its latents, and
+    reducer.kind=vae samples in them; any other diffusers AutoencoderKL does as well.
+
+    \b
+    Examples:
+      vugen train-vae --data data/openmoji --out vae
+      vugen train-reducer --data data/openmoji --set decoder.kind=ldm --set decoder.vae=vae
+    """
+    from vugen_cli.commands.options import training_recipe
+    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.engine.train_vae import train_vae as run
+
+    resolved = training_recipe(recipe, "train_vae", steps, batch_size, set_)
+    run(resolved, data, out, pick_device(device))
+    typer.echo(f"wrote {out}; next: vugen train-reducer --set decoder.kind=ldm --set decoder.vae={out}")

@@ -1,0 +1,140 @@
+"""What the pixel decoder learns from beside flow matching: how its clean prediction looks to other networks.
+
+Flow matching averages over all pictures that a noised one may have been, which blurs what is uncertain. These
+losses compare the clean prediction with the picture in features where blur is expensive. None of the
+networks changes: gradients pass through them to the pixels only.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vugen_cli.errors import VugenError
+from vugen_cli.metrics.lpips import load_lpips
+from vugen_cli.recipe import DecoderLosses
+from vugen_cli.vlm.frozen import FrozenVLM
+from vugen_cli.vlm.latents import projector_states
+
+PictureLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (predicted, true pixels [B, 3, S, S], z) -> scalar
+
+
+def picture_losses(
+    weights: DecoderLosses, vlm: FrozenVLM, size: int, device: torch.device
+) -> dict[str, tuple[float, PictureLoss]]:
+    """The losses that a recipe asks for: name -> (weight, loss).
+
+    Args:
+        weights: a weight of 0 leaves its loss out.
+        vlm: whose encoder the perceptual loss looks through.
+        size: pixels a side of the pictures.
+        device: where they are.
+
+    Raises:
+        VugenError: the VLM's preprocessing cannot be followed, or the weights of LPIPS are missing.
+    """
+    losses: dict[str, tuple[float, PictureLoss]] = {}
+    if weights.perceptual:
+        see = VisionFeatures(vlm, size)
+        losses["perceptual"] = (
+            weights.perceptual,
+            lambda predicted, _, z: cosine_distance(see(predicted), z),
+        )
+    if weights.lpips:
+        lpips, _ = load_lpips(device)
+        losses["lpips"] = (
+            weights.lpips,
+            lambda predicted, true, _: lpips(predicted.float() / 2 + 0.5, true.float() / 2 + 0.5).mean(),
+        )
+    return losses
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of 1 - cosine over all places; [B, h, w, d] twice -> scalar in [0, 2]."""
+    return (1 - functional.cosine_similarity(a.float(), b.float(), dim=-1)).mean()
+
+
+class VisionFeatures:
+    """z of pixels, as `FrozenVLM.encode` but with a gradient to the pixels.
+
+    `encode` goes through the VLM's image processor, which rounds to uint8 and is not differentiable. Most
+    processors only resize, crop and normalise, which torch does as well; here those steps are repeated and
+    compared with the processor once.
+
+    Args:
+        vlm: frozen; a Llava-style model, whose encoder takes one picture as [3, side, side].
+        size: pixels a side of the pictures that will come.
+
+    Raises:
+        VugenError: its processor does something else.
+    """
+
+    def __init__(self, vlm: FrozenVLM, size: int):
+        self.vlm = vlm
+        processor = vlm.processor.image_processor
+        sizes = dict(getattr(processor, "size", None) or {})
+        self.side: int = sizes.get("shortest_edge") or sizes.get("height") or 0
+        crop = dict(getattr(processor, "crop_size", None) or {})
+        self.crop = crop.get("height") if getattr(processor, "do_center_crop", False) else None
+        mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+        refused = VugenError(
+            f"decoder.losses.perceptual: the image processor of {vlm.name} does more than resize and "
+            "normalise, so its encoder gives no gradient to pixels; set decoder.losses.perceptual=0"
+        )
+        if not self.side or mean is None or std is None:
+            raise refused
+        self.mode = {2: "bilinear", 3: "bicubic"}.get(int(getattr(processor, "resample", 3) or 3), "bicubic")
+        self.mean = torch.tensor(mean, device=vlm.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(std, device=vlm.device).view(1, 3, 1, 1)
+        images = self._example(size)
+        try:
+            with torch.no_grad():
+                difference = cosine_distance(self(images.float() / 127.5 - 1), vlm.encode(images))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise refused from error
+        if difference > 0.02:
+            raise refused
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """z [B, h, w, d] of float pixels [B, 3, S, S] in [-1, 1]."""
+        x = pixels.float() / 2 + 0.5
+        if x.shape[-1] != self.side:
+            x = functional.interpolate(x, (self.side, self.side), mode=self.mode, antialias=True)
+        if self.crop and self.crop < self.side:
+            edge = (self.side - self.crop) // 2
+            x = x[..., edge : edge + self.crop, edge : edge + self.crop]
+        x = ((x - self.mean) / self.std).to(self.vlm.model.dtype)
+        with projector_states(self.vlm.projector) as seen:
+            self.vlm.model.get_image_features(pixel_values=x)
+        side = round(seen[0].shape[1] ** 0.5)
+        return seen[0].float().unflatten(1, (side, side))
+
+    def _example(self, size: int) -> Tensor:
+        """A smooth random picture, uint8 [1, 3, size, size]: what resizes alike where natural pictures do."""
+        coarse = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+        smooth = functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
+        return (smooth * 255).round().to(torch.uint8).to(self.vlm.device)
+
+
+class Alignment(nn.Module):
+    """REPA (arXiv 2410.06940): the decoder's middle features, through a small head, should tell z.
+
+    The head is trained beside the decoder and is not part of the checkpoint.
+
+    Args:
+        width: of the middle features.
+        target: d of z.
+    """
+
+    def __init__(self, width: int, target: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width), nn.SiLU()
+        )
+        self.outward = nn.Linear(2 * width, target)
+
+    def forward(self, middle: Tensor, z: Tensor) -> Tensor:
+        """1 - cosine of middle features [B, H, W, width] and z [B, h, w, d] stretched to H x W; a scalar."""
+        stretched = functional.interpolate(z.permute(0, 3, 1, 2).float(), middle.shape[1:3], mode="bilinear")
+        return cosine_distance(self.outward(self.net(middle)), stretched.permute(0, 2, 3, 1))

@@ -1,0 +1,122 @@
+"""A small `AutoencoderKL` from scratch, for the LDM decoder and the baseline where none can be had."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
+from vugen_cli.engine.loop import Stage, train
+from vugen_cli.engine.train_reducer import STATISTICS_IMAGES, held_out_images, stored_images
+from vugen_cli.errors import VugenError
+from vugen_cli.models.pixel_decoder import to_pixels, to_uint8
+from vugen_cli.pictures import save_grid
+from vugen_cli.recipe import VAE, Recipe
+
+
+class VAETraining(nn.Module):
+    """The autoencoder and its loss.
+
+    Args:
+        recipe: sizes and the weight of KL.
+    """
+
+    def __init__(self, recipe: VAE):
+        super().__init__()
+        from diffusers import AutoencoderKL
+
+        levels = len(recipe.widths)
+        self.kl = recipe.kl
+        self.model: Any = AutoencoderKL(
+            block_out_channels=tuple(recipe.widths),
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=recipe.blocks,
+            latent_channels=recipe.channels,
+            norm_num_groups=8,
+        )
+
+    def loss(self, batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean square error of the pixels, and KL of the posterior to a standard normal (arXiv 1312.6114)."""
+        pixels = to_pixels(batch.images)
+        posterior = self.model.encode(pixels).latent_dist
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        decoded = self.model.decode(mean + (0.5 * log_variance).exp() * noise).sample
+        values = {
+            "pixels": (decoded.float() - pixels).square().mean(),
+            "kl": 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean(),
+        }
+        return values["pixels"] + self.kl * values["kl"], values
+
+
+def train_vae(recipe: Recipe, data: Path, out: Path, device: torch.device) -> Path:
+    """Train a VAE and save it as a diffusers directory, whole or not at all.
+
+    Its `scaling_factor` and `shift_factor` give the latents of the training set zero mean and unit variance.
+    The run's states, metrics, curves and previews are kept in `<out>.run`.
+
+    Args:
+        recipe: its `vae` and `train_vae` sections.
+        data: a prepared data set.
+        out: the directory to write.
+        device: where to train.
+
+    Raises:
+        VugenError: bad data or sizes; a loss that is not finite.
+    """
+    images = ShardedImages(data)
+    factor = 2 ** (len(recipe.vae.widths) - 1)
+    if images.size % factor:
+        raise VugenError(f"images of {images.size} px: this VAE needs a multiple of {factor}; see vae.widths")
+    torch.manual_seed(recipe.seed)
+    training = VAETraining(recipe.vae).to(device)
+    shown = held_out_images(images, images.size)
+
+    @torch.no_grad()
+    def preview(path: Path) -> None:
+        mean = training.model.encode(to_pixels(shown.to(device))).latent_dist.mean
+        save_grid(torch.cat([shown, to_uint8(training.model.decode(mean).sample).cpu()]), path, len(shown))
+
+    resolved = {
+        "recipe": recipe.model_dump(mode="json", include={"seed", "data", "vae", "train_vae"}),
+        "data": dataset_card(data),
+    }
+    settings = recipe.train_vae
+    stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip)
+    run = out.with_name(out.name + ".run")
+    train(
+        Stage("vae", training, training.loss, preview, resolved), stream, settings, recipe.seed, run, device
+    )
+    mean, std = latent_statistics(training.model, images, device)
+    training.model.register_to_config(scaling_factor=1 / std, shift_factor=mean)
+    save_directory(training.model, out)
+    return out
+
+
+@torch.no_grad()
+def latent_statistics(model: Any, images: ShardedImages, device: torch.device) -> tuple[float, float]:
+    """Mean and deviation of all latent values over the set, streaming in float64."""
+    count, total, squares = 0, 0.0, 0.0
+    for batch in stored_images(images, STATISTICS_IMAGES):
+        latents = model.encode(to_pixels(batch.to(device))).latent_dist.mean.double()
+        count += latents.numel()
+        total, squares = total + latents.sum().item(), squares + latents.square().sum().item()
+    mean = total / count
+    return mean, (squares / count - mean**2) ** 0.5
+
+
+def save_directory(model: Any, path: Path) -> None:
+    """Save a diffusers model as a directory, replacing an earlier one whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except OSError as error:
+        raise VugenError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,140 @@
+"""A frozen diffusers `AutoencoderKL`: where the LDM decoder diffuses, and the paper's baseline latents."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vugen_cli.errors import VugenError
+from vugen_cli.flow import Solver
+from vugen_cli.models.pixel_decoder import to_pixels, to_uint8
+from vugen_cli.models.reducer import Reducer
+from vugen_cli.recipe import Decoder as DecoderRecipe
+from vugen_cli.vlm.frozen import fingerprint, reach_hub
+
+
+class FrozenVAE:
+    """An autoencoder used as it is, on latents of about zero mean and unit variance.
+
+    It is no `nn.Module` on purpose: its weights are neither trained, averaged nor kept in a run's states. A
+    finished checkpoint holds them once, so that it can be used without the VAE's own files.
+
+    Args:
+        model: a diffusers `AutoencoderKL`.
+        name: where it came from.
+
+    Attributes:
+        channels: of its latents.
+        factor: pixels a side of one place of the latents.
+    """
+
+    def __init__(self, model: Any, name: str):
+        self.model, self.name = model.eval().requires_grad_(False), name
+        self.channels: int = model.config.latent_channels
+        self.factor: int = 2 ** (len(model.config.block_out_channels) - 1)
+        self.scale: float = model.config.scaling_factor
+        self.shift: float = model.config.shift_factor or 0.0
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """The posterior's mean, scaled: uint8 [B, 3, H, W] -> float32 [B, channels, H / f, W / f]."""
+        return (self.model.encode(to_pixels(images)).latent_dist.mean.float() - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The inverse of `encode`: float32 pixels [B, 3, H, W], about [-1, 1]."""
+        return self.model.decode(latents / self.scale + self.shift).sample.float()
+
+    def card(self) -> dict[str, Any]:
+        """What a checkpoint's card says of it; enough to build it again."""
+        config = json.loads(self.model.to_json_string())
+        return {"name": self.name, "fingerprint": fingerprint(self.model), "config": config}
+
+
+def load_vae(name: str, device: torch.device) -> FrozenVAE:
+    """Load an `AutoencoderKL`.
+
+    Args:
+        name: a diffusers directory (of the VAE, or of a pipeline with a `vae` folder) or a hub id.
+        device: where to put it.
+
+    Raises:
+        VugenError: there is none, the hub cannot be reached, or it is another kind of model.
+    """
+    from diffusers import AutoencoderKL
+
+    path = Path(name)
+    if path.is_dir() and (path / "vae" / "config.json").is_file():
+        path = path / "vae"
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise VugenError(
+            f"decoder.vae: no VAE at {name}: give a diffusers directory or a hub id (owner/name)"
+        )
+    try:
+        local = path.is_dir() or not reach_hub(name)
+    except VugenError as error:
+        raise VugenError(f"decoder.vae: {str(error).removeprefix('the VLM ')}") from error
+    try:
+        source = str(path) if path.is_dir() else name
+        config = AutoencoderKL.load_config(source, local_files_only=local)
+        if config.get("_class_name") != "AutoencoderKL":
+            raise ValueError(f"it is a {config.get('_class_name', 'directory without a model')}")
+        model = AutoencoderKL.from_pretrained(
+            source,
+            local_files_only=local,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,  # True asks for accelerate, which we do without
+        )
+    except Exception as error:  # a foreign directory can fail in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise VugenError(f"decoder.vae: {name} could not be loaded as an AutoencoderKL: {reason}") from error
+    return FrozenVAE(model.to(device), name)
+
+
+def stored_vae(card: dict[str, Any], weights: dict[str, Tensor], device: torch.device) -> FrozenVAE:
+    """The VAE that a checkpoint holds.
+
+    Args:
+        card: from `FrozenVAE.card`.
+        weights: its state dict.
+        device: where to put it.
+    """
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL.from_config(card["config"])
+    model.load_state_dict(weights)
+    return FrozenVAE(model.to(device), card["name"])
+
+
+class VAEDecoder(nn.Module):
+    """The baseline's decoder: the VAE's own, after undoing what the reducer did.
+
+    Args:
+        recipe: kept for its `steps`; there is nothing else to set.
+        reducer: of kind `vae`.
+        vae: whose latents the reducer normalises.
+    """
+
+    def __init__(self, recipe: DecoderRecipe, reducer: Reducer, vae: FrozenVAE):
+        super().__init__()
+        self.recipe = recipe.model_copy(update={"steps": 1})
+        object.__setattr__(
+            self, "reducer", reducer
+        )  # the autoencoder's own: not a second copy of its weights
+        self.vae = vae
+
+    @property
+    def multiple(self) -> int:
+        """Image sides must be a multiple of this."""
+        return self.vae.factor * self.reducer.recipe.merge
+
+    def decode(
+        self, latents: Tensor, noise: Tensor, steps: int | None = None, solver: Solver | None = None
+    ) -> Tensor:
+        """Images of z̃ [B, h, w, c], uint8 [B, 3, H, W]; nothing is diffused, so the rest has no effect."""
+        raw = (latents * self.reducer.std + self.reducer.mean).permute(0, 3, 1, 2)
+        return to_uint8(self.vae.decode(functional.pixel_shuffle(raw, self.reducer.recipe.merge)))
