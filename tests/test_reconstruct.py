@@ -14,7 +14,7 @@ from vugen_cli.app import app
 from vugen_cli.engine.reconstruct import reconstruct, save_rows
 from vugen_cli.engine.train_reducer import train_reducer
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics.frechet import Extractor
+from vugen_cli.metrics.features import Extractor
 from vugen_cli.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -50,17 +50,20 @@ def test_three_rows_and_their_figures(
         assert picture.height == 4 + 6 * (128 + 14 + 4 + 4)  # 8 and 3 columns of three rows
 
 
-def test_the_figures_are_those_of_known_pictures(trained: Path, scenes: Path, tmp_path: Path) -> None:
+def test_the_figures_are_those_of_known_pictures(
+    trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With one number a picture as its feature, the Fréchet distance has a closed form."""
     seen: list[np.ndarray] = []
 
-    def brightness(images: torch.Tensor) -> torch.Tensor:
+    def brightness(images: torch.Tensor) -> dict[str, torch.Tensor]:
         value = images.float().mean((1, 2, 3))[:, None]
         seen.append(value.double().numpy())
-        return value
+        return {"features": value}
 
     extractor = Extractor("vlm", "brightness", "none", {}, brightness)
-    report = reconstruct(trained / "reducer.safetensors", scenes, tmp_path, 16, extractor=extractor)
+    monkeypatch.setattr("vugen_cli.engine.reconstruct.vlm_extractor", lambda *_: extractor)
+    report = reconstruct(trained / "reducer.safetensors", scenes, tmp_path, 16)
     original, decoded = (np.concatenate(seen[i::2]) for i in (0, 1))
     gap = (original.mean() - decoded.mean()) ** 2
     spread = (original.std(ddof=1) - decoded.std(ddof=1)) ** 2
