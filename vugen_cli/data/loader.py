@@ -27,6 +27,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vugen_cli.data.images import adm_crop
 from vugen_cli.errors import VugenError
+from vugen_cli.processes import rank, world_size
 from vugen_cli.recipe import Recipe
 
 
@@ -251,6 +252,7 @@ class TrainingStream(IterableDataset[Batch]):
         flip: mirror half of the images.
         start: number of the first batch (resume: the step to go on from).
         size: pixels a side; images of another stored size are resized.
+        part: (i, of): the i-th of `of` equal parts of every batch, for one of several processes.
     """
 
     def __init__(
@@ -262,8 +264,10 @@ class TrainingStream(IterableDataset[Batch]):
         flip: bool = False,
         start: int = 0,
         size: int | None = None,
+        part: tuple[int, int] = (0, 1),
     ):
         self.images, self.batch_size, self.seed, self.flip = images, batch_size, seed, flip
+        self.first, self.count = batch_size // part[1] * part[0], batch_size // part[1]
         self.start, self.size = start, size or images.size
         self.order = ShuffledOrder(images.counts, seed, window)
 
@@ -271,7 +275,7 @@ class TrainingStream(IterableDataset[Batch]):
         pipeline = wds.DataPipeline(
             self.positions,
             wds.map(self.read),
-            wds.batched(self.batch_size, collation_fn=collate, partial=False),
+            wds.batched(self.count, collation_fn=collate, partial=False),
         )
         return iter(pipeline)
 
@@ -280,7 +284,8 @@ class TrainingStream(IterableDataset[Batch]):
         worker = get_worker_info()
         number, of = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in itertools.count(self.start + number, of):
-            yield from range(batch * self.batch_size, (batch + 1) * self.batch_size)
+            begin = batch * self.batch_size + self.first
+            yield from range(begin, begin + self.count)
 
     def read(self, n: int) -> tuple[Tensor, str, dict[str, Any], int]:
         """Sample n: image uint8 [S, S, 3], caption, meta, and 1 if it stands in for a damaged one."""
@@ -320,11 +325,29 @@ def collate(samples: list[tuple[Tensor, str, dict[str, Any], int]]) -> Batch:
 def training_batches(
     images: ShardedImages, recipe: Recipe, batch_size: int, flip: bool, size: int | None = None
 ) -> Callable[[int], Iterator[Batch]]:
-    """What a stage trains on: batch number -> the stream of batches from there; see `TrainingStream`."""
-    data = recipe.data
+    """What a stage trains on: step -> this process's stream from there, `engine.accumulate` batches a step.
 
-    def batches_from(start: int) -> Iterator[Batch]:
-        stream = TrainingStream(images, batch_size, recipe.seed, data.shuffle, flip, start, size)
+    Raises:
+        VugenError: the recipe's batch cannot be shared out evenly.
+    """
+    data, parts = recipe.data, recipe.engine.accumulate
+    if batch_size % (parts * world_size()):
+        raise VugenError(
+            f"a batch of {batch_size} cannot be shared out evenly over {world_size()} processes in {parts} "
+            f"parts (engine.accumulate): take a batch size that is a multiple of {parts * world_size()}"
+        )
+
+    def batches_from(step: int) -> Iterator[Batch]:
+        stream = TrainingStream(
+            images,
+            batch_size // parts,
+            recipe.seed,
+            data.shuffle,
+            flip,
+            step * parts,
+            size,
+            (rank(), world_size()),
+        )
         return batches(stream, data.workers)
 
     return batches_from
