@@ -85,6 +85,8 @@ def join(device: "torch.device") -> "torch.device":
     if world_size() > 1:
         import torch.distributed as dist
 
+        if dist.is_initialized():
+            return device
         cuda = device.type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",  # small things (flags, file names) always go by gloo

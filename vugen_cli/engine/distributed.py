@@ -58,7 +58,6 @@ class Spread:
         if self.replicated:
             self.network = nn.parallel.DistributedDataParallel(
                 self.network,
-                broadcast_buffers=False,  # statistics are taken over all processes in the forward pass
                 find_unused_parameters=stage.partial,
                 gradient_as_bucket_view=True,
             )
@@ -106,7 +105,8 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], forward_dtype: torch.d
     whole = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
-    fully_shard(module, mesh=mesh, mp_policy=whole)
+    # Not left gathered after a forward pass: the average is swapped in and out between passes.
+    fully_shard(module, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
 
 
 def shard_frozen(model: nn.Module) -> None:

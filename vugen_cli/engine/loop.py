@@ -199,8 +199,9 @@ def train(
     return module.eval()
 
 
-def not_finite(scalars: dict[str, float], step: int, keys: list[list[str]], run: Path) -> str:
+def not_finite(scalars: dict[str, float], step: int, parts: list[list[str]], run: Path) -> str:
     """What to say of a step whose loss or gradient is not a number; its samples are listed in a file."""
+    keys = [key for part in parts for key in part]
     listed = run / f"not-finite-{step:07d}.json"
     if is_first():
         write_json(listed, {"step": step, **{k: str(v) for k, v in scalars.items()}, "samples": keys})
