@@ -12,8 +12,18 @@ import pytest
 import torch
 from conftest import save_random_vlm, tiny_overrides
 
-from vugen_cli.engine.checkpoint import load_checkpoint, read_card
-from vugen_cli.engine.loop import Average, cpu_flags, differences, learning_rate, pick_device, wants_bfloat16
+from vugen_cli.data.loader import ShardedImages
+from vugen_cli.engine.checkpoint import load_checkpoint, read_card, save_checkpoint
+from vugen_cli.engine.loop import (
+    Average,
+    StateWriter,
+    cpu_flags,
+    differences,
+    is_free,
+    learning_rate,
+    pick_device,
+    wants_bfloat16,
+)
 from vugen_cli.engine.train_reducer import load_autoencoder, train_reducer
 from vugen_cli.engine.train_sampler import train_sampler
 from vugen_cli.errors import VugenError
@@ -196,6 +206,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
         train_reducer(recipe, scenes, tmp_path / "r.safetensors", CPU)
     assert not (tmp_path / "r.safetensors").exists()
     assert list((tmp_path / "r.run").glob("state-*"))
+    (listed,) = (tmp_path / "r.run").glob("not-finite-*.json")
+    bad = json.loads(listed.read_text())
+    known = {meta["source_key"] for _, meta in ShardedImages(scenes).in_order()}
+    assert bad["step"] == len(metrics(tmp_path / "r.run")) and len(bad["samples"]) == 4
+    assert set(bad["samples"]) <= known
+
+
+def test_states_are_written_in_the_background_whole_and_the_two_newest_are_kept(tmp_path: Path) -> None:
+    tensors = {"w": torch.randn(100)}
+    with StateWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(tensors, {"stage": "test-state", "step": step})
+    kept = sorted(tmp_path.iterdir())
+    assert [path.name for path in kept] == ["state-0000002.safetensors", "state-0000003.safetensors"]
+    save_checkpoint(tmp_path / "direct.safetensors", tensors, {"stage": "test-state", "step": 3})
+    assert kept[1].read_bytes() == (tmp_path / "direct.safetensors").read_bytes()
+
+
+def test_a_state_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the folder should be")
+    with pytest.raises(VugenError, match="cannot write"), StateWriter(tmp_path / "run") as writer:
+        writer.write({"w": torch.zeros(1)}, {"stage": "test-state", "step": 1})
+
+
+def test_a_resumed_run_may_find_its_data_elsewhere_but_not_take_another_step_size() -> None:
+    assert is_free("recipe.train_reducer.steps") and is_free("data.path") and is_free("recipe.data.workers")
+    assert not is_free("recipe.nano_vlm.vision_steps") and not is_free("recipe.train_reducer.lr")
 
 
 def test_stage_two_refuses_the_wrong_checkpoint_and_another_vlm(

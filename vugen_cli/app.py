@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli import __version__
+from vugen_cli import __version__, processes
 from vugen_cli.commands.chat import chat
 from vugen_cli.commands.demo import demo
 from vugen_cli.commands.inspect import inspect
@@ -50,8 +50,12 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+SPREAD = ("prepare", "train-reducer", "train-sampler", "train-vlm", "sample")  # share their work out
+
+
 @app.callback()
 def vugen(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -67,6 +71,8 @@ def vugen(
       vugen sample "a bear in a forest" -n 8
       vugen score --fid
     """
+    if context.invoked_subcommand not in SPREAD and not processes.is_first():
+        raise typer.Exit  # the first process of the job does it alone
 
 
 def main() -> None:
@@ -92,13 +98,18 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if processes.is_lost_peer(error):
+            _end(f"error: {processes.LOST}", 1)
         line = (str(error).strip() or "no message").splitlines()[0]
         _end(f"error: {type(error).__name__}: {line}; run again with --debug for the traceback", 1)
 
 
 def _end(line: str, status: int) -> None:
     sys.stdout.flush()
-    print(line, file=sys.stderr)
+    if processes.has_the_last_word():
+        print(line, file=sys.stderr, flush=True)
+    if processes.world_size() > 1:
+        os._exit(status)  # parting in good order would wait for processes that may wait for this one
     sys.exit(status)
 
 

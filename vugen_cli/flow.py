@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vugen_cli.engine.seeds import draw
+
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], t [B]) -> velocity [B, ...]
 Solver = Literal["euler", "heun", "midpoint"]
 
@@ -27,11 +29,10 @@ def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) 
         kind: `uniform`, or `logit-normal` (SD3: the middle of the path is the hard part).
         shift: see `shift_time`.
     """
-    device = generator.device
     if kind == "uniform":
-        t = torch.rand(count, generator=generator, device=device)
+        t = draw(torch.rand, (count,), generator)
     else:
-        t = torch.sigmoid(torch.randn(count, generator=generator, device=device))
+        t = torch.sigmoid(draw(torch.randn, (count,), generator))
     return shift_time(t, shift)
 
 
@@ -50,7 +51,7 @@ def flow_matching_loss(velocity: Velocity, data: Tensor, t: Tensor, generator: t
         t: [B] from `draw_times`.
         generator: draws the noise; on the data's device.
     """
-    noise = torch.randn(data.shape, generator=generator, device=data.device, dtype=data.dtype)
+    noise = draw(torch.randn, data.shape, generator, data.dtype)
     predicted = velocity(interpolate(noise, data, t), t)
     return (predicted.float() - (data - noise)).square().mean()
 

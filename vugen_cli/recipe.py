@@ -213,6 +213,18 @@ class Training(Section):
     )
 
 
+class Engine(Section):
+    """How the work is spread; a resumed run may change all of it."""
+
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="with several processes: every one has all weights, or (fsdp) a share of the expert's",
+    )
+    shard_vlm: bool = Field(False, description="share out the frozen VLM's weights too, with fsdp")
+    accumulate: PositiveInt = Field(1, description="parts of a batch that follow one another, to save memory")
+    recompute: bool = Field(False, description="compute the expert's activations twice, to save memory")
+
+
 class Recipe(Section):
     """A whole run, from the VLM to the samples."""
 
@@ -239,6 +251,7 @@ class Recipe(Section):
     expert: Expert = Expert()
     flow: Flow = Flow()
     sampling: Sampling = Sampling()
+    engine: Engine = Engine()
     train_vlm: Training = Training()
     train_vae: Training = Training()
     train_reducer: Training = Training()

@@ -80,7 +80,9 @@ def prepare(
     import os
 
     from vugen_cli.data.writer import write_dataset
+    from vugen_cli.processes import local_world_size, meet
 
+    meet()
     out = out or Path("data") / dataset.value
     size = size or (64 if dataset is Dataset.openmoji else 256)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -91,7 +93,7 @@ def prepare(
             split=split.value,
             size=size,
             shard_size=shard_size,
-            workers=workers or cores,
+            workers=workers or max(1, cores // local_world_size()),
             seed=seed,
             count=count,
             strict=strict,

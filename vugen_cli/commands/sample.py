@@ -64,8 +64,9 @@ def sample(
     from vugen_cli.engine.draw import collect_prompts, draw, pick_sampler
     from vugen_cli.engine.loop import pick_device
     from vugen_cli.engine.sampling import load_sampler
+    from vugen_cli.processes import join
 
     texts = collect_prompts(prompts or [], prompts_file)
-    loaded = load_sampler(pick_sampler(sampler), vlm, pick_device(device), allow_vlm_mismatch, decoder)
+    loaded = load_sampler(pick_sampler(sampler), vlm, join(pick_device(device)), allow_vlm_mismatch, decoder)
     folder = draw(loaded, texts, n, out, seed, steps, guidance, solver.value if solver else None)
     typer.echo(f"wrote {len(texts) * n} pictures, grid.png and samples.jsonl to {folder}/")

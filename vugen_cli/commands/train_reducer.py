@@ -43,6 +43,7 @@ def train_reducer(
     from vugen_cli.commands.options import require_safetensors, sampler_recipe, training_recipe
     from vugen_cli.engine.checkpoint import read_card
     from vugen_cli.engine.loop import pick_device
+    from vugen_cli.processes import join
 
     require_safetensors(out)
     if distill:
@@ -52,11 +53,11 @@ def train_reducer(
             raise VugenError(f"--out {out} is the teacher itself: give the student another name")
         card = read_card(distill)
         resolved = sampler_recipe(card, distill, recipe, steps, batch_size, set_, vlm, "train_reducer")
-        teach(resolved, distill, data or Path(card["data"]["path"]), out, pick_device(device))
+        teach(resolved, distill, data or Path(card["data"]["path"]), out, join(pick_device(device)))
         typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler SAMPLER --decoder {out}')
         return
     from vugen_cli.engine.train_reducer import train_reducer as run
 
     resolved = training_recipe(recipe, "train_reducer", steps, batch_size, set_, vlm)
-    run(resolved, data or Path("data/openmoji"), out, pick_device(device))
+    run(resolved, data or Path("data/openmoji"), out, join(pick_device(device)))
     typer.echo(f"wrote {out}; next: vugen train-sampler --reducer {out}")

@@ -38,9 +38,17 @@ def train_sampler(
     from vugen_cli.engine.checkpoint import read_card
     from vugen_cli.engine.loop import pick_device
     from vugen_cli.engine.train_sampler import train_sampler as run
+    from vugen_cli.processes import join
 
     require_safetensors(out)
     card = read_card(reducer)
     resolved = sampler_recipe(card, reducer, recipe, steps, batch_size, set_, vlm)
-    run(resolved, reducer, data or Path(card["data"]["path"]), out, pick_device(device), allow_vlm_mismatch)
+    run(
+        resolved,
+        reducer,
+        data or Path(card["data"]["path"]),
+        out,
+        join(pick_device(device)),
+        allow_vlm_mismatch,
+    )
     typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler {out}')

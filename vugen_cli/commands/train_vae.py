@@ -30,7 +30,8 @@ def train_vae(
     from vugen_cli.commands.options import training_recipe
     from vugen_cli.engine.loop import pick_device
     from vugen_cli.engine.train_vae import train_vae as run
+    from vugen_cli.processes import join
 
     resolved = training_recipe(recipe, "train_vae", steps, batch_size, set_)
-    run(resolved, data, out, pick_device(device))
+    run(resolved, data, out, join(pick_device(device)))
     typer.echo(f"wrote {out}; next: vugen train-reducer --set decoder.kind=ldm --set decoder.vae={out}")

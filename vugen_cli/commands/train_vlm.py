@@ -29,10 +29,11 @@ def train_vlm(
     """
     from vugen_cli.commands.options import training_recipe
     from vugen_cli.engine.loop import pick_device
+    from vugen_cli.processes import join
     from vugen_cli.vlm import nano
 
     resolved = training_recipe(recipe, "train_vlm", steps, batch_size, set_)
-    scores = nano.train_vlm(resolved, data, out, pick_device(device))
+    scores = nano.train_vlm(resolved, data, out, join(pick_device(device)))
     typer.echo(f"wrote {out}")
     for name, value in scores.items():
         typer.echo(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")

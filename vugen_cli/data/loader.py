@@ -14,19 +14,20 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
-import webdataset as wds
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vugen_cli.data.images import adm_crop
 from vugen_cli.errors import VugenError
+from vugen_cli.processes import rank, world_size
 from vugen_cli.recipe import Recipe
 
 
@@ -137,8 +138,14 @@ class ShardedImages:
             pass  # a truncated shard: what was listed before the damage can still be read
         return os.open(path, os.O_RDONLY), list(samples.values())
 
-    def read(self, shard: int, index: int) -> tuple[np.ndarray, dict[str, Any]]:
+    def read(
+        self, shard: int, index: int, place: np.ndarray | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Decode one sample: uint8 [S, S, 3] and its meta with `captions`.
+
+        Args:
+            shard, index: where it is.
+            place: may be decoded into, where it has the stored size.
 
         Raises:
             ValueError, OSError: the sample is damaged or missing from its shard.
@@ -159,7 +166,8 @@ class ShardedImages:
 
         meta = json.loads(member("json"))
         meta["captions"] = member("txt").decode().splitlines()
-        return decode_stored(member("png", "jpg")), meta
+        fits = place is not None and place.shape[0] == place.shape[1] == self.size
+        return decode_stored(member("png", "jpg"), place if fits else None), meta
 
     def held_out(self) -> "ShardedImages":
         """The data set's `val` split, or `train` if it has none."""
@@ -181,14 +189,18 @@ class ShardedImages:
                 yield sample
 
 
-def decode_stored(data: bytes) -> np.ndarray:
+def decode_stored(data: bytes, place: np.ndarray | None = None) -> np.ndarray:
     """Pixels of an image as `vugen prepare` stores it (RGB PNG or JPEG), uint8 [S, S, 3].
+
+    Args:
+        data: of the file.
+        place: a JPEG is decoded into this contiguous array; one that is larger counts as damaged.
 
     Raises:
         ValueError, OSError: the bytes are damaged.
     """
     if data[:2] == b"\xff\xd8":
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=place)
     with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
         return np.array(image.convert("RGB"))
 
@@ -241,7 +253,7 @@ class ShuffledOrder:
 
 
 class TrainingStream(IterableDataset[Batch]):
-    """An endless stream of batches from batch number `start`: a webdataset pipeline over the planned order.
+    """An endless stream of batches from batch number `start`, in the planned order.
 
     Args:
         images: the split to read.
@@ -251,6 +263,7 @@ class TrainingStream(IterableDataset[Batch]):
         flip: mirror half of the images.
         start: number of the first batch (resume: the step to go on from).
         size: pixels a side; images of another stored size are resized.
+        part: (i, of): the i-th of `of` equal parts of every batch, for one of several processes.
     """
 
     def __init__(
@@ -262,69 +275,90 @@ class TrainingStream(IterableDataset[Batch]):
         flip: bool = False,
         start: int = 0,
         size: int | None = None,
+        part: tuple[int, int] = (0, 1),
     ):
         self.images, self.batch_size, self.seed, self.flip = images, batch_size, seed, flip
+        self.first, self.count = batch_size // part[1] * part[0], batch_size // part[1]
         self.start, self.size = start, size or images.size
         self.order = ShuffledOrder(images.counts, seed, window)
 
     def __iter__(self) -> Iterator[Batch]:
-        pipeline = wds.DataPipeline(
-            self.positions,
-            wds.map(self.read),
-            wds.batched(self.batch_size, collation_fn=collate, partial=False),
-        )
-        return iter(pipeline)
-
-    def positions(self) -> Iterator[int]:
-        """Sample numbers of this worker's batches: worker w of W makes start + w, start + w + W, ..."""
         worker = get_worker_info()
         number, of = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in itertools.count(self.start + number, of):
-            yield from range(batch * self.batch_size, (batch + 1) * self.batch_size)
+            yield self.batch(batch)
 
-    def read(self, n: int) -> tuple[Tensor, str, dict[str, Any], int]:
-        """Sample n: image uint8 [S, S, 3], caption, meta, and 1 if it stands in for a damaged one."""
+    def batch(self, number: int) -> Batch:
+        """This process's part of batch `number`, its pictures decoded straight into place."""
+        # Rows of pixels, as they are decoded; the permuted view is channels-last, as convolutions like it.
+        images = torch.empty(self.count, self.size, self.size, 3, dtype=torch.uint8)
+        places = images.numpy()
+        begin = number * self.batch_size + self.first
+        samples = [self.read(begin + row, places[row]) for row in range(self.count)]
+        captions, meta, corrupt = zip(*samples, strict=True)
+        return Batch(images.permute(0, 3, 1, 2), list(captions), list(meta), sum(corrupt))
+
+    def read(self, n: int, place: np.ndarray) -> tuple[str, dict[str, Any], int]:
+        """Sample n: its picture into `place` [S, S, 3]; caption, meta, and 1 if it is a stand-in."""
         epoch, shard, index = self.order[n]
-        rng = np.random.default_rng([self.seed, epoch, shard, index, 2])
-        pixels, meta, corrupt = self._read_or_neighbour(shard, index)
+        pixels, meta, corrupt = self._read_or_neighbour(shard, index, place)
         if pixels.shape[:2] != (self.size, self.size):
             pixels = adm_crop(pixels, self.size)
-        if self.flip and rng.random() < 0.5:
-            pixels = pixels[:, ::-1]
+        luck = random_bits(self.seed, epoch, shard, index)
+        if self.flip and luck & 1:
+            place[:] = pixels[:, ::-1]
+        elif not np.may_share_memory(pixels, place):
+            place[:] = pixels
         captions = meta["captions"]
-        caption = captions[rng.integers(len(captions))] if captions else ""
-        return torch.from_numpy(np.ascontiguousarray(pixels)), caption, meta, corrupt
+        return captions[(luck >> 1) % len(captions)] if captions else "", meta, corrupt
 
-    def _read_or_neighbour(self, shard: int, index: int) -> tuple[np.ndarray, dict[str, Any], int]:
+    def _read_or_neighbour(
+        self, shard: int, index: int, place: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, Any], int]:
         """A sample, or the next readable one of its shard (then of the others) if it is damaged."""
         corrupt = 0
         for s in [shard, *range(len(self.images.counts))]:
             count = int(self.images.counts[s])
             for step in range(count):
                 try:
-                    pixels, meta = self.images.read(s, (index + step) % count)
+                    pixels, meta = self.images.read(s, (index + step) % count, place)
                     return pixels, meta, corrupt
                 except (ValueError, OSError):
                     corrupt = 1
         raise VugenError(f"no readable sample in {self.images.directory}: run `vugen prepare` again")
 
 
-def collate(samples: list[tuple[Tensor, str, dict[str, Any], int]]) -> Batch:
-    """Samples to a batch."""
-    pixels, captions, meta, corrupt = zip(*samples, strict=True)
-    # The permuted view stays channels-last in memory, as convolutions like it.
-    images = torch.stack(pixels).permute(0, 3, 1, 2)
-    return Batch(images, list(captions), list(meta), sum(corrupt))
+def random_bits(*key: int) -> int:
+    """64 bits fixed by some numbers; a generator of its own for each sample would cost more than its JSON."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
 def training_batches(
     images: ShardedImages, recipe: Recipe, batch_size: int, flip: bool, size: int | None = None
 ) -> Callable[[int], Iterator[Batch]]:
-    """What a stage trains on: batch number -> the stream of batches from there; see `TrainingStream`."""
-    data = recipe.data
+    """What a stage trains on: step -> this process's stream from there, `engine.accumulate` batches a step.
 
-    def batches_from(start: int) -> Iterator[Batch]:
-        stream = TrainingStream(images, batch_size, recipe.seed, data.shuffle, flip, start, size)
+    Raises:
+        VugenError: the recipe's batch cannot be shared out evenly.
+    """
+    data, parts = recipe.data, recipe.engine.accumulate
+    if batch_size % (parts * world_size()):
+        raise VugenError(
+            f"a batch of {batch_size} cannot be shared out evenly over {world_size()} processes in {parts} "
+            f"parts (engine.accumulate): take a batch size that is a multiple of {parts * world_size()}"
+        )
+
+    def batches_from(step: int) -> Iterator[Batch]:
+        stream = TrainingStream(
+            images,
+            batch_size // parts,
+            recipe.seed,
+            data.shuffle,
+            flip,
+            step * parts,
+            size,
+            (rank(), world_size()),
+        )
         return batches(stream, data.workers)
 
     return batches_from
@@ -332,7 +366,7 @@ def training_batches(
 
 def batches(stream: TrainingStream, workers: int) -> Iterator[Batch]:
     """Iterate over a stream, decoding in `workers` processes (0: in this one)."""
-    loader = wds.WebLoader(
+    loader = DataLoader(
         stream,
         batch_size=None,
         num_workers=workers,

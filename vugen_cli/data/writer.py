@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
@@ -36,12 +36,15 @@ from vugen_cli.data.images import adm_crop, decode, encode, is_lossless
 from vugen_cli.data.sample import Sample, Source
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
+from vugen_cli.processes import is_first, rank, wait_for_all, world_size
 
 FORMAT = 1
 """Version of the layout; raised when the same plan would give other bytes."""
 
 LOSSLESS_UP_TO = 128
 """Pictures from lossless files stay lossless up to this size; above it JPEG costs nothing one can see."""
+
+_STAGES = ("planned", "written", "prepared")  # at which the processes of a job wait for each other
 
 Record = dict[str, Any]
 """What is noted of a finished shard: name, samples, bytes, sha256, skipped, captions."""
@@ -121,20 +124,45 @@ def write_dataset(
         "listing": _listing(source),
     }
     job = _Job(source, out, split, size, shard_size, order, strict)
+    if not is_first():
+        return _help(job, workers)
     with _locked(out):
         manifest = _read_manifest(out)
         if split in manifest.get("splits", {}):
-            return _repair(job, plan, manifest, progress)
+            manifest = _repair(job, plan, manifest, progress)
+            for stage in _STAGES:
+                wait_for_all(stage)
+            return manifest
         _check_other_splits(out, manifest, plan)
         _claim(out, split, plan)
-        records = _write_shards(job, _finished(job), workers, progress)
+        wait_for_all("planned")
+        _write_shards(job, workers, progress)
+        wait_for_all("written")
+        finished = _finished(job)
+        if len(finished) < _shard_count(job):
+            raise VugenError(
+                f"{_shard_count(job) - len(finished)} shards are missing from {out}: --out must be a folder "
+                "that all processes of the job share; run the same command again to write them"
+            )
+        records = [finished[shard] for shard in sorted(finished)]
         manifest = _add_split(manifest, source, split, plan, records)
         if not manifest["splits"][split]["count"]:
             _forget_progress(out, split)  # so that a run after the cause is mended reads the pictures again
             raise VugenError(_all_skipped(source, manifest["splits"][split]["skipped"]))
         write_json(out / "dataset.json", manifest)
         _forget_progress(out, split)
+    wait_for_all("prepared")
     return manifest
+
+
+def _help(job: _Job, workers: int) -> dict[str, Any]:
+    """Write this process's share of a plan that the first process of the job has laid; its manifest."""
+    wait_for_all("planned")
+    if (job.out / ".progress" / f"{job.split}.json").exists():  # else the split was there already
+        _write_shards(job, workers, progress=False)
+    wait_for_all("written")
+    wait_for_all("prepared")
+    return _read_manifest(job.out)
 
 
 # --- the plan and what earlier runs left behind
@@ -323,29 +351,29 @@ def _start_worker(job: _Job, stop: Any, done: Any) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _write_shard_in_worker(shard: int) -> Record | None:
+def _write_shard_in_worker(shard: int) -> None:
     def tick() -> None:
         if _stop.value:
             raise _Stopped
         with _done.get_lock():
             _done.value += 1
 
-    try:
-        return _write_shard(_job, shard, tick)
-    except _Stopped:
-        return None
+    with suppress(_Stopped):
+        _write_shard(_job, shard, tick)
 
 
-def _write_shards(job: _Job, records: dict[int, Record], workers: int, progress: bool) -> list[Record]:
-    """Write the shards that `records` lacks; all records in order."""
+def _write_shards(job: _Job, workers: int, progress: bool) -> None:
+    """Write those of this process's shards that are not finished: every `world_size`-th of the plan."""
     from tqdm import tqdm
 
-    todo = [shard for shard in range(_shard_count(job)) if shard not in records]
-    kept = sum(min(job.shard_size, len(job.order) - shard * job.shard_size) for shard in records)
+    finished = _finished(job)
+    mine = range(rank(), _shard_count(job), world_size())
+    todo = [shard for shard in mine if shard not in finished]
+    items = {s: min(job.shard_size, len(job.order) - s * job.shard_size) for s in mine}
     workers = min(workers, len(todo))
     bar = tqdm(
-        total=len(job.order),
-        initial=kept,
+        total=sum(items.values()),
+        initial=sum(items.values()) - sum(items[s] for s in todo),
         unit="img",
         desc=f"{job.out}: {job.split}",
         disable=None if progress else True,  # None: only where a terminal shows it
@@ -353,37 +381,30 @@ def _write_shards(job: _Job, records: dict[int, Record], workers: int, progress:
     )
     with bar:
         if workers > 1:
-            records |= _in_processes(job, todo, workers, bar)
+            _in_processes(job, todo, workers, bar)
         else:
             for shard in todo:
-                records[shard] = _write_shard(job, shard, bar.update)
-    return [records[shard] for shard in sorted(records)]
+                _write_shard(job, shard, bar.update)
 
 
-def _in_processes(job: _Job, todo: list[int], workers: int, bar: Any) -> dict[int, Record]:
+def _in_processes(job: _Job, todo: list[int], workers: int, bar: Any) -> None:
     # spawn: the caller may hold threads (torch, a progress bar), and those do not survive a fork.
     context = multiprocessing.get_context("spawn")
     stop, done = context.Value("b", 0), context.Value("q", 0)
-    records: dict[int, Record] = {}
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, stop, done))
     try:
         # Ctrl-C reaches the whole process group. Workers inherit this mask and hear of it through `stop`
         # instead.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            tasks: dict[Future[Record | None], int] = {
-                pool.submit(_write_shard_in_worker, s): s for s in todo
-            }
+            waiting: set[Future[None]] = {pool.submit(_write_shard_in_worker, s) for s in todo}
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        waiting: set[Future[Record | None]] = set(tasks)
         shown = 0
         while waiting:
             finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             for task in finished:
-                record = task.result()
-                assert record is not None  # only a stop gives None
-                records[tasks[task]] = record
+                task.result()  # raises what the worker raised
             now = done.value
             bar.update(now - shown)
             shown = now
@@ -395,7 +416,6 @@ def _in_processes(job: _Job, todo: list[int], workers: int, bar: Any) -> dict[in
     finally:
         stop.value = 1  # after success nobody is left to read it
         pool.shutdown(wait=True, cancel_futures=True)
-    return records
 
 
 # --- one shard

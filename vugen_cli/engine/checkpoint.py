@@ -67,6 +67,22 @@ def read_card(path: str | Path) -> dict[str, Any]:
     return card
 
 
+def check_checkpoint(path: str | Path) -> None:
+    """Make sure that a checkpoint is whole, without reading its weights.
+
+    Raises:
+        VugenError: as `read_card`, or its weights are cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    read_card(path)
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise VugenError(f"{path} is damaged: {error}") from error
+
+
 def load_checkpoint(path: str | Path, stage: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and card of a checkpoint.
 

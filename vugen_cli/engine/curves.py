@@ -23,7 +23,7 @@ def plot_curves(runs: list[Path], path: Path | None = None) -> Path:
     logs = {
         run: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs
     }
-    hidden = {"step", "corrupt", "data_wait"}
+    hidden = {"step", "corrupt", "data_wait", "memory_gb"}
     names = [k for k in next(iter(logs.values()))[0] if k not in hidden]
     figure, axes = plt.subplots(
         1, len(names), figsize=(3.6 * len(names), 3), layout="constrained", squeeze=False

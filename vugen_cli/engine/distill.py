@@ -14,10 +14,12 @@ from torch import Tensor
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.loop import Stage, differences, train
 from vugen_cli.engine.perceptual import picture_losses
+from vugen_cli.engine.seeds import draw
 from vugen_cli.engine.train_reducer import decode_images, held_out_images, load_autoencoder
 from vugen_cli.errors import VugenError
 from vugen_cli.models.vae import VAEDecoder
 from vugen_cli.pictures import save_grid
+from vugen_cli.processes import is_first
 from vugen_cli.recipe import Recipe
 from vugen_cli.vlm.frozen import fingerprint, load_vlm
 
@@ -62,7 +64,7 @@ def distill(recipe: Recipe, teacher: Path, data: Path, out: Path, device: torch.
         with torch.no_grad():
             z = autoencoder.z(vlm, batch.images)
             latents, _ = autoencoder.reducer.noisy(z, recipe.decoder.noise, generator)
-            noise = torch.randn(batch.images.shape, generator=generator, device=device)
+            noise = draw(torch.randn, batch.images.shape, generator)
             target = expert.integrate(latents, noise, steps, solver)
         reached = student.integrate(latents, noise, 1, "euler")
         values = {"regression": (reached - target).square().mean()}
@@ -95,7 +97,8 @@ def distill(recipe: Recipe, teacher: Path, data: Path, out: Path, device: torch.
     }
     run = out.with_suffix(".run")
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, size)
-    train(Stage("decoder", student, loss, preview, resolved), stream, settings, recipe.seed, run, device)
+    train(Stage("decoder", student, loss, preview, resolved), stream, settings, recipe, run, device)
     autoencoder.decoder = student
-    autoencoder.save(out, card)
+    if is_first():
+        autoencoder.save(out, card)
     return out

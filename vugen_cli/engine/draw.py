@@ -13,11 +13,13 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from vugen_cli.engine.checkpoint import read_card
+from vugen_cli.engine.distributed import from_all
 from vugen_cli.engine.sampling import Sampler
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file
 from vugen_cli.flow import Solver
 from vugen_cli.pictures import save_grid
+from vugen_cli.processes import is_first, rank, wait_for_all, world_size
 from vugen_cli.vlm.frozen import bundle
 
 GRID_IMAGES = 64  # more would not be looked at
@@ -72,7 +74,7 @@ def draw(
     guidance: float | None = None,
     solver: Solver | None = None,
 ) -> Path:
-    """Draw n pictures for each prompt into a folder.
+    """Draw n pictures for each prompt into a folder; the processes of a job share the prompts out.
 
     Writes `<prompt>-<hash>-<index>.png` with PNG text metadata, `grid.png` (the first 64) and
     `samples.jsonl`, one line a picture: file, prompt, index, seed, settings, checkpoint, and the data set to
@@ -98,8 +100,15 @@ def draw(
     }
     rows: dict[tuple[int, int], dict[str, Any]] = {}
     shown: dict[tuple[int, int], torch.Tensor] = {}
-    images = sampler.sample(prompts, n, seed, steps, guidance, solver)
-    for p, i, image in tqdm(images, total=n * len(prompts), desc="sample", unit="image"):
+    mine = range(rank(), len(prompts), world_size())
+    images = sampler.sample([prompts[p] for p in mine], n, seed, steps, guidance, solver)
+    for p, i, image in tqdm(
+        ((mine[p], i, image) for p, i, image in images),
+        total=n * len(mine),
+        desc="sample",
+        unit="image",
+        disable=not is_first(),
+    ):
         name = f"{file_stem(prompts[p])}-{i:04d}.png"
         rows[p, i] = {"file": name, "prompt": prompts[p], "index": i, **about}
         text = PngInfo()
@@ -111,6 +120,12 @@ def draw(
             )
         if p * n + i < GRID_IMAGES:
             shown[p, i] = image
+    wait_for_all("drawn")
+    for others_rows, others_shown in from_all((rows, shown)):
+        rows |= others_rows
+        shown |= others_shown
+    if not is_first():
+        return out
     with whole_file(out / "samples.jsonl") as temporary:
         temporary.write_text(
             "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows))

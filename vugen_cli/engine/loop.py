@@ -9,24 +9,44 @@ weights as one that never stopped.
 import contextlib
 import json
 import math
+import resource
 import signal
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from vugen_cli.data.loader import Batch
-from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.engine.checkpoint import check_checkpoint, load_checkpoint, part, save_checkpoint, with_prefix
 from vugen_cli.engine.curves import plot_curves
+from vugen_cli.engine.distributed import (
+    Spread,
+    from_all,
+    from_first,
+    gathered,
+    local,
+    put,
+    shards_vlm,
+    total,
+)
+from vugen_cli.engine.seeds import BatchGenerator
 from vugen_cli.errors import Stopped, VugenError
-from vugen_cli.recipe import Training
+from vugen_cli.files import write_json
+from vugen_cli.processes import is_first, local_rank, local_world_size, rank, world_size
+from vugen_cli.recipe import Recipe, Training
 
-FREE = ("steps", "checkpoint_every", "preview_every")  # what a resumed run may change: it may be made longer
+# What a resumed run may change: it may be made longer, and data and VLM may lie elsewhere (what they hold is
+# compared).
+FREE = ("steps", "checkpoint_every", "preview_every", "workers", "data.path", "vlm.name")
 
 
 @dataclass
@@ -39,6 +59,8 @@ class Stage:
         loss: (batch, generator, step) -> (scalar loss, named scalars to log). Called under autocast.
         preview: path of the PNG to write -> None; called while the module has its averaged weights.
         resolved: the recipe, data and VLM of the run as plain values; a resumed run must match them.
+        layers: of the module, to be sharded one by one; none: every process keeps the whole module.
+        partial: whether some steps leave some weights without a gradient.
     """
 
     name: str
@@ -46,23 +68,27 @@ class Stage:
     loss: Callable[[Batch, torch.Generator, int], tuple[Tensor, dict[str, Tensor]]]
     preview: Callable[[Path], None]
     resolved: dict[str, Any]
+    layers: Sequence[nn.Module] = ()
+    partial: bool = False
 
 
 def train(
     stage: Stage,
     batches_from: Callable[[int], Iterator[Batch]],
     settings: Training,
-    seed: int,
+    recipe: Recipe,
     run: Path,
     device: torch.device,
 ) -> nn.Module:
     """Run a stage to its last step, from its newest saved state if there is one.
 
+    In a job of several processes each computes its rows of every batch; only the first writes.
+
     Args:
         stage: what to train.
-        batches_from: batch number -> the stream of batches from there.
+        batches_from: step -> this process's stream from there, `engine.accumulate` batches a step.
         settings: the stage's part of the recipe.
-        seed: of the run.
+        recipe: for its seed and engine.
         run: a directory for states, `metrics.jsonl`, `curves.png` and previews.
         device: where the module lives.
 
@@ -71,10 +97,13 @@ def train(
 
     Raises:
         VugenError: the loss is not finite, or the saved state belongs to another run.
-        Stopped: SIGINT or SIGTERM came; the state was saved first.
+        Stopped: SIGINT or SIGTERM came to one of the processes; the state was saved first.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    module = stage.module
+    if is_first():
+        run.mkdir(parents=True, exist_ok=True)
+    module, engine = stage.module, recipe.engine
+    bfloat16 = wants_bfloat16(settings.precision, device)
+    spread = Spread(stage, engine, bfloat16)
     average = Average(module, settings.ema)
     optimizer = torch.optim.AdamW(
         parameter_groups(module, settings.weight_decay),
@@ -82,66 +111,122 @@ def train(
         betas=settings.betas,
         fused=True,
     )
-    first = resume(run, stage, average, optimizer)
-    log = MetricsLog(run / "metrics.jsonl", first)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=wants_bfloat16(settings.precision, device))
-    generator = torch.Generator(device)
+    begin = resume(run, stage, average, optimizer)
+    log = MetricsLog(run / "metrics.jsonl", begin) if is_first() else None
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    generator = BatchGenerator(device)
+    generator.size = settings.batch_size
     stop = StopSignals()
     progress = tqdm(
-        total=settings.steps, initial=first, desc=f"train {stage.name}", unit="step", smoothing=0.05
+        total=settings.steps,
+        initial=begin,
+        desc=f"train {stage.name}",
+        unit="step",
+        smoothing=0.05,
+        disable=not is_first(),
     )
-    stream = batches_from(first) if first < settings.steps else iter(())
-    with stop, progress:
-        for step in range(first, settings.steps):
+    stream = batches_from(begin) if begin < settings.steps else iter(())
+    with stop, StateWriter(run) as writer, progress:
+        for step in range(begin, settings.steps):
             started = time.perf_counter()
-            batch = next(stream)
-            waited = time.perf_counter() - started
-            batch.images = batch.images.to(device, non_blocking=True)
+            waited, corrupt, keys = 0.0, 0, []
             rate = learning_rate(step, settings)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            generator.manual_seed(seed * 1_000_003 + step)
-            module.train()
-            with autocast:
-                loss, values = stage.loss(batch, generator, step)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            module.train()
+            sums: dict[str, Tensor] = {}
+            for part in range(engine.accumulate):
+                asked = time.perf_counter()
+                batch = next(stream)
+                waited += time.perf_counter() - asked
+                batch.images = batch.images.to(device, non_blocking=True)
+                corrupt += batch.corrupt
+                keys += [str(meta.get("source_key", "?")) for meta in batch.meta]
+                rows = len(batch.captions)
+                place = (part * world_size() + rank()) * rows
+                generator.rows = slice(place, place + rows)
+                generator.manual_seed(recipe.seed * 1_000_003 + step)
+                loss, values = spread.backward(
+                    batch, generator, step, engine.accumulate, part + 1 == engine.accumulate, autocast
+                )
+                for name, value in {"loss": loss, **values}.items():
+                    sums[name] = sums.get(name, 0) + value.detach().float()
             norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
-            if not math.isfinite(loss.item() + norm.item()):
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            # What the processes must agree on travels together, and is waited for once.
+            means = torch.stack([*sums.values(), norm * engine.accumulate]) / engine.accumulate
+            flags = means.new_tensor([corrupt, stop.asked])
+            *shared, corrupt, stopping = total(torch.cat([means / world_size(), flags])).tolist()
+            scalars = dict(zip([*sums, "grad_norm"], shared, strict=True))
+            if not math.isfinite(scalars["loss"] + scalars["grad_norm"]):
                 raise VugenError(
-                    f"the loss of step {step} is {loss.item()} (gradient norm {norm.item()}): stopped, "
-                    f"and the last good state is kept in {run}; try a lower lr or float32"
+                    not_finite(scalars, step, [key for part in from_all(keys) for key in part], run)
                 )
             optimizer.step()
             average.update(step)
+            writer.check()
             seconds = time.perf_counter() - started
-            log.add(
-                step=step,
-                loss=loss.item(),
-                grad_norm=norm.item(),
-                lr=rate,
-                images_per_s=len(batch.captions) / seconds,
-                data_wait=waited / seconds,
-                corrupt=batch.corrupt,
-                **{name: value.item() for name, value in values.items()},
-            )
+            if log:
+                log.add(
+                    step=step,
+                    loss=scalars.pop("loss"),
+                    grad_norm=scalars.pop("grad_norm"),
+                    lr=rate,
+                    images_per_s=settings.batch_size / seconds,
+                    data_wait=waited / seconds,
+                    memory_gb=memory(device),
+                    corrupt=int(corrupt),
+                    **scalars,
+                )
+                progress.set_postfix(loss=f"{shared[0]:.3f}", refresh=False)
             progress.update()
-            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             done = step + 1
             last = done == settings.steps
-            if last or stop.asked or done % settings.checkpoint_every == 0:
-                save_state(run, stage, average, optimizer, done)
+            if last or stopping or done % settings.checkpoint_every == 0:
+                save_state(writer, stage, average, optimizer, done)
+            if is_first() and (last or stopping or done % settings.preview_every == 0):
                 plot_curves([run])
-            if stop.asked and not last:
+            if stopping and not last:
                 raise Stopped(
                     f"stopped at step {done} of {settings.steps}; run the same command again to go on"
                 )
             if last or done % settings.preview_every == 0:
                 with average.in_place():
                     module.eval()
-                    stage.preview(run / f"preview-{done:07d}.png")
+                    preview(stage, run / f"preview-{done:07d}.png", spread.sharded or shards_vlm(engine))
     average.copy_into_module()
     return module.eval()
+
+
+def not_finite(scalars: dict[str, float], step: int, parts: list[list[str]], run: Path) -> str:
+    """What to say of a step whose loss or gradient is not a number; its samples are listed in a file."""
+    keys = [key for part in parts for key in part]
+    listed = run / f"not-finite-{step:07d}.json"
+    if is_first():
+        write_json(listed, {"step": step, **{k: str(v) for k, v in scalars.items()}, "samples": keys})
+    return (
+        f"the loss of step {step} is {scalars['loss']} (gradient norm {scalars['grad_norm']}): stopped, and "
+        f"the last good state is kept in {run}; its batch was {', '.join(keys[:3])}, ... (all {len(keys)} in "
+        f"{listed.name}); try a lower lr or float32"
+    )
+
+
+def preview(stage: Stage, path: Path, together: bool) -> None:
+    """Write the stage's picture; sharded networks need every process to draw, and the first one's is kept."""
+    if is_first():
+        stage.preview(path)
+    elif together:
+        with tempfile.TemporaryDirectory() as folder:
+            stage.preview(Path(folder) / path.name)
+
+
+def memory(device: torch.device) -> float:
+    """The most memory this process has held so far, in GB: the GPU's, or its own without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Average:
@@ -157,7 +242,9 @@ class Average:
         """Move towards the module's weights; early steps count more, so the average forgets the start."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(
-            list(self.weights.values()), [p.detach().float() for p in self.module.parameters()], 1 - decay
+            [local(w) for w in self.weights.values()],
+            [local(p.detach()).float() for p in self.module.parameters()],
+            1 - decay,
         )
 
     @torch.no_grad()
@@ -216,7 +303,7 @@ def cpu_flags() -> set[str]:
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device asked for, else the GPU if there is one, else the CPU.
+    """The device asked for, else a GPU if there is one (each process of a job has its own), else the CPU.
 
     Raises:
         VugenError: there is no such device here.
@@ -225,9 +312,18 @@ def pick_device(name: str | None = None) -> torch.device:
         raise VugenError(
             f"--device {name}: this machine has no usable GPU; leave --device out to run on the CPU"
         )
+    if name in (None, "cuda") and torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise VugenError(
+                f"{local_world_size()} processes on a machine with {torch.cuda.device_count()} GPUs: start "
+                f"one a GPU (torchrun --nproc-per-node {torch.cuda.device_count()})"
+            )
+        name = f"cuda:{local_rank()}"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or "cpu")
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except Exception as error:  # each backend that is missing raises its own kind
         raise VugenError(f"--device {name}: {str(error).strip().splitlines()[0]}") from error
     return device
@@ -236,20 +332,81 @@ def pick_device(name: str | None = None) -> torch.device:
 # --- state: what a killed run goes on from ---
 
 
+class StateWriter:
+    """Writes states in a thread, one at a time, and keeps the two newest; training goes on meanwhile.
+
+    Leaving the context waits for the one being written, so that a run that ends has it on disk.
+    """
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def write(self, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+        """Begin to write a state of tensors that nobody will change.
+
+        Raises:
+            VugenError, OSError: the state before could not be written.
+        """
+        self.wait()
+        self.thread = threading.Thread(target=self._write, args=(tensors, card))
+        self.thread.start()
+
+    def _write(self, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+        try:
+            save_checkpoint(self.run / f"state-{card['step']:07d}.safetensors", tensors, card)
+            for old in sorted(self.run.glob("state-*.safetensors"))[:-2]:
+                old.unlink()
+        except BaseException as error:
+            self.error = error
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more; then as `check`."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread, if anything has."""
+        if self.error:
+            raise self.error
+
+    def __enter__(self) -> "StateWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Stopped):
+            self.wait()
+        elif self.thread:
+            self.thread.join()
+
+
 def save_state(
-    run: Path, stage: Stage, average: Average, optimizer: torch.optim.Optimizer, step: int
+    writer: StateWriter, stage: Stage, average: Average, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    """Save weights, average and optimiser after `step` steps; the two newest states are kept."""
+    """Save weights, average and optimiser after `step` steps, whole however they are spread."""
     names = {id(p): n for n, p in stage.module.named_parameters()}
     tensors = with_prefix(dict(stage.module.named_parameters()), "module")
     tensors |= with_prefix(dict(stage.module.named_buffers()), "buffer")
     tensors |= with_prefix(average.weights, "average")
     for parameter, moments in optimizer.state.items():
         tensors |= with_prefix(moments, f"optimizer.{names[id(parameter)]}")
-    card = {"stage": f"{stage.name}-state", "step": step, "resolved": stage.resolved}
-    save_checkpoint(run / f"state-{step:07d}.safetensors", tensors, card)
-    for old in sorted(run.glob("state-*.safetensors"))[:-2]:
-        old.unlink()
+    tensors = gathered(tensors)
+    if is_first():
+        writer.write(tensors, {"stage": f"{stage.name}-state", "step": step, "resolved": stage.resolved})
+
+
+def newest_state(run: Path) -> Path | None:
+    """The newest state of a run that is whole, if there is one; says so where it passes over one."""
+    for path in sorted(run.glob("state-*.safetensors"), reverse=True):
+        try:
+            check_checkpoint(path)
+            return path
+        except VugenError as error:
+            tqdm.write(f"{error}; trying the state before it")
+    return None
 
 
 def resume(run: Path, stage: Stage, average: Average, optimizer: torch.optim.Optimizer) -> int:
@@ -258,39 +415,36 @@ def resume(run: Path, stage: Stage, average: Average, optimizer: torch.optim.Opt
     Raises:
         VugenError: the state was saved under another recipe, data set or VLM.
     """
-    for path in sorted(run.glob("state-*.safetensors"), reverse=True):
-        try:
-            tensors, card = load_checkpoint(path)
-        except VugenError as error:
-            tqdm.write(f"{error}; trying the state before it")
-            continue
-        changed = [
-            c for c in differences(card["resolved"], stage.resolved) if not c.partition(":")[0].endswith(FREE)
-        ]
-        if changed:
-            raise VugenError(
-                f"{run} holds a run with other settings ({'; '.join(changed[:4])}): give --out another name, "
-                f"or delete {run} to start over"
-            )
-        for prefix, into in (
-            ("module", dict(stage.module.named_parameters())),
-            ("buffer", dict(stage.module.named_buffers())),
-            ("average", average.weights),
-        ):
-            saved = part(tensors, prefix)
-            with torch.no_grad():
-                for name, tensor in into.items():
-                    tensor.copy_(saved[name])
-        for name, parameter in stage.module.named_parameters():
-            optimizer.state[parameter] = {
-                # laid out in memory like the parameter: the fused optimiser walks both together
-                key: tensor
-                if key == "step"
-                else torch.empty_like(parameter, requires_grad=False).copy_(tensor)
-                for key, tensor in part(tensors, f"optimizer.{name}").items()
-            }
-        return int(card["step"])
-    return 0
+    path = from_first(newest_state(run) if is_first() else None)
+    if path is None:
+        return 0
+    tensors, card = load_checkpoint(path)
+    changed = [c for c in differences(card["resolved"], stage.resolved) if not is_free(c.partition(":")[0])]
+    if changed:
+        raise VugenError(
+            f"{run} holds a run with other settings ({'; '.join(changed)}): give --out another name, "
+            f"or delete {run} to start over"
+        )
+    for prefix, into in (
+        ("module", dict(stage.module.named_parameters())),
+        ("buffer", dict(stage.module.named_buffers())),
+        ("average", average.weights),
+    ):
+        saved = part(tensors, prefix)
+        for name, tensor in into.items():
+            put(tensor, saved[name])
+    for name, parameter in stage.module.named_parameters():
+        optimizer.state[parameter] = {
+            # laid out in memory like the parameter: the fused optimiser walks both together
+            key: tensor if key == "step" else put(torch.empty_like(parameter, requires_grad=False), tensor)
+            for key, tensor in part(tensors, f"optimizer.{name}").items()
+        }
+    return int(card["step"])
+
+
+def is_free(key: str) -> bool:
+    """Whether a resumed run may have another value under a key of `Stage.resolved`."""
+    return key in FREE or key.rpartition(".")[2] in FREE
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.engine.distributed import shard_frozen, shards_vlm
 from vugen_cli.engine.latent_report import describe_latents, save_latent_report
 from vugen_cli.engine.loop import Stage, train
 from vugen_cli.engine.perceptual import Alignment, PictureLoss, picture_losses
@@ -22,6 +23,7 @@ from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.models.reducer import Reducer
 from vugen_cli.models.vae import FrozenVAE, VAEDecoder, load_vae, stored_vae
 from vugen_cli.pictures import save_grid
+from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe, parse_recipe
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
@@ -148,6 +150,8 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     pictures = picture_losses(recipe.decoder.losses, vlm, size, device)
     if recipe.decoder.losses.repa:
         module.alignment = Alignment(recipe.decoder.channels[-1], d).to(device)
+    if shards_vlm(recipe.engine):
+        shard_frozen(vlm.model)
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         return module.loss(module.z(vlm, batch.images), batch.images, recipe, generator, pictures)
@@ -189,12 +193,14 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
         card["step"] = 0
     else:
         stage = Stage("reducer", module, loss, preview, resolved)
-        train(stage, stream, settings, recipe.seed, run, device)
+        train(stage, stream, settings, recipe, run, device)
     if recipe.reducer.trained:
         module.reducer.fit_statistics(z_of(STATISTICS_IMAGES))
     with torch.no_grad():
-        save_latent_report(describe_latents(map(module.reducer, z_of(REPORT_IMAGES))), out)
-    module.save(out, card)
+        report = describe_latents(map(module.reducer, z_of(REPORT_IMAGES)))
+    if is_first():
+        save_latent_report(report, out)
+        module.save(out, card)
     return out
 
 

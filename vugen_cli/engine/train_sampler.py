@@ -7,12 +7,15 @@ from torch import Tensor
 
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.checkpoint import save_checkpoint, with_prefix
+from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
 from vugen_cli.engine.loop import Stage, train
 from vugen_cli.engine.sampling import Sampler, new_expert
+from vugen_cli.engine.seeds import draw
 from vugen_cli.engine.train_reducer import load_autoencoder
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.pictures import save_grid
+from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.vlm.frozen import load_vlm
 
@@ -47,11 +50,14 @@ def train_sampler(
     if device.type == "cpu":
         expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
     settings = recipe.train_sampler
+    layers = blocks(expert)
+    if recipe.engine.recompute:
+        recompute(layers)
+    if shards_vlm(recipe.engine):
+        shard_frozen(vlm.model)
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        dropped = (
-            torch.rand(len(batch.captions), generator=generator, device=device) < settings.prompt_dropout
-        )
+        dropped = draw(torch.rand, (len(batch.captions),), generator) < settings.prompt_dropout
         prompts = ["" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True)]
         prefix = vlm.prefix(prompts)
         with torch.no_grad():
@@ -84,6 +90,9 @@ def train_sampler(
 
     run = out.with_suffix(".run")
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip)
-    train(Stage("sampler", expert, loss, preview, resolved), stream, settings, recipe.seed, run, device)
-    save_checkpoint(out, with_prefix(expert.state_dict(), "expert") | stored, card)
+    stage = Stage("sampler", expert, loss, preview, resolved, layers)
+    train(stage, stream, settings, recipe, run, device)
+    weights = gathered(expert.state_dict())
+    if is_first():
+        save_checkpoint(out, with_prefix(weights, "expert") | stored, card)
     return out

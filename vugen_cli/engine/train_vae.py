@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.loop import Stage, train
+from vugen_cli.engine.seeds import draw
 from vugen_cli.engine.train_reducer import STATISTICS_IMAGES, held_out_images, stored_images
 from vugen_cli.errors import VugenError
 from vugen_cli.models.pixel_decoder import to_pixels, to_uint8
 from vugen_cli.pictures import save_grid
+from vugen_cli.processes import is_first
 from vugen_cli.recipe import VAE, Recipe
 
 
@@ -43,7 +45,7 @@ class VAETraining(nn.Module):
         pixels = to_pixels(batch.images)
         posterior = self.model.encode(pixels).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        noise = draw(torch.randn, mean.shape, generator)
         decoded = self.model.decode(mean + (0.5 * log_variance).exp() * noise).sample
         values = {
             "pixels": (decoded.float() - pixels).square().mean(),
@@ -87,12 +89,11 @@ def train_vae(recipe: Recipe, data: Path, out: Path, device: torch.device) -> Pa
     settings = recipe.train_vae
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip)
     run = out.with_name(out.name + ".run")
-    train(
-        Stage("vae", training, training.loss, preview, resolved), stream, settings, recipe.seed, run, device
-    )
+    train(Stage("vae", training, training.loss, preview, resolved), stream, settings, recipe, run, device)
     mean, std = latent_statistics(training.model, images, device)
     training.model.register_to_config(scaling_factor=1 / std, shift_factor=mean)
-    save_directory(training.model, out)
+    if is_first():
+        save_directory(training.model, out)
     return out
 
 

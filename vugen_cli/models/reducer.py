@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vugen_cli.engine.distributed import batch_statistics
+from vugen_cli.engine.seeds import draw
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.frechet import Moments
 from vugen_cli.models.embeddings import grid_positions
@@ -67,16 +69,16 @@ class Reducer(nn.Module):
         raw, log_variance = self.raw(z)
         latents = self._normalised(raw)
         size = (len(latents), 1, 1, 1)
-        spread = noise * torch.rand(size, generator=generator, device=latents.device)
+        spread = noise * draw(torch.rand, size, generator)
         penalised = self.recipe.normalise in ("kl", "l2")
         if penalised:
             spread = spread / self.std
-        latents = latents + spread * torch.randn(latents.shape, generator=generator, device=latents.device)
+        latents = latents + spread * draw(torch.randn, latents.shape, generator)
         if not penalised:
             return latents, latents.new_zeros(())
         if log_variance is None:
             return latents, raw.square().mean()
-        posterior = torch.randn(latents.shape, generator=generator, device=latents.device)
+        posterior = draw(torch.randn, latents.shape, generator)
         latents = latents + (0.5 * log_variance).exp() / self.std * posterior
         return latents, 0.5 * (raw.square() + log_variance.exp() - 1 - log_variance).mean()
 
@@ -93,7 +95,8 @@ class Reducer(nn.Module):
     def _normalised(self, raw: Tensor) -> Tensor:
         if not self.training or not self.recipe.trained:
             return (raw - self.mean) / self.std
-        mean, std = raw.mean((0, 1, 2)), raw.std((0, 1, 2)) + 1e-5
+        mean, std = batch_statistics(raw)
+        std = std + 1e-5
         with torch.no_grad():
             self.mean.lerp_(mean, 0.02)
             self.std.lerp_(std, 0.02)

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
+from vugen_cli.engine.distributed import from_all, weight_of
 from vugen_cli.engine.loop import Stage, train
 from vugen_cli.errors import VugenError
 from vugen_cli.pictures import save_grid
+from vugen_cli.processes import is_first, rank, world_size
 from vugen_cli.recipe import NanoVLM, Recipe
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.latents import projector_states
@@ -194,7 +196,8 @@ class NanoTraining(nn.Module):
         hidden = self.model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         predicts = answers[:, 1:]
         logits = self.model.lm_head(hidden[:, :-1][predicts])
-        return functional.cross_entropy(logits.float(), ids[:, 1:][predicts])
+        loss = functional.cross_entropy(logits.float(), ids[:, 1:][predicts])
+        return loss * weight_of(len(logits), loss.device)
 
     def _conversations(
         self, batch: Batch, image_tokens: int, rng: np.random.Generator
@@ -202,8 +205,11 @@ class NanoTraining(nn.Module):
         """Token ids [B, T] (right-padded) and which of them the model must predict [B, T] (bool)."""
         texts: list[str] = []
         plans: list[list[tuple[str, int, bool]]] = []  # (special token before, index of the text, supervised)
-        for row, caption in enumerate(batch.captions):
-            turns = conversation(row, caption, batch, rng)
+        whole, rows_here = whole_batch(batch)
+        for row, caption in enumerate(whole.captions):
+            turns = conversation(row, caption, whole, rng)
+            if row not in rows_here:
+                continue
             plan = []
             for before, text, supervised in turns:
                 plan.append((before, len(texts), supervised))
@@ -222,6 +228,19 @@ class NanoTraining(nn.Module):
             targets.append(torch.tensor(target))
         pad = nn.utils.rnn.pad_sequence
         return pad(rows, True, self.ids["<pad>"]), pad(targets, True, False)
+
+
+def whole_batch(batch: Batch) -> tuple[Batch, range]:
+    """The batch of all processes, without its images, and which of its rows are this process's.
+
+    A conversation may borrow another image's caption, and the random choices go from row to row.
+    """
+    if world_size() == 1:
+        return batch, range(len(batch.captions))
+    texts = from_all((batch.captions, batch.meta))
+    captions, meta = [c for part, _ in texts for c in part], [m for _, part in texts for m in part]
+    here = range(rank() * len(batch.captions), (rank() + 1) * len(batch.captions))
+    return Batch(batch.images, captions, meta, batch.corrupt), here
 
 
 def conversation(
@@ -384,8 +403,10 @@ def train_vlm(recipe: Recipe, data: Path, out: Path, device: torch.device) -> di
         "recipe": recipe.model_dump(mode="json", include={"seed", "nano_vlm", "train_vlm"}),
         "data": dataset_card(data),
     }
-    stage = Stage("vlm", training, training.loss, preview, resolved)
-    train(stage, stream, recipe.train_vlm, recipe.seed, out.with_name(out.name + ".run"), device)
+    stage = Stage("vlm", training, training.loss, preview, resolved, partial=True)
+    train(stage, stream, recipe.train_vlm, recipe, out.with_name(out.name + ".run"), device)
     model.set_attn_implementation("sdpa")
+    if not is_first():
+        return {}
     save_vlm(model, processor, out)
     return caption_accuracy(model, processor, ShardedImages(data, "val")) if has_val else {}

@@ -1,0 +1,224 @@
+"""Jobs of two processes under torchrun: the same results as one, one voice, and a way back from a loss."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, tiny_overrides
+from test_training import metrics, wait_for
+
+from vugen_cli.engine.checkpoint import load_checkpoint
+from vugen_cli.engine.seeds import BatchGenerator, draw
+
+# Every command in one job: starting two processes takes longer than all that they do here.
+SCRIPT = """
+import sys
+from vugen_cli.app import app, main
+from vugen_cli.errors import VugenError
+from vugen_cli.processes import rank, wait_for_all
+import vugen_cli.processes as processes
+
+def run(*words):
+    # A job has one command and its points have names; this job has many.
+    processes.wait_for_all = lambda what: wait_for_all(f"{words}/{what}")
+    import vugen_cli.data.writer, vugen_cli.engine.draw
+    vugen_cli.data.writer.wait_for_all = vugen_cli.engine.draw.wait_for_all = processes.wait_for_all
+    app([*words], standalone_mode=False)
+    wait_for_all(f"{words} ended")  # the next command may read what the first process writes last
+
+import json
+for words in json.loads(open(sys.argv[1]).read()):
+    run(*words)
+
+# One process fails where the other waits for it.
+import vugen_cli.engine.train_reducer as stage
+if rank() == 1:
+    def fail(*_):
+        raise VugenError("only the second process knows why")
+    stage.training_batches = fail
+sys.argv = ["vugen", *json.loads(open(sys.argv[2]).read())]
+main()
+"""
+
+
+def torchrun(*words: str | Path, cwd: Path, restarts: int = 0) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, "--max-restarts", str(restarts), *map(str, words)],
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def sets(vlm_path: Path, *more: str) -> list[str]:
+    overrides = [*tiny_overrides(vlm_path), *more]
+    return [word for override in overrides for word in ("--set", override)]
+
+
+@pytest.fixture(scope="module")
+def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
+    """The line of commands, run by one process and by two."""
+    small = ["--data", str(scenes), "--steps", "6", "--batch-size", "8"]
+    sizes = [f"nano_vlm.{name}={value}" for name, value in {**TINY.model_dump(), "vision_steps": 2}.items()]
+    wide = ["engine.strategy=fsdp", "engine.shard_vlm=true", "engine.recompute=true", "engine.accumulate=2"]
+    return [
+        ["prepare", "--dataset", "openmoji", "--count", "12", "--shard-size", "5", "--out", "drawn"],
+        ["train-vlm", *small, "--out", "vlm", *sets(vlm_path, *sizes)],
+        ["train-reducer", *words(scenes, vlm_path, Path("reducer.safetensors"))],
+        ["train-sampler", *small, "--out", "s.safetensors", *sets(vlm_path)],
+        ["train-sampler", *small, "--out", "f.safetensors", *sets(vlm_path, *wide)],
+        ["sample", "a bear", "two cats", "a tree", "-n", "2", "--sampler", "s.safetensors"],
+        ["inspect", "s.safetensors"],
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(commands: list[list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vugen_cli.app import app
+
+    folder = tmp_path_factory.mktemp("alone")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for words in commands:
+            app(words, standalone_mode=False)
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(
+    commands: list[list[str]], tmp_path_factory: pytest.TempPathFactory, alone: Path
+) -> tuple[Path, str, str, int]:
+    """The folder that two processes left, what they said, and how it ended."""
+    folder = tmp_path_factory.mktemp("together")
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "commands.json").write_text(json.dumps(commands))
+    failing = [word.replace("reducer.safetensors", "x.safetensors") for word in commands[2]]
+    (folder / "failing.json").write_text(json.dumps(failing))
+    job = torchrun("script.py", "commands.json", "failing.json", cwd=folder)
+    said, errors = job.communicate(timeout=240)
+    return folder, said, errors, job.returncode
+
+
+@pytest.mark.parametrize("stage", ["vlm", "reducer", "s", "f"])
+def test_losses_do_not_depend_on_the_number_of_processes_or_the_strategy(
+    alone: Path, together: tuple[Path, str, str, int], stage: str
+) -> None:
+    one, two = metrics(alone / f"{stage}.run"), metrics(together[0] / f"{stage}.run")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_sharded_and_whole_runs_leave_the_same_files(
+    alone: Path, together: tuple[Path, str, str, int]
+) -> None:
+    for name in ("s.safetensors", "f.safetensors", "f.run/state-0000006.safetensors"):
+        one, card = load_checkpoint(alone / name)
+        two, other = load_checkpoint(together[0] / name)
+        assert card.pop("recipe", {}) == other.pop("recipe", {}) and card == other
+        assert list(one) == list(two)
+        assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+
+
+def test_shards_and_pictures_do_not_depend_on_the_number_of_processes(
+    alone: Path, together: tuple[Path, str, str, int]
+) -> None:
+    for name in ("drawn/dataset.json", *(f"drawn/train-{i:06d}.tar" for i in range(3))):
+        assert (alone / name).read_bytes() == (together[0] / name).read_bytes()
+    rows = [(p / "samples/samples.jsonl").read_text().splitlines() for p in (alone, together[0])]
+    assert rows[0] == rows[1] and len(rows[0]) == 6
+    assert all((together[0] / "samples" / json.loads(row)["file"]).is_file() for row in rows[1])
+
+
+def test_only_the_first_process_speaks_and_a_failure_of_one_is_told_once(
+    together: tuple[Path, str, str, int],
+) -> None:
+    _, said, errors, status = together
+    assert said.count("wrote reducer.safetensors") == said.count("drawn: train, 12 images") == 1
+    lines = [line for line in errors.splitlines() if "error: " in line and "exitcode" not in line]
+    assert status != 0
+    assert lines == ["error: only the second process knows why"]
+
+
+def test_a_lost_process_is_replaced_and_the_job_ends_with_the_same_weights(
+    scenes: Path, vlm_path: Path, tmp_path: Path, together: tuple[Path, str, str, int]
+) -> None:
+    run = tmp_path / "lost.run"
+    job = reducer_job(scenes, vlm_path, tmp_path / "lost.safetensors", cwd=tmp_path, restarts=1)
+    wait_for(lambda: len(list(run.glob("state-*.safetensors"))), job)
+    os.kill(worker(job.pid, 1), signal.SIGKILL)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 0, errors
+    last = "state-0000006.safetensors"
+    assert (run / last).read_bytes() == (together[0] / "reducer.run" / last).read_bytes()
+    assert [row["step"] for row in metrics(run)] == list(range(6))
+
+
+def test_sigterm_stops_all_processes_at_one_step_and_one_process_goes_on(
+    scenes: Path, vlm_path: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "r.run"
+    job = reducer_job(scenes, vlm_path, tmp_path / "r.safetensors", cwd=tmp_path, steps=100_000)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2, job)
+    job.terminate()
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert errors.count("run the same command again to go on") == 1
+    done = len(metrics(run))
+    assert sorted(run.glob("state-*"))[-1].name == f"state-{done:07d}.safetensors"
+
+    from vugen_cli.app import app
+
+    again = words(scenes, vlm_path, tmp_path / "r.safetensors", done + 2)
+    app(["train-reducer", *again], standalone_mode=False)
+    assert [row["step"] for row in metrics(run)] == list(range(done + 2))
+
+
+def words(scenes: Path, vlm_path: Path, out: Path, steps: int = 6) -> list[str]:
+    """The options of a short run of stage 1 that saves its state often."""
+    small = ["--data", str(scenes), "--out", str(out), "--steps", str(steps), "--batch-size", "8"]
+    return [*small, *sets(vlm_path, "train_reducer.checkpoint_every=2")]
+
+
+def reducer_job(
+    scenes: Path, vlm_path: Path, out: Path, cwd: Path, steps: int = 6, restarts: int = 0
+) -> "subprocess.Popen[str]":
+    command = ["-m", "vugen_cli", "train-reducer", *words(scenes, vlm_path, out, steps)]
+    return torchrun(*command, cwd=cwd, restarts=restarts)
+
+
+def worker(launcher: int, number: int) -> int:
+    """The process id of one of torchrun's workers."""
+    limit = time.monotonic() + 30
+    while time.monotonic() < limit:
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                environment = (folder / "environ").read_bytes().split(b"\0")
+            except (OSError, ValueError, IndexError):
+                continue
+            if parent == launcher and f"RANK={number}".encode() in environment:
+                return int(folder.name)
+        time.sleep(0.1)
+    raise AssertionError("torchrun has no such worker")
+
+
+def test_rows_meet_the_same_numbers_however_the_batch_is_shared_out() -> None:
+    whole = draw(torch.randn, (12, 3), torch.Generator().manual_seed(7))
+    parts = []
+    for begin in range(0, 12, 4):
+        generator = BatchGenerator("cpu")
+        generator.size, generator.rows = 12, slice(begin, begin + 4)
+        generator.manual_seed(7)
+        parts.append(draw(torch.randn, (4, 3), generator))
+    assert torch.equal(whole, torch.cat(parts))
