@@ -51,7 +51,7 @@ def distill(recipe: Recipe, teacher: Path, data: Path, out: Path, device: torch.
     if steps == 1:
         raise VugenError(f"{teacher} decodes in one step: nothing to distill; try --set decoder.steps=8")
     images = ShardedImages(data)
-    vlm = load_vlm(recipe.vlm, device)
+    vlm = load_vlm(recipe.vlm, device, recipe)
     vlm.check(card, teacher)
     pictures = picture_losses(recipe.decoder.losses, vlm, size, device)
     student = copy.deepcopy(expert).requires_grad_(True)
