@@ -50,7 +50,14 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-SPREAD = ("prepare", "train-reducer", "train-sampler", "train-vlm", "sample")  # share their work out
+SPREAD = (
+    "prepare",
+    "train-reducer",
+    "train-sampler",
+    "train-vlm",
+    "train-vae",
+    "sample",
+)  # share their work out
 
 
 @app.callback()

@@ -160,9 +160,7 @@ def train(
             *shared, corrupt, stopping = total(torch.cat([means / world_size(), flags])).tolist()
             scalars = dict(zip([*sums, "grad_norm"], shared, strict=True))
             if not math.isfinite(scalars["loss"] + scalars["grad_norm"]):
-                raise VugenError(
-                    not_finite(scalars, step, [key for part in from_all(keys) for key in part], run)
-                )
+                raise VugenError(not_finite(scalars, step, from_all(keys), run))
             optimizer.step()
             average.update(step)
             writer.check()
