@@ -29,7 +29,8 @@ from vugen_cli.engine.train_reducer import load_autoencoder, train_reducer
 from vugen_cli.engine.train_sampler import train_sampler
 from vugen_cli.engine.train_vae import train_vae
 from vugen_cli.files import whole_file, write_json
-from vugen_cli.metrics.frechet import score_sets, vlm_extractor
+from vugen_cli.metrics.encoders import vlm_extractor
+from vugen_cli.metrics.scores import score_sets
 from vugen_cli.recipe import Recipe, load_recipe, parse_recipe
 from vugen_cli.vlm.frozen import load_vlm
 
@@ -154,7 +155,7 @@ def sampler_score(
     each = max(1, options.images // len(prompts))
     folder = draw(sampler, prompts, each, base.with_name(path.stem))
     extractor = vlm_extractor(load_vlm(options.vlm, device), device)
-    return score_sets(folder, options.data, extractor, count=options.images)["value"]
+    return score_sets(folder, options.data, extractor, count=options.images)["scores"][0]["value"]
 
 
 def decoding_speed(checkpoint: Path, device: torch.device, steps: int | None = None) -> float:

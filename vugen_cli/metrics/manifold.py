@@ -73,7 +73,7 @@ def compare_manifolds(
     real_radii = _radii(r, ks)
     n, m = len(g), len(r)
     precision, recall = torch.zeros(n, dtype=torch.bool), torch.zeros(m, dtype=torch.bool)
-    density, coverage = torch.zeros(n), torch.zeros(m, dtype=torch.bool)
+    balls, coverage = torch.zeros(n, dtype=torch.long), torch.zeros(m, dtype=torch.bool)
     generated_radii = _radii(g, [precision_k]) if precision_k is not None else {}
     for start, squares in _squared_distances(r, g):
         block = slice(start, start + BLOCK)
@@ -82,12 +82,12 @@ def compare_manifolds(
             recall[block] = (squares <= generated_radii[precision_k]).any(dim=1)
         if density_k is not None:
             inside = squares < real_radii[density_k][block, None]
-            density += inside.sum(dim=0) / density_k
+            balls += inside.sum(dim=0)
             coverage[block] = inside.any(dim=1)
     return Manifold(
         precision=precision.numpy() if precision_k is not None else None,
         recall=recall.numpy() if precision_k is not None else None,
-        density=density.numpy() if density_k is not None else None,
+        density=balls.double().numpy() / density_k if density_k is not None else None,
         coverage=coverage.numpy() if density_k is not None else None,
     )
 
