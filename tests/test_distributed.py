@@ -14,7 +14,7 @@ from conftest import TINY, tiny_overrides
 from test_training import metrics, wait_for
 
 from vugen_cli.engine.checkpoint import load_checkpoint
-from vugen_cli.engine.seeds import BatchGenerator, draw
+from vugen_cli.seeds import BatchGenerator, draw
 
 # Every command in one job: starting two processes takes longer than all that they do here.
 SCRIPT = """

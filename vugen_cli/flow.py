@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vugen_cli.engine.seeds import draw
+from vugen_cli.seeds import draw
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], t [B]) -> velocity [B, ...]
 Solver = Literal["euler", "heun", "midpoint"]

@@ -66,13 +66,16 @@ def meet() -> None:
     import torch.distributed as dist
 
     try:
-        _store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
         raise VugenError(
             f"process {rank()} of {world_size()} cannot reach the others at {where}: "
             f"{(str(error).strip() or 'no reason given').splitlines()[0]}"
         ) from error
+    # torchrun keeps one store over its restarts: what processes that are gone said in it must not be read.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _store = dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def join(device: "torch.device") -> "torch.device":
@@ -124,7 +127,6 @@ def has_the_last_word() -> bool:
     if _store is None:  # nothing has begun: what is wrong is wrong in every process
         return is_first()
     try:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return _store.add(f"last word/{attempt}", 1) == 1
+        return _store.add("last word", 1) == 1
     except Exception:  # the process that kept the store is gone, and did not go without a word
         return False

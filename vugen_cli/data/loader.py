@@ -2,7 +2,7 @@
 
 Sample number n of a run is a pure function of (data set, seed, n). Batch b holds samples b*B to b*B+B-1, so a
 run resumes to the sample by starting at another b, and worker processes cannot change what is seen: worker w
-of W makes batches w, w+W, ... and the DataLoader takes them in turn. The order shuffles whole shards, then
+of W makes batches w, w+W, ... and the loader takes them in turn. The order shuffles whole shards, then
 the samples of a window of neighbouring shards together, so reading stays local to a few files.
 """
 
@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
+import webdataset as wds
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from vugen_cli.data.images import adm_crop
 from vugen_cli.errors import VugenError
@@ -253,7 +254,7 @@ class ShuffledOrder:
 
 
 class TrainingStream(IterableDataset[Batch]):
-    """An endless stream of batches from batch number `start`, in the planned order.
+    """An endless stream of batches from batch number `start`: a webdataset pipeline in the planned order.
 
     Args:
         images: the split to read.
@@ -283,10 +284,13 @@ class TrainingStream(IterableDataset[Batch]):
         self.order = ShuffledOrder(images.counts, seed, window)
 
     def __iter__(self) -> Iterator[Batch]:
+        return iter(wds.DataPipeline(self.numbers, wds.map(self.batch)))
+
+    def numbers(self) -> Iterator[int]:
+        """Numbers of this worker's batches: worker w of W makes start + w, start + w + W, ..."""
         worker = get_worker_info()
         number, of = (worker.id, worker.num_workers) if worker else (0, 1)
-        for batch in itertools.count(self.start + number, of):
-            yield self.batch(batch)
+        return itertools.count(self.start + number, of)
 
     def batch(self, number: int) -> Batch:
         """This process's part of batch `number`, its pictures decoded straight into place."""
@@ -366,7 +370,7 @@ def training_batches(
 
 def batches(stream: TrainingStream, workers: int) -> Iterator[Batch]:
     """Iterate over a stream, decoding in `workers` processes (0: in this one)."""
-    loader = DataLoader(
+    loader = wds.WebLoader(
         stream,
         batch_size=None,
         num_workers=workers,

@@ -14,13 +14,13 @@ from torch import Tensor
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.loop import Stage, differences, train
 from vugen_cli.engine.perceptual import picture_losses
-from vugen_cli.engine.seeds import draw
 from vugen_cli.engine.train_reducer import decode_images, held_out_images, load_autoencoder
 from vugen_cli.errors import VugenError
 from vugen_cli.models.vae import VAEDecoder
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import Recipe
+from vugen_cli.seeds import draw
 from vugen_cli.vlm.frozen import fingerprint, load_vlm
 
 FREE = {"steps", "solver", "noise", "losses"}  # what of the decoder's recipe may differ from the teacher's

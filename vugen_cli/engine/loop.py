@@ -38,11 +38,11 @@ from vugen_cli.engine.distributed import (
     shards_vlm,
     total,
 )
-from vugen_cli.engine.seeds import BatchGenerator
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.files import write_json
 from vugen_cli.processes import is_first, local_rank, local_world_size, rank, world_size
 from vugen_cli.recipe import Recipe, Training
+from vugen_cli.seeds import BatchGenerator
 
 # What a resumed run may change: it may be made longer, and data and VLM may lie elsewhere (what they hold is
 # compared).

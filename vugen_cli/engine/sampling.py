@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from vugen_cli.engine.checkpoint import part
-from vugen_cli.engine.seeds import seeded_noise
 from vugen_cli.engine.train_reducer import load_autoencoder, load_decoder, load_weights
 from vugen_cli.flow import Solver, solve
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.latent_decoder import ImageDecoder
 from vugen_cli.recipe import Expert, Sampling, parse_recipe
+from vugen_cli.seeds import seeded_noise
 from vugen_cli.vlm.frozen import FrozenVLM, Prefix, vlm_of
 
 BATCH = 8  # images drawn together

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
-from vugen_cli.engine.distributed import shard_frozen, shards_vlm
+from vugen_cli.engine.distributed import batch_statistics, shard_frozen, shards_vlm
 from vugen_cli.engine.latent_report import describe_latents, save_latent_report
 from vugen_cli.engine.loop import Stage, train
 from vugen_cli.engine.perceptual import Alignment, PictureLoss, picture_losses
-from vugen_cli.engine.seeds import seeded_noise
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import Solver, draw_times, flow_matching_loss
 from vugen_cli.models.latent_decoder import ImageDecoder, LatentDecoder
@@ -25,6 +24,7 @@ from vugen_cli.models.vae import FrozenVAE, VAEDecoder, load_vae, stored_vae
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe, parse_recipe
+from vugen_cli.seeds import seeded_noise
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
 STATISTICS_IMAGES = 10_000  # enough for a per-channel mean and deviation to three digits
@@ -142,6 +142,7 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
         height, width, d = vlm.encode(shown[:1]).shape[1:]
     torch.manual_seed(recipe.seed)
     module = Autoencoder(recipe, d, vae).to(device)
+    module.reducer.statistics = batch_statistics
     if size % module.decoder.multiple:
         raise VugenError(
             f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}"

@@ -10,13 +10,13 @@ from vugen_cli.engine.checkpoint import save_checkpoint, with_prefix
 from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
 from vugen_cli.engine.loop import Stage, train
 from vugen_cli.engine.sampling import Sampler, new_expert
-from vugen_cli.engine.seeds import draw
 from vugen_cli.engine.train_reducer import load_autoencoder
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe
+from vugen_cli.seeds import draw
 from vugen_cli.vlm.frozen import load_vlm
 
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.loop import Stage, train
-from vugen_cli.engine.seeds import draw
 from vugen_cli.engine.train_reducer import STATISTICS_IMAGES, held_out_images, stored_images
 from vugen_cli.errors import VugenError
 from vugen_cli.models.pixel_decoder import to_pixels, to_uint8
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import VAE, Recipe
+from vugen_cli.seeds import draw
 
 
 class VAETraining(nn.Module):

@@ -6,12 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vugen_cli.engine.distributed import batch_statistics
-from vugen_cli.engine.seeds import draw
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.frechet import Moments
 from vugen_cli.models.embeddings import grid_positions
 from vugen_cli.recipe import Reducer as ReducerRecipe
+from vugen_cli.seeds import draw
+
+
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of [B, h, w, channels]."""
+    return x.mean((0, 1, 2)), x.std((0, 1, 2))
 
 
 class Reducer(nn.Module):
@@ -33,6 +37,7 @@ class Reducer(nn.Module):
     def __init__(self, recipe: ReducerRecipe, width: int):
         super().__init__()
         self.recipe = recipe
+        self.statistics = channel_statistics  # of a batch; training over several processes sets its own
         width *= recipe.merge**2
         self.channels = width if recipe.kind in ("identity", "vae") else recipe.channels
         if recipe.kind == "pca" and recipe.channels > width:
@@ -95,7 +100,7 @@ class Reducer(nn.Module):
     def _normalised(self, raw: Tensor) -> Tensor:
         if not self.training or not self.recipe.trained:
             return (raw - self.mean) / self.std
-        mean, std = batch_statistics(raw)
+        mean, std = self.statistics(raw)
         std = std + 1e-5
         with torch.no_grad():
             self.mean.lerp_(mean, 0.02)
