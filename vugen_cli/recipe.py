@@ -223,6 +223,11 @@ class Engine(Section):
     shard_vlm: bool = Field(False, description="share out the frozen VLM's weights too, with fsdp")
     accumulate: PositiveInt = Field(1, description="parts of a batch that follow one another, to save memory")
     recompute: bool = Field(False, description="compute the expert's activations twice, to save memory")
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch.compile of the expert's layers and of the pixel decoder; `auto`: on GPUs, and on "
+        "CPUs the expert's layers in runs of 1000 steps or more",
+    )
 
 
 class Recipe(Section):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.engine.compiling import compile_forward, wants_compile
 from vugen_cli.engine.distributed import batch_statistics, shard_frozen, shards_vlm
 from vugen_cli.engine.latent_report import describe_latents, save_latent_report
 from vugen_cli.engine.loop import Stage, differences, train
@@ -162,6 +163,8 @@ def train_reducer(
             f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}"
         )
     settings = recipe.train_reducer
+    if wants_compile(recipe.engine, device, settings.steps, on_cpu=False):
+        compile_forward([module.decoder], must=recipe.engine.compile is True)
     pictures = picture_losses(recipe.decoder.losses, vlm, size, device)
     if recipe.decoder.losses.repa:
         module.alignment = Alignment(recipe.decoder.channels[-1], d).to(device)

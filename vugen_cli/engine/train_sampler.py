@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.checkpoint import part, save_checkpoint, with_prefix
+from vugen_cli.engine.compiling import compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
 from vugen_cli.engine.loop import Stage, train
 from vugen_cli.engine.sampling import Sampler, new_expert
@@ -18,6 +19,8 @@ from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.seeds import draw
 from vugen_cli.vlm.frozen import fingerprint, load_vlm
+
+ALIGNED = 16  # compiled layers read prompts of a multiple of this many tokens, which GPU kernels like
 
 
 def train_sampler(
@@ -57,6 +60,9 @@ def train_sampler(
         expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
     settings = recipe.train_sampler
     layers = blocks(expert)
+    compiled = wants_compile(recipe.engine, device, settings.steps, on_cpu=True)
+    if compiled:
+        compile_layers(layers, must=recipe.engine.compile is True)
     if recipe.engine.recompute:
         recompute(layers)
     if shards_vlm(recipe.engine):
@@ -65,7 +71,7 @@ def train_sampler(
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         dropped = draw(torch.rand, (len(batch.captions),), generator) < settings.prompt_dropout
         prompts = ["" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True)]
-        prefix = vlm.prefix(prompts)
+        prefix = vlm.prefix(prompts, multiple=ALIGNED if compiled else 1)
         with torch.no_grad():
             target = autoencoder.encode(vlm, batch.images)
         t = draw_times(len(target), recipe.flow.time, recipe.flow.shift, generator)

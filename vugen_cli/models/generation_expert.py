@@ -29,15 +29,33 @@ class PrefixCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """[B, kv_heads, N, head_dim] -> [B, kv_heads, T + N, head_dim], twice."""
-        keys, values = self.prefix.keys[layer_idx], self.prefix.values[layer_idx]
-        return (
-            torch.cat([keys.to(key_states.dtype), key_states], 2),
-            torch.cat([values.to(value_states.dtype), value_states], 2),
-        )
+        return self.layer(layer_idx).update(key_states, value_states)
+
+    def layer(self, number: int) -> "LayerPrefix":
+        """What one layer reads of it."""
+        return LayerPrefix(self.prefix.keys[number], self.prefix.values[number])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the prefix, padding included."""
         return self.prefix.mask.shape[1]
+
+
+class LayerPrefix:
+    """`PrefixCache` for one layer, which need not know its number.
+
+    Args:
+        keys, values: of the prefix in this layer, [B, kv_heads, T, head_dim].
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As `PrefixCache.update`."""
+        return (
+            torch.cat([self.keys.to(key_states.dtype), key_states], 2),
+            torch.cat([self.values.to(value_states.dtype), value_states], 2),
+        )
 
 
 class GenerationExpert(nn.Module):

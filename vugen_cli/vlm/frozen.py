@@ -147,12 +147,13 @@ class FrozenVLM:
         return ids or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
 
     @torch.no_grad()
-    def prefix(self, prompts: list[str], length: int | None = None) -> Prefix:
+    def prefix(self, prompts: list[str], length: int | None = None, multiple: int = 1) -> Prefix:
         """Keys and values of some prompts in every layer; the empty prompt is the unconditional one.
 
         Args:
             prompts: texts, put into the chat template.
-            length: pad to this many tokens; default the longest of the prompts.
+            length: pad to this many tokens; default the longest of the prompts,
+            multiple: rounded up to a multiple of this.
 
         Raises:
             VugenError: a prompt is too long, or the decoder has layers without keys and values.
@@ -160,7 +161,7 @@ class FrozenVLM:
         from transformers import DynamicCache
 
         rows = [self.tokens(prompt) for prompt in prompts]
-        length = length or max(map(len, rows))
+        length = length or -(-max(map(len, rows)) // multiple) * multiple
         # Padded on the right whatever the tokenizer is set to: positions are then those of each prompt alone.
         ids = torch.zeros(len(rows), length, dtype=torch.long)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
