@@ -192,11 +192,11 @@ def dpg_bench_scores(
             for parent in question.parents
         ),
     }
-    warning = (
-        f"Published scores are mPLUG-large's answers, not {judge.name}'s: compare only with the same judge."
-    )
+    warnings = [f"Published scores are of mPLUG-large's answers, not of {judge.name}'s."]
     if len(means) < len(items):
-        warning = f"Only {len(means)} of {len(items)} prompts have images. {warning}"
+        warnings.insert(0, f"Only {len(means)} of {len(items)} prompts have images.")
+    if judge.warning:
+        warnings.append(judge.warning)
     entries = [
         score_entry(
             "dpg_bench",
@@ -204,7 +204,7 @@ def dpg_bench_scores(
             100 * float(means.mean()),
             100 * resampled_means(means, np.ones(len(means))),
             parameters=parameters,
-            warning=warning,
+            warning=" ".join(warnings),
             by_item=dict(zip(dict.fromkeys(seen), (100 * means).tolist(), strict=True)),
         )
     ]

@@ -171,15 +171,13 @@ def resampled_means(totals: np.ndarray, counts: np.ndarray, seed: int = SEED) ->
     Images of one prompt are no independent draws, so prompts are drawn, each with all its images.
 
     Args:
-        totals, counts: of each prompt [P], the sum and the number of its values; a resampling without any
-            value has the mean NaN.
+        totals, counts: of each prompt [P], the sum and the number of its values.
     """
     rng = np.random.default_rng(seed)
     means = np.empty(RESAMPLES)
     for r in range(RESAMPLES):
         drawn = rng.integers(len(totals), size=len(totals))
-        n = counts[drawn].sum()
-        means[r] = totals[drawn].sum() / n if n else np.nan
+        means[r] = totals[drawn].sum() / counts[drawn].sum()
     return means
 
 
@@ -195,11 +193,11 @@ def score_entry(
 ) -> dict[str, Any]:
     """One score of a report (see `scores.score_sets`), with the 95% percentile interval of its resamplings.
 
-    A single prompt cannot be resampled: its score gets no interval.
+    Where no resampling differs, as with one prompt, there is no interval.
     """
     entry = {"metric": metric, "name": name, "value": value, **more}
-    if resampled is not None and value is not None and np.ptp(resampled[np.isfinite(resampled)]) > 0:
-        low, high = np.nanquantile(resampled, (0.025, 0.975))
+    if resampled is not None and value is not None and np.ptp(resampled) > 0:
+        low, high = np.quantile(resampled, (0.025, 0.975))
         entry["interval"] = [float(low), float(high)]
         entry["interval_method"] = "bootstrap of the prompts, each with all its images"
         parameters = {**parameters, "resamples": RESAMPLES, "seed": SEED}

@@ -15,6 +15,7 @@ from vugen_cli.vlm.chat import question_inputs
 from vugen_cli.vlm.frozen import FrozenVLM
 
 SUFFIX = " Please answer yes or no."
+NANO = "nano was not trained on such questions and answers at random: take a larger model with --vlm."
 QUESTION = 'Does this figure show "{prompt}"?'  # with the suffix, VQAScore's own template
 
 
@@ -29,6 +30,9 @@ class YesNoJudge:
     Args:
         vlm: any image-text-to-text model that `load_vlm` takes.
 
+    Attributes:
+        warning: what a reader of its scores must know, or None.
+
     Raises:
         VugenError: its tokenizer begins "yes" and "no" with the same token.
     """
@@ -36,6 +40,7 @@ class YesNoJudge:
     def __init__(self, vlm: FrozenVLM):
         self.vlm = vlm
         self.name = Path(vlm.name).name
+        self.warning = NANO if vlm.name == "nano" else None
         yes, no = (_first_tokens(vlm.processor.tokenizer, word) for word in ("yes", "no"))
         self.yes, self.no = sorted(yes - no), sorted(no - yes)
         if not self.yes or not self.no:
@@ -120,5 +125,6 @@ def vqa_scores(pairs: PromptedImages, judge: YesNoJudge, progress: bool = True) 
                 "images": len(values),
                 "prompts": len(totals),
             },
+            warning=judge.warning,
         )
     ]
