@@ -76,13 +76,14 @@ def load_detector(directory: Path, device: torch.device | str = "cpu") -> Detect
         AutoModelForObjectDetection,
         AutoModelForUniversalSegmentation,
     )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
     source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(directory, **source)
         segments = config.model_type in SEGMENTERS
         auto = AutoModelForUniversalSegmentation if segments else AutoModelForObjectDetection
-        if not segments and type(config) not in AutoModelForObjectDetection._model_mapping:
+        if not segments and config.model_type not in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
             raise VugenError(
                 f"--detector {directory} holds a {config.model_type} model: give an object detector (DETR, "
                 "YOLOS, RT-DETR, ...), Mask2Former or MaskFormer."

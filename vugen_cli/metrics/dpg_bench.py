@@ -5,13 +5,11 @@ Hu et al. (2024), "ELLA: Equip Diffusion Models with LLM for Enhanced Semantic A
 """
 
 import csv
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.prompted_images import PromptedImages, by_prompt, resampled_means, score_entry
@@ -100,7 +98,7 @@ def _add_question(items: dict[str, Item], row: dict[str, Any], where: str) -> No
             "whole numbers, the second with commas between."
         ) from None
     # As published: "entity - whole (motorcycle)" counts for "entity". 0 is no parent.
-    category = row["tuple"].split("(")[0].split("-")[0].strip()
+    category = row["tuple"].split("(")[0].split("-")[0].strip() or "other"
     item = items.setdefault(name, Item(name, [_squeeze(row["text"])]))
     item.questions[number] = Question(text, tuple(parent for parent in parents if parent), category)
 
@@ -170,11 +168,7 @@ def dpg_bench_scores(
         VugenError: a prompt is none of the benchmark's, the set cannot be read or the VLM cannot be asked.
     """
     item_of = match_items(pairs, items, directory)
-
-    def answer(image: torch.Tensor, question: Question) -> bool:
-        return judge(image, question.text) > 0.5
-
-    seen, scores, shares = _ask_all(pairs, item_of, answer, progress)
+    seen, scores, shares = _ask_all(pairs, item_of, judge, progress)
     totals, counts = by_prompt(seen, scores)
     means = totals / counts
     parameters = {
@@ -225,7 +219,7 @@ def dpg_bench_scores(
 def _ask_all(
     pairs: PromptedImages,
     item_of: dict[str, Item],
-    answer: Callable[[torch.Tensor, Question], bool],
+    judge: YesNoJudge,
     progress: bool,
 ) -> tuple[list[str], list[float], dict[str, tuple[list[str], list[bool]]]]:
     """The item and score of each image; and by category, the item of each question asked and its answer."""
@@ -234,7 +228,7 @@ def _ask_all(
     shares: dict[str, tuple[list[str], list[bool]]] = {}
     for _, prompt, image in pairs.read("DPG-Bench", progress):
         item = item_of[prompt]
-        answers = {number: answer(image, question) for number, question in item.questions.items()}
+        answers = {number: judge(image, question.text) > 0.5 for number, question in item.questions.items()}
         seen.append(item.id)
         scores.append(count_answers(item, answers))
         for number, question in item.questions.items():

@@ -45,7 +45,8 @@ class Clip:
 
     Attributes:
         name: as it was asked for, "MODEL:PRETRAINED".
-        architecture: its first half.
+        architecture: its first half, or the name under which open_clip has it with the activation that the
+            weights were trained with.
         network: gives embeddings as they are projected and before they are normalised.
         preprocess: from a picture to float [3, H, W].
         resize: the preprocessing in words.
@@ -112,15 +113,16 @@ def load_clip(model: str, device: torch.device | str = "cpu") -> Clip:
         raise VugenError(
             f"--clip {model}: open_clip has no model {architecture}; it has ViT-B-32, ViT-L-14, ..."
         )
+    # OpenAI's weights, and some others, were trained with another activation than the model of that name has:
+    # open_clip only warns.
+    quick = f"{architecture}-quickgelu"
+    if quick in open_clip.list_models() and open_clip.get_pretrained_cfg(architecture, pretrained).get(
+        "quick_gelu"
+    ):
+        architecture = quick
     try:
         network, _, preprocess = open_clip.create_model_and_transforms(
-            architecture,
-            pretrained=pretrained,
-            device=device,
-            weights_only=True,
-            # OpenAI's weights were trained with another activation than the models of that name; left alone,
-            # open_clip only warns.
-            force_quick_gelu=bool(open_clip.get_pretrained_cfg(architecture, pretrained).get("quick_gelu")),
+            architecture, pretrained=pretrained, device=device, weights_only=True
         )
     except Exception as error:  # a foreign file can fail in as many ways as a download
         raise VugenError(f"--clip {model} could not be loaded: {_first_line(error)}") from error
