@@ -241,8 +241,7 @@ def asked_path(tmp_path_factory):
 
 
 def test_the_judges_answer_is_the_ratio_of_the_first_tokens(tmp_path, asked_path):
-    vlm = load_vlm(str(asked_path))
-    judge = YesNoJudge(vlm)
+    judge, vlm = YesNoJudge(str(asked_path)), load_vlm(str(asked_path))
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     question = "is there a bear?"
     with torch.no_grad():
@@ -261,10 +260,10 @@ def test_the_judges_answer_is_the_ratio_of_the_first_tokens(tmp_path, asked_path
     assert entry["parameters"]["vlm_fingerprint"] == vlm.fingerprint
 
 
-def test_a_judge_that_cannot_tell_yes_from_no_is_refused(vlm):
+def test_a_judge_that_cannot_tell_yes_from_no_is_refused(vlm_path):
     """The tokenizer of this one spells both, with a space before."""
     with pytest.raises(VugenError, match="same first token"):
-        YesNoJudge(vlm)
+        YesNoJudge(str(vlm_path))
 
 
 # DPG-Bench

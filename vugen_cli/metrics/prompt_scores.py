@@ -14,8 +14,6 @@ from vugen_cli.metrics.geneval import check_geneval, geneval_scores, read_geneva
 from vugen_cli.metrics.prompted_images import prompted_images
 from vugen_cli.metrics.scores import versions
 from vugen_cli.metrics.vqa import YesNoJudge, vqa_scores
-from vugen_cli.recipe import Recipe
-from vugen_cli.vlm.frozen import load_vlm
 
 
 def score_prompts(
@@ -79,8 +77,7 @@ def score_prompts(
     if geneval and found and loaded_clip:
         scores += geneval_scores(pairs, asked, found, loaded_clip, progress)
     if vqa_score or dpg_bench:
-        precision = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-        judge = YesNoJudge(load_vlm(vlm, device, Recipe(vlm_dtype=precision)))
+        judge = YesNoJudge(vlm, device)
         if vqa_score:
             scores += vqa_scores(pairs, judge, progress)
         if dpg_bench:

@@ -12,7 +12,7 @@ import torch
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.prompted_images import PromptedImages, by_prompt, resampled_means, score_entry
 from vugen_cli.vlm.chat import question_inputs
-from vugen_cli.vlm.frozen import FrozenVLM
+from vugen_cli.vlm.frozen import fingerprint, load_model
 
 SUFFIX = " Please answer yes or no."
 NANO = "nano was not trained on such questions and answers at random: take a larger model with --vlm."
@@ -28,25 +28,27 @@ class YesNoJudge:
     the two are alike.
 
     Args:
-        vlm: any image-text-to-text model that `load_vlm` takes.
+        name: of any image-text-to-text model: nano, a Hugging Face directory, or a hub id.
+        device: where it runs; on a GPU in bfloat16.
 
     Attributes:
         warning: what a reader of its scores must know, or None.
 
     Raises:
-        VugenError: its tokenizer begins "yes" and "no" with the same token.
+        VugenError: it cannot be loaded, or its tokenizer begins "yes" and "no" with the same token.
     """
 
-    def __init__(self, vlm: FrozenVLM):
-        self.vlm = vlm
-        self.name = Path(vlm.name).name
-        self.warning = NANO if vlm.name == "nano" else None
-        yes, no = (_first_tokens(vlm.processor.tokenizer, word) for word in ("yes", "no"))
+    def __init__(self, name: str, device: torch.device | str = "cpu"):
+        precision = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+        model, self.processor = load_model(name, device, precision)
+        self.model = model.eval().requires_grad_(False)
+        self.path, self.name = name, Path(name).name
+        self.fingerprint = fingerprint(model)
+        self.warning = NANO if name == "nano" else None
+        yes, no = (_first_tokens(self.processor.tokenizer, word) for word in ("yes", "no"))
         self.yes, self.no = sorted(yes - no), sorted(no - yes)
         if not self.yes or not self.no:
-            raise VugenError(
-                f"{vlm.name} writes yes and no with the same first token: judge with another --vlm."
-            )
+            raise VugenError(f"{name} writes yes and no with the same first token: judge with another --vlm.")
 
     @torch.no_grad()
     def __call__(self, image: torch.Tensor, question: str) -> float:
@@ -57,11 +59,10 @@ class YesNoJudge:
         Raises:
             VugenError: the VLM cannot be asked.
         """
-        model = self.vlm.model
         try:
-            inputs = question_inputs(model, self.vlm.processor, image[None], question + SUFFIX)
+            inputs = question_inputs(self.model, self.processor, image[None], question + SUFFIX)
             # By `generate`, which knows each model's positions and computes only the last token's logits.
-            out = model.generate(
+            out = self.model.generate(
                 **inputs,
                 max_new_tokens=1,
                 do_sample=False,
@@ -71,7 +72,7 @@ class YesNoJudge:
             )
         except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise VugenError(f"{self.vlm.name} cannot be asked '{question[:60]}': {reason}") from error
+            raise VugenError(f"{self.path} cannot be asked '{question[:60]}': {reason}") from error
         log_p = out.logits[0][0].double().log_softmax(0)
         yes, no = (log_p[tokens].logsumexp(0) for tokens in (self.yes, self.no))
         return torch.sigmoid(yes - no).item()
@@ -79,9 +80,9 @@ class YesNoJudge:
     def describe(self) -> dict[str, Any]:
         """How the answers are obtained, as a record."""
         return {
-            "vlm": self.vlm.name,
-            "vlm_fingerprint": self.vlm.fingerprint,
-            "precision": str(self.vlm.model.dtype).removeprefix("torch."),
+            "vlm": self.path,
+            "vlm_fingerprint": self.fingerprint,
+            "precision": str(self.model.dtype).removeprefix("torch."),
             "answer": "p(yes) / (p(yes) + p(no)), of the first token",
             "yes_tokens": self.yes,
             "no_tokens": self.no,
