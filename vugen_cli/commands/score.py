@@ -46,6 +46,13 @@ def score(
         bool,
         typer.Option("--understanding", help="Whether the VLM of --sampler still answers bit for bit alike."),
     ] = False,
+    composition: Annotated[
+        bool,
+        typer.Option(
+            "--composition",
+            help="Subject, setting, relation, number in OpenMoji scenes by --sampler; --count of each kind.",
+        ),
+    ] = False,
     clip_score: Annotated[
         bool, typer.Option("--clip-score", help="CLIPScore of images and their prompts; needs --clip.")
     ] = False,
@@ -69,7 +76,8 @@ def score(
         bool, typer.Option("--grid", help="Each image is a 2x2 grid of four, as DPG-Bench has them.")
     ] = False,
     sampler: Annotated[
-        Path | None, typer.Option(help="The sampler of --understanding.", show_default="the newest one here")
+        Path | None,
+        typer.Option(help="Of --understanding and --composition.", show_default="the newest one here"),
     ] = None,
     images: Annotated[
         Path | None,
@@ -138,9 +146,19 @@ def score(
       vugen score --geneval evaluation_metadata.jsonl --detector mask2former --clip ViT-L-14:openai
       vugen score --dpg-bench dpg_bench --images drawn --vlm my-vlm
       vugen score --understanding --sampler sampler.safetensors
+      vugen score --composition --sampler sampler.safetensors --count 500
     """
     if understanding:
         _print_understanding(_understanding(sampler, images, count or 4, vlm, device), out)
+        return
+    if composition:
+        from vugen_cli.engine.draw import pick_sampler
+        from vugen_cli.engine.loop import pick_device
+        from vugen_cli.engine.sampling import load_sampler
+        from vugen_cli.metrics.composition import score_composition
+
+        loaded = load_sampler(pick_sampler(sampler), vlm, pick_device(device))
+        _finish([score_composition(loaded, count or 100, out.parent / "composition")], out)
         return
     asked = {"fid": fid, "kid": kid, "is": inception_score, "sfid": sfid, "pr": pr, "dc": dc}
     metrics = [name for name, wanted in asked.items() if wanted]
@@ -152,14 +170,14 @@ def score(
     prompt_metrics = [name for name, wanted in asked_of_prompts.items() if wanted]
     if not metrics and not pair_metrics and not prompt_metrics:
         every = ", ".join(
-            f"--{name}" for name in (*asked, *asked_of_pairs, *asked_of_prompts, "understanding")
+            f"--{name}"
+            for name in (*asked, *asked_of_pairs, *asked_of_prompts, "composition", "understanding")
         )
         raise VugenError(f"no metric was asked for: add one or several of {every}.")
     if save_stats is not None and save_stats.suffix != ".npz":
         raise VugenError(f"--save-stats {save_stats}: statistics are written as .npz.")
 
     from vugen_cli.engine.loop import pick_device
-    from vugen_cli.files import write_json
     from vugen_cli.metrics.features import cache_folder
     from vugen_cli.metrics.pairs import score_pairs
     from vugen_cli.metrics.scores import score_sets
@@ -206,7 +224,14 @@ def score(
             cache=None if no_cache else cache_folder(),
         )
         reports.insert(0, report)
-    _print(reports)  # before it is written: an unwritable file should not cost an hour's result
+    _finish(reports, out)
+
+
+def _finish(reports: list[dict[str, Any]], out: Path) -> None:
+    """Print reports, then write them: an unwritable file should not cost an hour's result."""
+    from vugen_cli.files import write_json
+
+    _print(reports)
     how = {key: value for report in reversed(reports) for key, value in report.items()}
     write_json(out, {**how, "scores": [score for report in reports for score in report["scores"]]})
     typer.echo(f"Written to {out}.")
