@@ -20,7 +20,7 @@ from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.seeds import draw
 from vugen_cli.vlm.frozen import load_vlm
 
-ALIGNED = 16  # compiled layers read prompts of a multiple of this many tokens, which GPU kernels like
+ALIGNED = 16  # on GPUs prompts are padded to a multiple of this many tokens: attention kernels depend on it
 
 
 def train_sampler(
@@ -54,8 +54,7 @@ def train_sampler(
         expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
     settings = recipe.train_sampler
     layers = blocks(expert)
-    compiled = wants_compile(recipe.engine, device, settings.steps, on_cpu=True)
-    if compiled:
+    if wants_compile(recipe.engine, device, settings.steps, on_cpu=True):
         compile_layers(layers, must=recipe.engine.compile is True)
     if recipe.engine.recompute:
         recompute(layers)
@@ -65,7 +64,7 @@ def train_sampler(
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         dropped = draw(torch.rand, (len(batch.captions),), generator) < settings.prompt_dropout
         prompts = ["" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True)]
-        prefix = vlm.prefix(prompts, multiple=ALIGNED if compiled else 1)
+        prefix = vlm.prefix(prompts, multiple=ALIGNED if device.type == "cuda" else 1)
         with torch.no_grad():
             target = autoencoder.encode(vlm, batch.images)
         t = draw_times(len(target), recipe.flow.time, recipe.flow.shift, generator)
