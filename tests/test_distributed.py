@@ -67,6 +67,7 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
     small = ["--data", str(scenes), "--steps", "6", "--batch-size", "8"]
     sizes = [f"nano_vlm.{name}={value}" for name, value in {**TINY.model_dump(), "vision_steps": 2}.items()]
     wide = ["engine.strategy=fsdp", "engine.shard_vlm=true", "engine.recompute=true", "engine.accumulate=2"]
+    wide += ["engine.compile=true"]
     return [
         ["prepare", "--dataset", "openmoji", "--count", "12", "--shard-size", "5", "--out", "drawn"],
         ["train-vlm", *small, "--out", "vlm", *sets(vlm_path, *sizes)],
