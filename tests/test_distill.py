@@ -1,4 +1,4 @@
-"""Single-step distillation: the student follows its teacher, and samplers take it."""
+"""Other decoders for the reducer of a checkpoint: one-step students, and decoders of their own."""
 
 from pathlib import Path
 
@@ -132,3 +132,26 @@ def test_the_command_takes_recipe_and_data_from_the_teacher(
     )
     assert result.exit_code == 0, result.output
     assert '"decoder": "one.safetensors"' in Path("samples/samples.jsonl").read_text()
+
+
+def test_another_decoder_is_trained_for_a_reducer_that_is_kept_bit_for_bit(
+    trained: Path, scenes: Path, tmp_path: Path
+) -> None:
+    reducer, longer, other = (tmp_path / n for n in ("reducer.safetensors", "l.safetensors", "o.safetensors"))
+    reducer.write_bytes((trained / "reducer.safetensors").read_bytes())
+    before, _ = load_checkpoint(reducer)
+    rates = ["--set", "train_reducer.lr=1e-9", "--set", "train_reducer.weight_decay=0"]
+    for out, more in ((longer, rates), (other, ["--set", "decoder.channels=[8,24]"])):
+        command = ["train-reducer", "--reducer", reducer, "--data", scenes, "--out", out, *more]
+        result = CliRunner().invoke(app, list(map(str, command)))
+        assert result.exit_code == 0, result.exception
+        after, _ = load_checkpoint(out, "reducer")
+        for name, tensor in before.items():
+            if ".reducer." in name:
+                assert torch.equal(tensor, after[name])
+            elif out == longer:  # it went on from the decoder that was there
+                assert torch.allclose(tensor, after[name], atol=1e-6)
+        load_sampler(trained / "sampler.safetensors", decoder=out)
+    command = ["train-reducer", "--reducer", reducer, "--data", scenes, "--out", tmp_path / "x.safetensors"]
+    result = CliRunner().invoke(app, [*map(str, command), "--set", "reducer.channels=5"])
+    assert isinstance(result.exception, VugenError) and "reducer.channels: 4 -> 5" in str(result.exception)

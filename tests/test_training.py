@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_random_vlm, tiny_overrides
+from typer.testing import CliRunner
 
+from vugen_cli.app import app
 from vugen_cli.data.loader import ShardedImages
 from vugen_cli.engine.checkpoint import load_checkpoint, read_card, save_checkpoint
 from vugen_cli.engine.loop import (
@@ -245,6 +247,22 @@ def test_stage_two_refuses_the_wrong_checkpoint_and_another_vlm(
     with pytest.raises(VugenError, match="was trained on the VLM .*tiny.* but this is .*other"):
         train_sampler(changed(tiny_recipe, f"vlm={other}"), trained / "reducer.safetensors", scenes, out, CPU)
     assert not out.exists()
+
+
+def test_a_sampler_is_trained_further_from_its_own_weights(
+    trained: Path, scenes: Path, vlm_path: Path, tmp_path: Path
+) -> None:
+    begun, further = trained / "sampler.safetensors", tmp_path / "further.safetensors"
+    slow = ["--set", "train_sampler.lr=1e-9", "--set", "train_sampler.weight_decay=0"]
+    command = ["train-sampler", "--init", begun, "--data", scenes, "--out", further, "--steps", "2", *slow]
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 0, result.exception
+    before, after = load_checkpoint(begun)[0], load_checkpoint(further, "sampler")[0]
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.allclose(tensor, after[name], atol=1e-6) and (
+            name.startswith("expert.") or torch.equal(tensor, after[name])
+        )
 
 
 def test_a_recipe_that_does_not_fit_the_images_is_refused(

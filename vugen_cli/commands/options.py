@@ -53,17 +53,16 @@ def sampler_recipe(
     overrides: list[str] | None,
     vlm: str | None,
     stage: str = "train_sampler",
+    kept: tuple[str, ...] = ("reducer", "decoder"),
 ) -> "Recipe":
-    """The recipe of stage 2, or of a distillation (`stage="train_reducer"`): the given one or that of the
-    checkpoint it starts from, with that checkpoint's networks and VLM.
+    """The recipe of a stage that starts from a checkpoint: the given one or the checkpoint's, with the
+    `kept` networks and the VLM of that checkpoint.
     """
     from vugen_cli.recipe import load_recipe, parse_recipe
 
     stored = card.get("recipe", {})
     values = load_recipe(recipe).model_dump() if recipe else stored
-    fixed = {
-        key: stored[key] for key in ("reducer", "decoder", "vlm", "latents", "vlm_size") if key in stored
-    }
+    fixed = {key: stored[key] for key in (*kept, "vlm", "latents", "vlm_size") if key in stored}
     return parse_recipe(
         {**values, **fixed}, str(reducer), _overrides(stage, steps, batch_size, overrides, vlm)
     )

@@ -13,12 +13,16 @@ def train_reducer(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Data set written by `vugen prepare`. [default: data/openmoji; with --distill the teacher's]"
+            help="Data set written by `vugen prepare`. [default: data/openmoji, or the checkpoint's]"
         ),
     ] = None,
     vlm: VlmOption = None,
     recipe: RecipeOption = None,
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")] = Path("reducer.safetensors"),
+    reducer: Annotated[
+        Path | None,
+        typer.Option(help="Keep this checkpoint's reducer as it is and train a decoder for it."),
+    ] = None,
     distill: Annotated[
         Path | None,
         typer.Option(help="Train no reducer: teach this checkpoint's decoder to draw in one step."),
@@ -38,6 +42,7 @@ def train_reducer(
       vugen train-reducer --data data/openmoji
       vugen train-reducer --data data/imagenet --recipe imagenet-256 --vlm path/to/vlm --out r.safetensors
       vugen train-reducer --data data/mine --steps 5000 --set reducer.channels=32
+      vugen train-reducer --reducer reducer.safetensors --set decoder.preset=B --out better.safetensors
       vugen train-reducer --distill reducer.safetensors --set decoder.steps=8 --out one-step.safetensors
     """
     from vugen_cli.commands.options import require_safetensors, sampler_recipe, training_recipe
@@ -46,18 +51,29 @@ def train_reducer(
     from vugen_cli.processes import join
 
     require_safetensors(out)
+    given = distill or reducer
+    if distill and reducer:
+        raise VugenError("--distill and --reducer both name the checkpoint to start from: give one of them")
+    if given and given.resolve() == out.resolve():
+        raise VugenError(f"--out {out} is the checkpoint to start from: give the new one another name")
+    if given:
+        card = read_card(given)
+        kept = ("reducer", "decoder") if distill else ("reducer",)
+        resolved = sampler_recipe(card, given, recipe, steps, batch_size, set_, vlm, "train_reducer", kept)
+        source = data or Path(card["data"]["path"])
+    else:
+        resolved = training_recipe(recipe, "train_reducer", steps, batch_size, set_, vlm)
+        source = data or Path("data/openmoji")
+    where = join(pick_device(device))
     if distill:
         from vugen_cli.engine.distill import distill as teach
 
-        if distill.resolve() == out.resolve():
-            raise VugenError(f"--out {out} is the teacher itself: give the student another name")
-        card = read_card(distill)
-        resolved = sampler_recipe(card, distill, recipe, steps, batch_size, set_, vlm, "train_reducer")
-        teach(resolved, distill, data or Path(card["data"]["path"]), out, join(pick_device(device)))
-        typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler SAMPLER --decoder {out}')
-        return
-    from vugen_cli.engine.train_reducer import train_reducer as run
+        teach(resolved, distill, source, out, where)
+    else:
+        from vugen_cli.engine.train_reducer import train_reducer as run
 
-    resolved = training_recipe(recipe, "train_reducer", steps, batch_size, set_, vlm)
-    run(resolved, data or Path("data/openmoji"), out, join(pick_device(device)))
-    typer.echo(f"wrote {out}; next: vugen train-sampler --reducer {out}")
+        run(resolved, source, out, where, reducer)
+    if given:
+        typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler SAMPLER --decoder {out}')
+    else:
+        typer.echo(f"wrote {out}; next: vugen train-sampler --reducer {out}")

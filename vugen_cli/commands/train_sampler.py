@@ -6,14 +6,20 @@ from typing import Annotated
 import typer
 
 from vugen_cli.commands.options import AllowMismatchOption, DeviceOption, RecipeOption, SetOption, VlmOption
+from vugen_cli.errors import VugenError
 
 
 def train_sampler(
-    reducer: Annotated[Path, typer.Option(help="Checkpoint of `vugen train-reducer`.")] = Path(
-        "reducer.safetensors"
-    ),
+    reducer: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint of `vugen train-reducer`.", show_default="reducer.safetensors"),
+    ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Instead: a sampler to train further, on other images for example."),
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Data set. [default: the one the reducer was trained on]")
+        Path | None, typer.Option(help="Data set. [default: the one the checkpoint was trained on]")
     ] = None,
     vlm: VlmOption = None,
     recipe: RecipeOption = None,
@@ -33,6 +39,7 @@ def train_sampler(
     Examples:
       vugen train-sampler --reducer ckpt.safetensors
       vugen train-sampler --reducer ckpt.safetensors --data data/coco --out coco.safetensors --steps 20000
+      vugen train-sampler --init sampler.safetensors --data data/mine --out mine.safetensors --steps 2000
     """
     from vugen_cli.commands.options import require_safetensors, sampler_recipe
     from vugen_cli.engine.checkpoint import read_card
@@ -41,14 +48,21 @@ def train_sampler(
     from vugen_cli.processes import join
 
     require_safetensors(out)
-    card = read_card(reducer)
-    resolved = sampler_recipe(card, reducer, recipe, steps, batch_size, set_, vlm)
+    if init and reducer:
+        raise VugenError("--init and --reducer both name the checkpoint to start from: give one of them")
+    start = init or reducer or Path("reducer.safetensors")
+    if start.resolve() == out.resolve():
+        raise VugenError(f"--out {out} is the checkpoint to start from: give the new one another name")
+    card = read_card(start)
+    kept = ("reducer", "decoder", "expert") if init else ("reducer", "decoder")
+    resolved = sampler_recipe(card, start, recipe, steps, batch_size, set_, vlm, "train_sampler", kept)
     run(
         resolved,
-        reducer,
+        start,
         data or Path(card["data"]["path"]),
         out,
         join(pick_device(device)),
         allow_vlm_mismatch,
+        further=init is not None,
     )
     typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler {out}')

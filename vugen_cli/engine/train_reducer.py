@@ -14,7 +14,7 @@ from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, 
 from vugen_cli.engine.compiling import compile_forward, wants_compile
 from vugen_cli.engine.distributed import batch_statistics, shard_frozen, shards_vlm
 from vugen_cli.engine.latent_report import describe_latents, save_latent_report
-from vugen_cli.engine.loop import Stage, train
+from vugen_cli.engine.loop import Stage, differences, train
 from vugen_cli.engine.perceptual import Alignment, PictureLoss, picture_losses
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import Solver, draw_times, flow_matching_loss
@@ -26,10 +26,18 @@ from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe, parse_recipe
 from vugen_cli.seeds import seeded_noise
-from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
+from vugen_cli.vlm.frozen import FrozenVLM, fingerprint, load_vlm
 
 STATISTICS_IMAGES = 10_000  # enough for a per-channel mean and deviation to three digits
 REPORT_IMAGES = 1_000
+DECODING = {
+    "steps",
+    "solver",
+    "shift",
+    "noise",
+    "losses",
+    "image_size",
+}  # says nothing of the decoder's weights
 
 
 class Autoencoder(nn.Module):
@@ -119,7 +127,9 @@ class Autoencoder(nn.Module):
         return total, values if len(values) > 1 else {}
 
 
-def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -> Path:
+def train_reducer(
+    recipe: Recipe, data: Path, out: Path, device: torch.device, reducer: Path | None = None
+) -> Path:
     """Train stage 1 and write its checkpoint.
 
     Args:
@@ -127,9 +137,11 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
         data: a prepared data set.
         out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
         device: where to train.
+        reducer: a checkpoint whose reducer is kept as it is, so that samplers trained on it can draw with the
+            decoder that is trained here. The decoder goes on from the checkpoint's, if it has the same sizes.
 
     Raises:
-        VugenError: bad data, VLM or recipe; a loss that is not finite.
+        VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
     images = ShardedImages(data)
     size = recipe.decoder.image_size or images.size
@@ -144,6 +156,8 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     torch.manual_seed(recipe.seed)
     module = Autoencoder(recipe, d, vae).to(device)
     module.reducer.statistics = batch_statistics
+    if reducer:
+        keep_reducer(module, reducer, vlm)
     if size % module.decoder.multiple:
         raise VugenError(
             f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}"
@@ -173,11 +187,17 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
         },
         "image_size": size,
     }
-    resolved = {key: card[key] for key in ("vlm", "data", "latents", "image_size")} | {
-        "recipe": recipe.model_dump(
-            mode="json", include={*USE_OF_VLM, "seed", "data", "reducer", "decoder", "flow", "train_reducer"}
-        )
-    }
+    kept = {"reducer": fingerprint(module.reducer)} if reducer else {}
+    resolved = (
+        {key: card[key] for key in ("vlm", "data", "latents", "image_size")}
+        | kept
+        | {
+            "recipe": recipe.model_dump(
+                mode="json",
+                include={*USE_OF_VLM, "seed", "data", "reducer", "decoder", "flow", "train_reducer"},
+            )
+        }
+    )
 
     def preview(path: Path) -> None:
         decoded = decode_images(vlm, module, shown, recipe.seed)
@@ -186,9 +206,9 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     def z_of(count: int) -> Iterator[Tensor]:
         return (module.z(vlm, batch) for batch in stored_images(images, count, size))
 
-    if recipe.reducer.kind == "pca":
+    if recipe.reducer.kind == "pca" and not reducer:
         module.reducer.fit_pca(z_of(STATISTICS_IMAGES))
-    if not recipe.reducer.trained:
+    if not recipe.reducer.trained and not reducer:
         module.reducer.fit_statistics(z_of(STATISTICS_IMAGES))
     run = out.with_suffix(".run")
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, size)
@@ -198,7 +218,7 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
     else:
         stage = Stage("reducer", module, loss, preview, resolved)
         train(stage, stream, settings, recipe, run, device)
-    if recipe.reducer.trained:
+    if module.reducer.trained:
         module.reducer.fit_statistics(z_of(STATISTICS_IMAGES))
     with torch.no_grad():
         report = describe_latents(map(module.reducer, z_of(REPORT_IMAGES)))
@@ -206,6 +226,24 @@ def train_reducer(recipe: Recipe, data: Path, out: Path, device: torch.device) -
         save_latent_report(report, out)
         module.save(out, card)
     return out
+
+
+def keep_reducer(module: Autoencoder, path: Path, vlm: FrozenVLM) -> None:
+    """Take the reducer of a checkpoint, for good, and its decoder's weights where they fit.
+
+    Raises:
+        VugenError: as `load_autoencoder`; it was trained on another VLM or has another reducer's settings.
+    """
+    kept, _, card = load_autoencoder(path, vlm.device)
+    vlm.check(card, path)
+    mine, theirs = (reducer.recipe.model_dump() for reducer in (module.reducer, kept.reducer))
+    if changed := differences(theirs, mine):
+        raise VugenError(f"--reducer keeps the reducer of {path}: reducer.{changed[0]} is not possible")
+    module.reducer.load_state_dict(kept.reducer.state_dict())
+    module.reducer.requires_grad_(False)
+    mine, theirs = (a.decoder.recipe.model_dump(exclude=DECODING) for a in (module, kept))
+    if mine == theirs:
+        module.decoder.load_state_dict(kept.decoder.state_dict())
 
 
 def held_out_images(images: ShardedImages, size: int) -> Tensor:

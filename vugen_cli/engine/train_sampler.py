@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
-from vugen_cli.engine.checkpoint import save_checkpoint, with_prefix
+from vugen_cli.engine.checkpoint import part, save_checkpoint, with_prefix
 from vugen_cli.engine.compiling import compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
 from vugen_cli.engine.loop import Stage, train
 from vugen_cli.engine.sampling import Sampler, new_expert
-from vugen_cli.engine.train_reducer import load_autoencoder
+from vugen_cli.engine.train_reducer import load_autoencoder, load_weights
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.seeds import draw
-from vugen_cli.vlm.frozen import load_vlm
+from vugen_cli.vlm.frozen import fingerprint, load_vlm
 
 ALIGNED = 16  # on GPUs prompts are padded to a multiple of this many tokens: attention kernels depend on it
 
@@ -30,6 +30,7 @@ def train_sampler(
     out: Path,
     device: torch.device,
     allow_vlm_mismatch: bool = False,
+    further: bool = False,
 ) -> Path:
     """Train stage 2 and write its checkpoint: expert, reducer and decoder, so that it is enough to sample.
 
@@ -40,16 +41,21 @@ def train_sampler(
         out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
         device: where to train.
         allow_vlm_mismatch: take a VLM of other weights than the reducer was trained on.
+        further: `reducer` is the checkpoint of a sampler, whose expert is trained further (on other images,
+            say) instead of a new one.
 
     Raises:
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
-    autoencoder, stored, reducer_card = load_autoencoder(reducer, device, "reducer")
+    autoencoder, stored, reducer_card = load_autoencoder(reducer, device, "sampler" if further else "reducer")
     images = ShardedImages(data)
     vlm = load_vlm(recipe.vlm, device, recipe)
     vlm.check(reducer_card, reducer, allow_vlm_mismatch)
     torch.manual_seed(recipe.seed)
     expert = new_expert(vlm, reducer_card["latents"], recipe.expert)
+    if further:
+        load_weights(expert, part(stored, "expert"), reducer)
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
     if device.type == "cpu":
         expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
     settings = recipe.train_sampler
@@ -78,12 +84,26 @@ def train_sampler(
         "vlm": {"name": recipe.vlm, "fingerprint": vlm.fingerprint},
         "data": dataset_card(data),
     }
-    resolved = {key: card[key] for key in ("vlm", "data", "latents")} | {
-        "recipe": recipe.model_dump(
-            mode="json",
-            include={*USE_OF_VLM, "seed", "data", "reducer", "decoder", "expert", "flow", "train_sampler"},
-        )
-    }
+    begun = {"expert": fingerprint(expert)} if further else {}
+    resolved = (
+        {key: card[key] for key in ("vlm", "data", "latents")}
+        | begun
+        | {
+            "recipe": recipe.model_dump(
+                mode="json",
+                include={
+                    *USE_OF_VLM,
+                    "seed",
+                    "data",
+                    "reducer",
+                    "decoder",
+                    "expert",
+                    "flow",
+                    "train_sampler",
+                },
+            )
+        }
+    )
     prompts = [meta["captions"][0] for _, meta in images.held_out().in_order(16) if meta["captions"]]
     if not prompts:
         raise VugenError(f"{data} has no captions: a sampler cannot be trained on it")

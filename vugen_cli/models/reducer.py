@@ -60,6 +60,11 @@ class Reducer(nn.Module):
         self.register_buffer("mean", torch.zeros(self.channels))
         self.register_buffer("std", torch.ones(self.channels))
 
+    @property
+    def trained(self) -> bool:
+        """Whether its weights are to be trained here: not if they are fitted, or kept from a checkpoint."""
+        return any(weight.requires_grad for weight in self.net.parameters())
+
     def forward(self, z: Tensor) -> Tensor:
         """Normalised by the batch's own statistics in training, by the stored ones otherwise."""
         return self._normalised(self.raw(z)[0])
@@ -98,7 +103,7 @@ class Reducer(nn.Module):
         return out, None
 
     def _normalised(self, raw: Tensor) -> Tensor:
-        if not self.training or not self.recipe.trained:
+        if not self.training or not self.trained:
             return (raw - self.mean) / self.std
         mean, std = self.statistics(raw)
         std = std + 1e-5
