@@ -9,7 +9,8 @@ from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_b
 from vugen_cli.engine.checkpoint import part, save_checkpoint, with_prefix
 from vugen_cli.engine.compiling import compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
-from vugen_cli.engine.loop import Stage, train
+from vugen_cli.engine.loop import RunOptions, Stage, train
+from vugen_cli.engine.profiling import lap
 from vugen_cli.engine.sampling import Sampler, new_expert
 from vugen_cli.engine.train_reducer import load_autoencoder, load_weights
 from vugen_cli.errors import VugenError
@@ -31,6 +32,7 @@ def train_sampler(
     device: torch.device,
     allow_vlm_mismatch: bool = False,
     further: bool = False,
+    options: RunOptions = RunOptions(),
 ) -> Path:
     """Train stage 2 and write its checkpoint: expert, reducer and decoder, so that it is enough to sample.
 
@@ -43,6 +45,7 @@ def train_sampler(
         allow_vlm_mismatch: take a VLM of other weights than the reducer was trained on.
         further: `reducer` is the checkpoint of a sampler, whose expert is trained further (on other images,
             say) instead of a new one.
+        options: of the command line.
 
     Raises:
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
@@ -73,6 +76,7 @@ def train_sampler(
         prefix = vlm.prefix(prompts, multiple=ALIGNED if device.type == "cuda" else 1)
         with torch.no_grad():
             target = autoencoder.encode(vlm, batch.images)
+        lap("frozen VLM")
         t = draw_times(len(target), recipe.flow.time, recipe.flow.shift, generator)
         return flow_matching_loss(lambda x, t: expert(x, t, prefix), target, t, generator), {}
 
@@ -116,7 +120,7 @@ def train_sampler(
     run = out.with_suffix(".run")
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip)
     stage = Stage("sampler", expert, loss, preview, resolved, layers)
-    train(stage, stream, settings, recipe, run, device)
+    train(stage, stream, settings, recipe, run, device, options)
     weights = gathered(expert.state_dict())
     if is_first():
         save_checkpoint(out, with_prefix(weights, "expert") | stored, card)
