@@ -1,6 +1,7 @@
 """torch.compile: the same losses, one graph for all layers and all lengths of prompts, and a way back."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch._dynamo.utils import counters
 
 from vugen_cli.engine.compiling import STEPS_THAT_PAY, compile_forward, compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, recompute
+from vugen_cli.engine.sampling import load_sampler
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import flow_matching_loss
 from vugen_cli.models.generation_expert import GenerationExpert
@@ -72,6 +74,20 @@ def test_one_graph_serves_all_layers_and_all_lengths_of_prompts(vlm: FrozenVLM, 
     assert not counters["graph_break"] and not counters["recompile_limit"]
 
 
+@pytest.mark.slow
+def test_a_compiled_sampler_draws_the_same_pictures(trained: Path) -> None:
+    prompts = ["a bear", "two red apples and a very small cat on a beach beside a big house with a red roof"]
+    plain, compiled = (load_sampler(trained / "sampler.safetensors") for _ in range(2))
+    torch.compiler.reset()
+    counters.clear()
+    compiled.compile()
+    pairs = zip(plain.sample(prompts, guidance=2), compiled.sample(prompts, guidance=2), strict=True)
+    for (*one, expected), (*other, found) in pairs:
+        assert one == other
+        torch.testing.assert_close(found.float(), expected.float(), atol=1, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
 def test_the_pixel_decoder_is_one_graph_with_its_middle_features(
     tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +121,7 @@ def test_without_a_compiler_a_run_goes_on_or_says_what_is_missing(
     compile_forward(layers, must)
     with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
         if must:
-            with pytest.raises(VugenError, match="engine.compile=true, but .* needs a C\\+\\+ compiler"):
+            with pytest.raises(VugenError, match="torch.compile fails here .* needs a C\\+\\+ compiler"):
                 layers[0](x)
             return
         assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))

@@ -67,12 +67,15 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
     small = ["--data", str(scenes), "--steps", "6", "--batch-size", "8"]
     sizes = [f"nano_vlm.{name}={value}" for name, value in {**TINY.model_dump(), "vision_steps": 2}.items()]
     wide = ["engine.strategy=fsdp", "engine.shard_vlm=true", "engine.recompute=true", "engine.accumulate=2"]
+    wide += ["engine.compile=true", "engine.offload=true"]
+    half = ["engine.strategy=fsdp", "train_sampler.precision=bfloat16"]
     return [
         ["prepare", "--dataset", "openmoji", "--count", "12", "--shard-size", "5", "--out", "drawn"],
         ["train-vlm", *small, "--out", "vlm", *sets(vlm_path, *sizes)],
         ["train-reducer", *words(scenes, vlm_path, Path("reducer.safetensors"))],
         ["train-sampler", *small, "--out", "s.safetensors", *sets(vlm_path)],
         ["train-sampler", *small, "--out", "f.safetensors", *sets(vlm_path, *wide)],
+        ["train-sampler", *small, "--out", "h.safetensors", *sets(vlm_path, *half)],
         ["sample", "a bear", "two cats", "a tree", "-n", "2", "--sampler", "s.safetensors"],
         ["inspect", "s.safetensors"],
     ]  # fmt: skip
@@ -117,6 +120,14 @@ def test_losses_do_not_depend_on_the_number_of_processes_or_the_strategy(
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_sharded_layers_gathered_in_bfloat16_train_and_draw(
+    alone: Path, together: tuple[Path, str, str, int]
+) -> None:
+    one, two = metrics(alone / "h.run"), metrics(together[0] / "h.run")
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], rel=0.02)
+    assert (together[0] / "h.run" / "preview-0000006.png").is_file()
 
 
 def test_sharded_and_whole_runs_leave_the_same_files(

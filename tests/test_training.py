@@ -1,5 +1,6 @@
 """The engine: both stages learn, resume exactly, stop clearly, and never touch the VLM."""
 
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from vugen_cli.data.loader import ShardedImages
 from vugen_cli.engine.checkpoint import load_checkpoint, read_card, save_checkpoint
 from vugen_cli.engine.loop import (
     Average,
+    RunOptions,
     StateWriter,
     cpu_flags,
     differences,
@@ -182,8 +184,73 @@ def test_a_damaged_state_falls_back_to_the_one_before(
 def test_a_changed_recipe_does_not_resume(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "r.safetensors"
     train_reducer(tiny_recipe, scenes, out, CPU)
-    with pytest.raises(VugenError, match=r"train_reducer\.lr: .* -> 0\.5.*delete"):
+    with pytest.raises(VugenError, match=r"train_reducer\.lr: .* -> 0\.5.*delete.*--change-recipe"):
         train_reducer(changed(tiny_recipe, "train_reducer.lr=0.5"), scenes, out, CPU)
+    assert not (tmp_path / "r.run" / "changes.jsonl").exists()
+
+
+def test_a_changed_recipe_goes_on_when_told_and_the_change_is_kept(
+    scenes: Path, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, told = tmp_path / "r.safetensors", RunOptions(change_recipe=True)
+    train_reducer(tiny_recipe, scenes, out, CPU, options=told)
+    new = changed(tiny_recipe, "train_reducer.lr=0.002", "train_reducer.steps=6")
+    train_reducer(new, scenes, out, CPU, options=told)
+    rows = metrics(tmp_path / "r.run")
+    assert [row["step"] for row in rows] == list(range(6))
+    assert rows[5]["lr"] == pytest.approx(learning_rate(5, new.train_reducer), abs=1e-6)
+    (line,) = (tmp_path / "r.run" / "changes.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 4, "changes": ["recipe.train_reducer.lr: 0.0008 -> 0.002"]}
+    assert "going on at step 4 with a changed recipe" in capsys.readouterr().out
+    train_reducer(changed(new, "train_reducer.steps=7"), scenes, out, CPU)  # now it is the run's own
+    with pytest.raises(VugenError, match="the networks have changed .*decoder.channels"):
+        train_reducer(changed(new, "decoder.channels=[16,16]"), scenes, out, CPU, options=told)
+
+
+def test_a_disk_that_fills_up_ends_the_run_which_goes_on_when_there_is_room(
+    trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    save, calls = safetensors.torch.save_file, []
+
+    def fills_up(*arguments: object, **options: object) -> None:
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(*arguments, **options)
+
+    recipe, out = changed(tiny_recipe, "train_reducer.checkpoint_every=2"), tmp_path / "r.safetensors"
+    monkeypatch.setattr(safetensors.torch, "save_file", fills_up)
+    with pytest.raises(VugenError, match="cannot write .*state-0000004.*No space left on device"):
+        train_reducer(recipe, scenes, out, CPU)
+    assert [p.name for p in tmp_path.glob("**/*.safetensors")] == ["state-0000002.safetensors"]
+    monkeypatch.undo()
+    train_reducer(recipe, scenes, out, CPU)
+    whole, _ = load_checkpoint(trained / "reducer.safetensors")
+    after, _ = load_checkpoint(out)
+    assert all(torch.equal(after[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(
+    scenes: Path, vlm_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "locked").mkdir(mode=0o555)
+    command = [sys.executable, "-m", "vugen_cli", "train-reducer", "--data", str(scenes)]
+    command += [part for o in tiny_overrides(vlm_path) for part in ("--set", o)]
+    ended = subprocess.run(
+        [*command, "--out", "locked/r.safetensors"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, preexec_fn=obey_permissions,
+    )  # fmt: skip
+    assert ended.returncode == 1 and "Permission denied" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr and not list((tmp_path / "locked").iterdir())
+
+
+def obey_permissions() -> None:
+    """Give up root's right to write where it may not (CAP_DAC_OVERRIDE), if the test runs as root."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP
 
 
 def test_a_run_can_be_made_longer(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:

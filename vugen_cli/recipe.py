@@ -221,6 +221,9 @@ class Engine(Section):
         description="with several processes: every one has all weights, or (fsdp) a share of the expert's",
     )
     shard_vlm: bool = Field(False, description="share out the frozen VLM's weights too, with fsdp")
+    offload: bool = Field(
+        False, description="with fsdp, keep weights, average and optimiser in CPU memory, to save the GPU's"
+    )
     accumulate: PositiveInt = Field(1, description="parts of a batch that follow one another, to save memory")
     recompute: bool = Field(False, description="compute the expert's activations twice, to save memory")
     compile: bool | Literal["auto"] = Field(
@@ -257,6 +260,9 @@ class Recipe(Section):
     flow: Flow = Flow()
     sampling: Sampling = Sampling()
     engine: Engine = Engine()
+    log: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="where a run's numbers go beside metrics.jsonl; each is an extra of the package"
+    )
     train_vlm: Training = Training()
     train_vae: Training = Training()
     train_reducer: Training = Training()

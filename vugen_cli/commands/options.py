@@ -21,6 +21,16 @@ SetOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N. [default: a GPU if there is one]")
 ]
+ProfileOption = Annotated[
+    bool,
+    typer.Option("--profile", help="Watch a few steps: print where their time goes and write a trace."),
+]
+ChangeOption = Annotated[
+    bool,
+    typer.Option(
+        "--change-recipe", help="Go on with a stopped run though its recipe, data or VLM has changed."
+    ),
+]
 VlmOption = Annotated[
     str | None, typer.Option(help="VLM: `nano` (bundled), a Hugging Face directory, or a hub id.")
 ]

@@ -50,6 +50,10 @@ def sample(
         int, typer.Option(min=0, help="Image i of a prompt depends only on seed, prompt and i.")
     ] = 0,
     allow_vlm_mismatch: AllowMismatchOption = False,
+    compile_: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the expert first: a minute that pays for many pictures."),
+    ] = False,
     device: DeviceOption = None,
 ) -> None:
     """Draw pictures for prompts.
@@ -69,5 +73,7 @@ def sample(
 
     texts = collect_prompts(prompts or [], prompts_file)
     loaded = load_sampler(pick_sampler(sampler), vlm, join(pick_device(device)), allow_vlm_mismatch, decoder)
+    if compile_:
+        loaded.compile()
     folder = draw(loaded, texts, n, out, seed, steps, guidance, solver.value if solver else None)
     typer.echo(f"wrote {len(texts) * n} pictures, grid.png and samples.jsonl to {folder}/")

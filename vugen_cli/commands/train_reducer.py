@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import DeviceOption, RecipeOption, SetOption, VlmOption
+from vugen_cli.commands.options import (
+    ChangeOption,
+    DeviceOption,
+    ProfileOption,
+    RecipeOption,
+    SetOption,
+    VlmOption,
+)
 from vugen_cli.errors import VugenError
 
 
@@ -31,6 +38,8 @@ def train_reducer(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
     set_: SetOption = None,
     device: DeviceOption = None,
+    profile: ProfileOption = False,
+    change_recipe: ChangeOption = False,
 ) -> None:
     """Stage 1: train the reducer and the pixel decoder together, on the frozen VLM's latents.
 
@@ -47,7 +56,7 @@ def train_reducer(
     """
     from vugen_cli.commands.options import require_safetensors, sampler_recipe, training_recipe
     from vugen_cli.engine.checkpoint import read_card
-    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.engine.loop import RunOptions, pick_device
     from vugen_cli.processes import join
 
     require_safetensors(out)
@@ -64,15 +73,15 @@ def train_reducer(
     else:
         resolved = training_recipe(recipe, "train_reducer", steps, batch_size, set_, vlm)
         source = data or Path("data/openmoji")
-    where = join(pick_device(device))
+    where, options = join(pick_device(device)), RunOptions(profile, change_recipe)
     if distill:
         from vugen_cli.engine.distill import distill as teach
 
-        teach(resolved, distill, source, out, where)
+        teach(resolved, distill, source, out, where, options)
     else:
         from vugen_cli.engine.train_reducer import train_reducer as run
 
-        run(resolved, source, out, where, reducer)
+        run(resolved, source, out, where, reducer, options)
     if given:
         typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler SAMPLER --decoder {out}')
     else:

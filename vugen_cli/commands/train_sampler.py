@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import AllowMismatchOption, DeviceOption, RecipeOption, SetOption, VlmOption
+from vugen_cli.commands.options import (
+    AllowMismatchOption,
+    ChangeOption,
+    DeviceOption,
+    ProfileOption,
+    RecipeOption,
+    SetOption,
+    VlmOption,
+)
 from vugen_cli.errors import VugenError
 
 
@@ -29,6 +37,8 @@ def train_sampler(
     set_: SetOption = None,
     allow_vlm_mismatch: AllowMismatchOption = False,
     device: DeviceOption = None,
+    profile: ProfileOption = False,
+    change_recipe: ChangeOption = False,
 ) -> None:
     """Stage 2: train the generation expert to sample the reduced latents for a prompt.
 
@@ -43,7 +53,7 @@ def train_sampler(
     """
     from vugen_cli.commands.options import require_safetensors, sampler_recipe
     from vugen_cli.engine.checkpoint import read_card
-    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.engine.loop import RunOptions, pick_device
     from vugen_cli.engine.train_sampler import train_sampler as run
     from vugen_cli.processes import join
 
@@ -64,5 +74,6 @@ def train_sampler(
         join(pick_device(device)),
         allow_vlm_mismatch,
         further=init is not None,
+        options=RunOptions(profile, change_recipe),
     )
     typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler {out}')

@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import DataOption, DeviceOption, RecipeOption, SetOption
+from vugen_cli.commands.options import (
+    ChangeOption,
+    DataOption,
+    DeviceOption,
+    ProfileOption,
+    RecipeOption,
+    SetOption,
+)
 
 
 def train_vae(
@@ -16,6 +23,8 @@ def train_vae(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
     set_: SetOption = None,
     device: DeviceOption = None,
+    profile: ProfileOption = False,
+    change_recipe: ChangeOption = False,
 ) -> None:
     """Train a small AutoencoderKL from scratch, where no pretrained one can be had.
 
@@ -28,10 +37,10 @@ def train_vae(
       vugen train-reducer --data data/openmoji --set decoder.kind=ldm --set decoder.vae=vae
     """
     from vugen_cli.commands.options import training_recipe
-    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.engine.loop import RunOptions, pick_device
     from vugen_cli.engine.train_vae import train_vae as run
     from vugen_cli.processes import join
 
     resolved = training_recipe(recipe, "train_vae", steps, batch_size, set_)
-    run(resolved, data, out, join(pick_device(device)))
+    run(resolved, data, out, join(pick_device(device)), RunOptions(profile, change_recipe))
     typer.echo(f"wrote {out}; next: vugen train-reducer --set decoder.kind=ldm --set decoder.vae={out}")

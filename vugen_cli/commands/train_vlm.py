@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import DataOption, DeviceOption, RecipeOption, SetOption
+from vugen_cli.commands.options import (
+    ChangeOption,
+    DataOption,
+    DeviceOption,
+    ProfileOption,
+    RecipeOption,
+    SetOption,
+)
 
 
 def train_vlm(
@@ -16,6 +23,8 @@ def train_vlm(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
     set_: SetOption = None,
     device: DeviceOption = None,
+    profile: ProfileOption = False,
+    change_recipe: ChangeOption = False,
 ) -> None:
     """Train the small embedded vision-language model from scratch.
 
@@ -28,12 +37,13 @@ def train_vlm(
       vugen train-vlm --data data/mine --out my-vlm --steps 2000 --set nano_vlm.width=384
     """
     from vugen_cli.commands.options import training_recipe
-    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.engine.loop import RunOptions, pick_device
     from vugen_cli.processes import join
     from vugen_cli.vlm import nano
 
     resolved = training_recipe(recipe, "train_vlm", steps, batch_size, set_)
-    scores = nano.train_vlm(resolved, data, out, join(pick_device(device)))
+    options = RunOptions(profile, change_recipe)
+    scores = nano.train_vlm(resolved, data, out, join(pick_device(device)), options)
     typer.echo(f"wrote {out}")
     for name, value in scores.items():
         typer.echo(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")

@@ -34,41 +34,48 @@ def wants_compile(engine: Engine, device: torch.device, steps: int, on_cpu: bool
     return device.type == "cuda" or (device.type == "cpu" and on_cpu and steps >= STEPS_THAT_PAY)
 
 
-def compile_forward(modules: Iterable[nn.Module], must: bool) -> None:
-    """Compile the forward passes that train; those without gradients, in previews, stay as they are.
+def compile_forward(
+    modules: Iterable[nn.Module], must: bool, training: bool = True, mode: str | None = None
+) -> None:
+    """Compile the forward passes that train, or those that do not; the others, in previews, stay as they are.
 
     Modules of one class and size share a graph. Hooks (FSDP's, those of `compile_layers`) stay outside of it.
 
     Args:
         modules: changed in place, before they are sharded or recomputed.
         must: whether a failure is an error (VugenError, at the first pass) or a line and a slower run.
+        training: which passes: those with gradients, or those without.
+        mode: of `torch.compile`.
     """
     works = True
 
     def run(plain: Any, compiled: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal works
-        if works and torch.is_grad_enabled():
+        if works and torch.is_grad_enabled() == training:
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 if must:
                     raise VugenError(
-                        f"engine.compile=true, but torch.compile fails here ({reason}): it needs a C++ "
-                        "compiler such as g++; or set engine.compile=false"
+                        f"torch.compile fails here ({reason}): it needs a C++ compiler such as g++; or go "
+                        "without it (engine.compile=false, or no --compile)"
                     ) from error
                 works = False
                 tqdm.write(f"torch.compile fails here ({reason}); going on without it")
         return plain(*args, **kwargs)
 
     for module in modules:
-        module.forward = partial(run, module.forward, torch.compile(module.forward, fullgraph=True))
+        compiled = torch.compile(module.forward, fullgraph=True, mode=mode)
+        module.forward = partial(run, module.forward, compiled)
 
 
-def compile_layers(layers: Iterable[nn.Module], must: bool) -> None:
+def compile_layers(
+    layers: Iterable[nn.Module], must: bool, training: bool = True, mode: str | None = None
+) -> None:
     """`compile_forward` of a generation expert's layers: one graph for all, whatever the prompts' length."""
     layers = list(layers)
-    compile_forward(layers, must)
+    compile_forward(layers, must, training, mode)
     for number, layer in enumerate(layers):
         layer.register_forward_pre_hook(partial(_own_prefix, number), with_kwargs=True)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
-from vugen_cli.engine.loop import Stage, differences, train
+from vugen_cli.engine.loop import RunOptions, Stage, differences, train
 from vugen_cli.engine.perceptual import picture_losses
 from vugen_cli.engine.train_reducer import decode_images, held_out_images, load_autoencoder
 from vugen_cli.errors import VugenError
@@ -26,7 +26,14 @@ from vugen_cli.vlm.frozen import fingerprint, load_vlm
 FREE = {"steps", "solver", "noise", "losses"}  # what of the decoder's recipe may differ from the teacher's
 
 
-def distill(recipe: Recipe, teacher: Path, data: Path, out: Path, device: torch.device) -> Path:
+def distill(
+    recipe: Recipe,
+    teacher: Path,
+    data: Path,
+    out: Path,
+    device: torch.device,
+    options: RunOptions = RunOptions(),
+) -> Path:
     """Train a one-step student of a checkpoint's decoder and write it with the teacher's own reducer.
 
     Args:
@@ -36,6 +43,7 @@ def distill(recipe: Recipe, teacher: Path, data: Path, out: Path, device: torch.
         data: a prepared data set.
         out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
         device: where to train.
+        options: of the command line.
 
     Raises:
         VugenError: bad data, VLM or checkpoint; a recipe with other networks; a loss that is not finite.
@@ -97,7 +105,7 @@ def distill(recipe: Recipe, teacher: Path, data: Path, out: Path, device: torch.
     }
     run = out.with_suffix(".run")
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, size)
-    train(Stage("decoder", student, loss, preview, resolved), stream, settings, recipe, run, device)
+    train(Stage("decoder", student, loss, preview, resolved), stream, settings, recipe, run, device, options)
     autoencoder.decoder = student
     if is_first():
         autoencoder.save(out, card)

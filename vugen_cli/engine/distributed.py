@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from vugen_cli.engine.profiling import lap
 from vugen_cli.processes import is_first, world_size
 from vugen_cli.recipe import Engine
 
@@ -54,7 +55,7 @@ class Spread:
         self.sharded = world_size() > 1 and engine.strategy == "fsdp" and bool(stage.layers)
         self.replicated = world_size() > 1 and not self.sharded
         if self.sharded:
-            shard(stage.module, stage.layers, torch.bfloat16 if bfloat16 else None)
+            shard(stage.module, stage.layers, torch.bfloat16 if bfloat16 else None, engine.offload)
         if self.replicated:
             self.network = nn.parallel.DistributedDataParallel(
                 self.network,
@@ -72,7 +73,9 @@ class Spread:
         with self.network.no_sync() if quiet else contextlib.nullcontext():
             with autocast:
                 loss, values = self.network(batch, generator, step)
+            lap("forward")
             (loss / parts).backward()
+            lap("backward")
         return loss, values
 
 
@@ -88,25 +91,37 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     return [block for child in module.children() for block in blocks(child)]
 
 
-def shard(module: nn.Module, layers: Iterable[nn.Module], forward_dtype: torch.dtype | None = None) -> None:
+def shard(
+    module: nn.Module,
+    layers: Iterable[nn.Module],
+    forward_dtype: torch.dtype | None = None,
+    offload: bool = False,
+) -> None:
     """Shard a network's weights over all processes, each layer gathered just before it is used (FSDP2).
 
     Args:
         module: what is left outside the layers is gathered together.
         layers: of the module.
         forward_dtype: gather the layers in this type; gradients are always averaged in float32.
+        offload: keep this process's share, its gradients and so its optimiser in CPU memory.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
 
     mesh = init_device_mesh(next(module.parameters()).device.type, (world_size(),))
     # Inputs stay as they are: times and positions would not survive bfloat16; autocast converts what may be.
     mixed = MixedPrecisionPolicy(forward_dtype, torch.float32, cast_forward_inputs=False)
     whole = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
+    place = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=mixed)
+        fully_shard(layer, mesh=mesh, mp_policy=mixed, offload_policy=place)
     # Not left gathered after a forward pass: the average is swapped in and out between passes.
-    fully_shard(module, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, mp_policy=whole, reshard_after_forward=True, offload_policy=place)
 
 
 def shard_frozen(model: nn.Module) -> None:

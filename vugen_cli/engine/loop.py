@@ -38,6 +38,9 @@ from vugen_cli.engine.distributed import (
     shards_vlm,
     total,
 )
+from vugen_cli.engine.loggers import Loggers
+from vugen_cli.engine.profiling import STEPS as PROFILED
+from vugen_cli.engine.profiling import Profile, lap
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.files import write_json
 from vugen_cli.processes import is_first, local_rank, local_world_size, rank, world_size
@@ -47,6 +50,19 @@ from vugen_cli.seeds import BatchGenerator
 # What a resumed run may change: it may be made longer, and data and VLM may lie elsewhere (what they hold is
 # compared).
 FREE = ("steps", "checkpoint_every", "preview_every", "workers", "data.path", "vlm.name")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a command line says of a run beside its recipe.
+
+    Attributes:
+        profile: watch a few steps, write `trace.json.gz` and print where their time went.
+        change_recipe: go on with a saved run though its recipe, data or VLM has changed.
+    """
+
+    profile: bool = False
+    change_recipe: bool = False
 
 
 @dataclass
@@ -79,6 +95,7 @@ def train(
     recipe: Recipe,
     run: Path,
     device: torch.device,
+    options: RunOptions = RunOptions(),
 ) -> nn.Module:
     """Run a stage to its last step, from its newest saved state if there is one.
 
@@ -91,12 +108,14 @@ def train(
         recipe: for its seed and engine.
         run: a directory for states, `metrics.jsonl`, `curves.png` and previews.
         device: where the module lives.
+        options: of the command line.
 
     Returns:
         The module with its averaged weights, in evaluation mode.
 
     Raises:
-        VugenError: the loss is not finite, or the saved state belongs to another run.
+        VugenError: the loss is not finite, the saved state belongs to another run, or a log that the recipe
+            names cannot be kept.
         Stopped: SIGINT or SIGTERM came to one of the processes; the state was saved first.
     """
     if is_first():
@@ -111,8 +130,14 @@ def train(
         betas=settings.betas,
         fused=True,
     )
-    begin = resume(run, stage, average, optimizer)
-    log = MetricsLog(run / "metrics.jsonl", begin) if is_first() else None
+    begin = resume(run, stage, average, optimizer, options.change_recipe)
+    log = MetricsLog(run, begin, recipe.log, stage.resolved) if is_first() else None
+    if options.profile and settings.steps - begin < PROFILED:
+        raise VugenError(
+            f"--profile watches {PROFILED} steps, and the run has {settings.steps - begin} left: give it more"
+        )
+    watch = options.profile and is_first()
+    profile = Profile(run / "trace.json.gz", device, bfloat16, settings.batch_size) if watch else None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     generator = BatchGenerator(device)
     generator.size = settings.batch_size
@@ -126,8 +151,10 @@ def train(
         disable=not is_first(),
     )
     stream = batches_from(begin) if begin < settings.steps else iter(())
-    with stop, StateWriter(run) as writer, progress:
+    with stop, StateWriter(run) as writer, progress, log or contextlib.nullcontext():
         for step in range(begin, settings.steps):
+            if profile:
+                profile.next_step()
             started = time.perf_counter()
             waited, corrupt, keys = 0.0, 0, []
             rate = learning_rate(step, settings)
@@ -137,10 +164,13 @@ def train(
             module.train()
             sums: dict[str, Tensor] = {}
             for part in range(engine.accumulate):
+                lap("other")
                 asked = time.perf_counter()
                 batch = next(stream)
                 waited += time.perf_counter() - asked
+                lap("waiting for data")
                 batch.images = batch.images.to(device, non_blocking=True)
+                lap("copy to the device")
                 corrupt += batch.corrupt
                 keys += [str(meta.get("source_key", "?")) for meta in batch.meta]
                 rows = len(batch.captions)
@@ -153,7 +183,7 @@ def train(
                 for name, value in {"loss": loss, **values}.items():
                     sums[name] = sums.get(name, 0) + value.detach().float()
             norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device)
             # What the processes must agree on travels together, and is waited for once.
             means = torch.stack([*sums.values(), norm * engine.accumulate]) / engine.accumulate
             flags = means.new_tensor([corrupt, stop.asked])
@@ -163,6 +193,7 @@ def train(
                 raise VugenError(not_finite(scalars, step, from_all(keys), run))
             optimizer.step()
             average.update(step)
+            lap("clip, optimiser, average")
             writer.check()
             seconds = time.perf_counter() - started
             if log:
@@ -179,6 +210,7 @@ def train(
                 )
                 progress.set_postfix(loss=f"{shared[0]:.3f}", refresh=False)
             progress.update()
+            lap("logging")
             done = step + 1
             last = done == settings.steps
             if last or stopping or done % settings.checkpoint_every == 0:
@@ -190,9 +222,12 @@ def train(
                     f"stopped at step {done} of {settings.steps}; run the same command again to go on"
                 )
             if last or done % settings.preview_every == 0:
-                with average.in_place():
+                # Sharded layers are gathered in bfloat16 here too.
+                with average.in_place(), autocast if spread.sharded else contextlib.nullcontext():
                     module.eval()
                     preview(stage, run / f"preview-{done:07d}.png", spread.sharded or shards_vlm(engine))
+    if profile:
+        profile.next_step()
     average.copy_into_module()
     return module.eval()
 
@@ -407,29 +442,42 @@ def newest_state(run: Path) -> Path | None:
     return None
 
 
-def resume(run: Path, stage: Stage, average: Average, optimizer: torch.optim.Optimizer) -> int:
+def resume(
+    run: Path, stage: Stage, average: Average, optimizer: torch.optim.Optimizer, change_recipe: bool = False
+) -> int:
     """Load the newest whole state of a run and return its step, or 0 when there is none.
 
+    Args:
+        run: its folder; with `change_recipe`, what has changed is added to `changes.jsonl` there.
+        stage, average, optimizer: what is filled.
+        change_recipe: take a state that was saved under another recipe, data set or VLM.
+
     Raises:
-        VugenError: the state was saved under another recipe, data set or VLM.
+        VugenError: that is not allowed, or the networks have other sizes.
     """
     path = from_first(newest_state(run) if is_first() else None)
     if path is None:
         return 0
     tensors, card = load_checkpoint(path)
     changed = [c for c in differences(card["resolved"], stage.resolved) if not is_free(c.partition(":")[0])]
-    if changed:
+    if changed and not change_recipe:
         raise VugenError(
             f"{run} holds a run with other settings ({'; '.join(changed)}): give --out another name, "
-            f"or delete {run} to start over"
+            f"delete {run} to start over, or pass --change-recipe to go on with the new ones"
         )
-    for prefix, into in (
-        ("module", dict(stage.module.named_parameters())),
-        ("buffer", dict(stage.module.named_buffers())),
-        ("average", average.weights),
-    ):
+    parts = {
+        "module": dict(stage.module.named_parameters()),
+        "buffer": dict(stage.module.named_buffers()),
+        "average": average.weights,
+    }
+    for prefix, into in parts.items():
         saved = part(tensors, prefix)
         for name, tensor in into.items():
+            if name not in saved or saved[name].shape != tensor.shape:
+                raise VugenError(
+                    f"{path} has no {name} of shape {list(tensor.shape)}: the networks have changed "
+                    f"({'; '.join(changed)}); give --out another name"
+                )
             put(tensor, saved[name])
     for name, parameter in stage.module.named_parameters():
         optimizer.state[parameter] = {
@@ -437,7 +485,12 @@ def resume(run: Path, stage: Stage, average: Average, optimizer: torch.optim.Opt
             key: tensor if key == "step" else put(torch.empty_like(parameter, requires_grad=False), tensor)
             for key, tensor in part(tensors, f"optimizer.{name}").items()
         }
-    return int(card["step"])
+    step = int(card["step"])
+    if changed and is_first():
+        with open(run / "changes.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, "changes": changed}, ensure_ascii=False) + "\n")
+        tqdm.write(f"going on at step {step} with a changed recipe: {'; '.join(changed)}")
+    return step
 
 
 def is_free(key: str) -> bool:
@@ -458,9 +511,14 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one line a step. A resumed run drops the lines of steps it will do again."""
+    """`metrics.jsonl`: one line a step, and the logs that the recipe names.
 
-    def __init__(self, path: Path, first: int):
+    A resumed run drops the lines of steps it will do again.
+    """
+
+    def __init__(self, run: Path, first: int, names: Sequence[str], config: dict[str, Any]):
+        self.others = Loggers(names, run, first, config)
+        path = run / "metrics.jsonl"
         kept = []
         if path.exists():
             for line in path.read_text().splitlines():
@@ -474,9 +532,16 @@ class MetricsLog:
 
     def add(self, **values: float) -> None:
         """Append one step."""
-        self.file.write(
-            json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n"
-        )
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        self.file.write(json.dumps(rounded) + "\n")
+        self.others.add(int(rounded.pop("step")), rounded)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.others.close()
 
 
 class StopSignals:

@@ -14,8 +14,9 @@ from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, 
 from vugen_cli.engine.compiling import compile_forward, wants_compile
 from vugen_cli.engine.distributed import batch_statistics, shard_frozen, shards_vlm
 from vugen_cli.engine.latent_report import describe_latents, save_latent_report
-from vugen_cli.engine.loop import Stage, differences, train
+from vugen_cli.engine.loop import RunOptions, Stage, differences, train
 from vugen_cli.engine.perceptual import Alignment, PictureLoss, picture_losses
+from vugen_cli.engine.profiling import lap
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import Solver, draw_times, flow_matching_loss
 from vugen_cli.models.latent_decoder import ImageDecoder, LatentDecoder
@@ -128,7 +129,12 @@ class Autoencoder(nn.Module):
 
 
 def train_reducer(
-    recipe: Recipe, data: Path, out: Path, device: torch.device, reducer: Path | None = None
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    device: torch.device,
+    reducer: Path | None = None,
+    options: RunOptions = RunOptions(),
 ) -> Path:
     """Train stage 1 and write its checkpoint.
 
@@ -139,6 +145,7 @@ def train_reducer(
         device: where to train.
         reducer: a checkpoint whose reducer is kept as it is, so that samplers trained on it can draw with the
             decoder that is trained here. The decoder goes on from the checkpoint's, if it has the same sizes.
+        options: of the command line.
 
     Raises:
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
@@ -172,7 +179,9 @@ def train_reducer(
         shard_frozen(vlm.model)
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return module.loss(module.z(vlm, batch.images), batch.images, recipe, generator, pictures)
+        z = module.z(vlm, batch.images)
+        lap("frozen VLM")
+        return module.loss(z, batch.images, recipe, generator, pictures)
 
     card = {
         "stage": "reducer",
@@ -217,7 +226,7 @@ def train_reducer(
         card["step"] = 0
     else:
         stage = Stage("reducer", module, loss, preview, resolved)
-        train(stage, stream, settings, recipe, run, device)
+        train(stage, stream, settings, recipe, run, device, options)
     if module.reducer.trained:
         module.reducer.fit_statistics(z_of(STATISTICS_IMAGES))
     with torch.no_grad():

@@ -9,7 +9,8 @@ from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_b
 from vugen_cli.engine.checkpoint import part, save_checkpoint, with_prefix
 from vugen_cli.engine.compiling import compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
-from vugen_cli.engine.loop import Stage, train
+from vugen_cli.engine.loop import RunOptions, Stage, train
+from vugen_cli.engine.profiling import lap
 from vugen_cli.engine.sampling import Sampler, new_expert
 from vugen_cli.engine.train_reducer import load_autoencoder, load_weights
 from vugen_cli.errors import VugenError
@@ -20,7 +21,7 @@ from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.seeds import draw
 from vugen_cli.vlm.frozen import fingerprint, load_vlm
 
-ALIGNED = 16  # compiled layers read prompts of a multiple of this many tokens, which GPU kernels like
+ALIGNED = 16  # on GPUs prompts are padded to a multiple of this many tokens: attention kernels depend on it
 
 
 def train_sampler(
@@ -31,6 +32,7 @@ def train_sampler(
     device: torch.device,
     allow_vlm_mismatch: bool = False,
     further: bool = False,
+    options: RunOptions = RunOptions(),
 ) -> Path:
     """Train stage 2 and write its checkpoint: expert, reducer and decoder, so that it is enough to sample.
 
@@ -43,6 +45,7 @@ def train_sampler(
         allow_vlm_mismatch: take a VLM of other weights than the reducer was trained on.
         further: `reducer` is the checkpoint of a sampler, whose expert is trained further (on other images,
             say) instead of a new one.
+        options: of the command line.
 
     Raises:
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
@@ -60,8 +63,7 @@ def train_sampler(
         expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
     settings = recipe.train_sampler
     layers = blocks(expert)
-    compiled = wants_compile(recipe.engine, device, settings.steps, on_cpu=True)
-    if compiled:
+    if wants_compile(recipe.engine, device, settings.steps, on_cpu=True):
         compile_layers(layers, must=recipe.engine.compile is True)
     if recipe.engine.recompute:
         recompute(layers)
@@ -71,9 +73,10 @@ def train_sampler(
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         dropped = draw(torch.rand, (len(batch.captions),), generator) < settings.prompt_dropout
         prompts = ["" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True)]
-        prefix = vlm.prefix(prompts, multiple=ALIGNED if compiled else 1)
+        prefix = vlm.prefix(prompts, multiple=ALIGNED if device.type == "cuda" else 1)
         with torch.no_grad():
             target = autoencoder.encode(vlm, batch.images)
+        lap("frozen VLM")
         t = draw_times(len(target), recipe.flow.time, recipe.flow.shift, generator)
         return flow_matching_loss(lambda x, t: expert(x, t, prefix), target, t, generator), {}
 
@@ -117,7 +120,7 @@ def train_sampler(
     run = out.with_suffix(".run")
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip)
     stage = Stage("sampler", expert, loss, preview, resolved, layers)
-    train(stage, stream, settings, recipe, run, device)
+    train(stage, stream, settings, recipe, run, device, options)
     weights = gathered(expert.state_dict())
     if is_first():
         save_checkpoint(out, with_prefix(weights, "expert") | stored, card)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
-from vugen_cli.engine.loop import Stage, train
+from vugen_cli.engine.loop import RunOptions, Stage, train
 from vugen_cli.engine.train_reducer import STATISTICS_IMAGES, held_out_images, stored_images
 from vugen_cli.errors import VugenError
 from vugen_cli.models.pixel_decoder import to_pixels, to_uint8
@@ -54,7 +54,9 @@ class VAETraining(nn.Module):
         return values["pixels"] + self.kl * values["kl"], values
 
 
-def train_vae(recipe: Recipe, data: Path, out: Path, device: torch.device) -> Path:
+def train_vae(
+    recipe: Recipe, data: Path, out: Path, device: torch.device, options: RunOptions = RunOptions()
+) -> Path:
     """Train a VAE and save it as a diffusers directory, whole or not at all.
 
     Its `scaling_factor` and `shift_factor` give the latents of the training set zero mean and unit variance.
@@ -65,6 +67,7 @@ def train_vae(recipe: Recipe, data: Path, out: Path, device: torch.device) -> Pa
         data: a prepared data set.
         out: the directory to write.
         device: where to train.
+        options: of the command line.
 
     Raises:
         VugenError: bad data or sizes; a loss that is not finite.
@@ -89,7 +92,8 @@ def train_vae(recipe: Recipe, data: Path, out: Path, device: torch.device) -> Pa
     settings = recipe.train_vae
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip)
     run = out.with_name(out.name + ".run")
-    train(Stage("vae", training, training.loss, preview, resolved), stream, settings, recipe, run, device)
+    stage = Stage("vae", training, training.loss, preview, resolved)
+    train(stage, stream, settings, recipe, run, device, options)
     mean, std = latent_statistics(training.model, images, device)
     training.model.register_to_config(scaling_factor=1 / std, shift_factor=mean)
     if is_first():

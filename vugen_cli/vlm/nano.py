@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.distributed import from_all, weight_of
-from vugen_cli.engine.loop import Stage, train
+from vugen_cli.engine.loop import RunOptions, Stage, train
 from vugen_cli.errors import VugenError
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first, rank, world_size
@@ -368,7 +368,9 @@ def save_vlm(model: Any, processor: Any, path: str | Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def train_vlm(recipe: Recipe, data: Path, out: Path, device: torch.device) -> dict[str, float]:
+def train_vlm(
+    recipe: Recipe, data: Path, out: Path, device: torch.device, options: RunOptions = RunOptions()
+) -> dict[str, float]:
     """Train the nano VLM from scratch and save it as a Hugging Face directory.
 
     The run's states, metrics, curves and caption previews are kept in `<out>.run`.
@@ -378,6 +380,7 @@ def train_vlm(recipe: Recipe, data: Path, out: Path, device: torch.device) -> di
         data: a prepared data set with captions; questions in the samples' meta are used if there are any.
         out: the directory to write.
         device: where to train.
+        options: of the command line.
 
     Returns:
         `caption_accuracy` on the `val` split if the set has one, else {}.
@@ -404,7 +407,7 @@ def train_vlm(recipe: Recipe, data: Path, out: Path, device: torch.device) -> di
         "data": dataset_card(data),
     }
     stage = Stage("vlm", training, training.loss, preview, resolved, partial=True)
-    train(stage, stream, recipe.train_vlm, recipe, out.with_name(out.name + ".run"), device)
+    train(stage, stream, recipe.train_vlm, recipe, out.with_name(out.name + ".run"), device, options)
     model.set_attn_implementation("sdpa")
     if not is_first():
         return {}

@@ -1,0 +1,129 @@
+"""What one sees of a run: its profile, and the logs beside `metrics.jsonl`."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from test_training import changed, metrics
+
+from vugen_cli.engine import profiling
+from vugen_cli.engine.loop import RunOptions
+from vugen_cli.engine.train_reducer import train_reducer
+from vugen_cli.engine.train_sampler import train_sampler
+from vugen_cli.errors import VugenError
+from vugen_cli.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+def test_a_profile_says_where_the_time_went_leaves_a_trace_and_hardly_touches_the_run(
+    trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = changed(tiny_recipe, f"train_sampler.steps={profiling.STEPS}")
+    reducer, outs = trained / "reducer.safetensors", [tmp_path / "p.safetensors", tmp_path / "q.safetensors"]
+    train_sampler(recipe, reducer, scenes, outs[0], CPU, options=RunOptions(profile=True))
+    table = capsys.readouterr().out
+    for part in ("waiting for data", "copy to the device", "frozen VLM", "forward", "backward", "logging"):
+        assert part in table
+    shares = [float(line.split()[-1].rstrip("%")) for line in table.splitlines() if " ms  " in line]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+    assert "TFLOP/s" in table and "MFU unknown" in table and "data-wait" in table
+    with gzip.open(tmp_path / "p.run" / "trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert sum("Optimizer.step" in event.get("name", "") for event in events) == profiling.TRACED
+    train_sampler(recipe, reducer, scenes, outs[1], CPU)
+    losses = [[row["loss"] for row in metrics(out.with_suffix(".run"))] for out in outs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # counting operations takes some of them apart
+
+
+def test_a_run_too_short_to_profile_is_refused(
+    trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    with pytest.raises(VugenError, match=f"watches {profiling.STEPS} steps, and the run has 4"):
+        train_reducer(tiny_recipe, scenes, tmp_path / "r.safetensors", CPU, options=RunOptions(profile=True))
+
+
+def test_floating_point_operations_are_those_of_the_step(tmp_path: Path) -> None:
+    profile = profiling.Profile(tmp_path / "trace.json.gz", CPU, bfloat16=False, images=1)
+    a, b = torch.randn(10, 20), torch.randn(20, 30)
+    for _ in range(profiling.STEPS):
+        profile.next_step()
+        profiling.lap("other")
+        a @ b
+    profile.next_step()
+    assert profile.flops == 2 * 10 * 20 * 30
+
+
+class Recorder(ModuleType):
+    """Stands for wandb or trackio, which are not installed here: remembers how it was called."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.begun: list[dict[str, Any]] = []
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.ended = 0
+
+    def init(self, **settings: Any) -> "Recorder":
+        self.begun.append(settings)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.rows.append((step, dict(values)))
+
+    def finish(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_log_gets_what_the_file_gets_and_a_resumed_run_goes_on_in_it(
+    name: str, scenes: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Recorder(name)
+    monkeypatch.setitem(sys.modules, name, service)
+    recipe, out = changed(tiny_recipe, f"log=[{name}]"), tmp_path / "r.safetensors"
+    train_reducer(recipe, scenes, out, CPU)
+    train_reducer(changed(recipe, "train_reducer.steps=6"), scenes, out, CPU)
+    rows = [{"step": step, **values} for step, values in service.rows]
+    assert rows == metrics(tmp_path / "r.run") and len(rows) == 6 and service.ended == 2
+    assert {"loss", "grad_norm", "lr", "images_per_s", "data_wait", "memory_gb"} <= rows[0].keys()
+    first, second = service.begun
+    assert first["name"] == second["name"] == "r" and first.get("id") == second.get("id")
+    assert second["resume"] == "allow" and first["config"]["recipe"]["seed"] == 0
+
+
+def test_tensorboard_gets_every_number(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_reducer(changed(tiny_recipe, "log=[tensorboard]"), scenes, tmp_path / "r.safetensors", CPU)
+    events = EventAccumulator(str(tmp_path / "r.run" / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(r["step"], pytest.approx(r["loss"])) for r in metrics(tmp_path / "r.run")]
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    scenes: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(VugenError, match=r'log: trackio needs .*pip install "vugen-cli\[trackio\]"'):
+        train_reducer(changed(tiny_recipe, "log=[trackio]"), scenes, tmp_path / "r.safetensors", CPU)
+
+
+def test_a_log_that_fails_does_not_end_the_run(
+    scenes: Path,
+    tiny_recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    service = Recorder("wandb")
+    service.log = lambda *_, **__: exec("raise RuntimeError('the line is down')")  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    train_reducer(changed(tiny_recipe, "log=[wandb]"), scenes, tmp_path / "r.safetensors", CPU)
+    assert len(metrics(tmp_path / "r.run")) == 4
+    assert capsys.readouterr().out.count("wandb failed and is left out from here on: the line is down") == 1
