@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import vugen
+from typer.testing import CliRunner
 
+from vugen_cli.app import app
 from vugen_cli.metrics.composition import GROUPS, evaluation_scenes, group_of, judge
 
 
@@ -49,11 +50,13 @@ def test_every_group_has_as_many_different_prompts_and_knows_its_real_scenes() -
             assert all(judge(sample.captions[0], sample.meta["scene"]).values())
 
 
-def test_the_command_draws_judges_and_sets_the_judge_beside(trained: Path, tmp_path: Path) -> None:
-    result = vugen(
-        "score", "--composition", "--sampler", trained / "sampler.safetensors", "--count", "2", cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
+def test_the_command_draws_judges_and_sets_the_judge_beside(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["score", "--composition", "--sampler", str(trained / "sampler.safetensors"), "--count", "2"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.exception
     report = json.loads((tmp_path / "scores.json").read_text())
     names = {entry["metric"] for entry in report["scores"]}
     assert {"composition_seen_subject", "composition_pair_relation", "composition_count_count"} <= names
