@@ -46,6 +46,9 @@ def score(
         bool,
         typer.Option("--understanding", help="Whether the VLM of --sampler still answers bit for bit alike."),
     ] = False,
+    diversity: Annotated[
+        bool, typer.Option("--diversity", help="How much the images of one prompt differ, over its seeds.")
+    ] = False,
     composition: Annotated[
         bool,
         typer.Option(
@@ -142,6 +145,7 @@ def score(
       vugen score --fid --images batch.npz --reference VIRTUAL_imagenet256_labeled.npz
       vugen score --fid --dinov2 dinov2-large --images drawn --reference photos
       vugen score --fid --psnr --ssim --images rec/decoded --reference rec/originals
+      vugen score --diversity --features vlm --images samples
       vugen score --clip-score --clip ViT-L-14:openai --vqa-score --images drawn
       vugen score --geneval evaluation_metadata.jsonl --detector mask2former --clip ViT-L-14:openai
       vugen score --dpg-bench dpg_bench --images drawn --vlm my-vlm
@@ -168,10 +172,17 @@ def score(
         "clip-score": clip_score, "vqa-score": vqa_score, "dpg-bench": dpg_bench, "geneval": geneval
     }  # fmt: skip
     prompt_metrics = [name for name, wanted in asked_of_prompts.items() if wanted]
-    if not metrics and not pair_metrics and not prompt_metrics:
+    if not (metrics or pair_metrics or prompt_metrics or diversity):
         every = ", ".join(
             f"--{name}"
-            for name in (*asked, *asked_of_pairs, *asked_of_prompts, "composition", "understanding")
+            for name in (
+                *asked,
+                *asked_of_pairs,
+                *asked_of_prompts,
+                "diversity",
+                "composition",
+                "understanding",
+            )
         )
         raise VugenError(f"no metric was asked for: add one or several of {every}.")
     if save_stats is not None and save_stats.suffix != ".npz":
@@ -183,6 +194,7 @@ def score(
     from vugen_cli.metrics.scores import score_sets
 
     where = pick_device(device)
+    given_reference = reference is not None
     if images is None:
         images = newest_samples(Path.cwd())
         typer.echo(f"Scoring the last samples, {images}.")
@@ -211,8 +223,15 @@ def score(
         # --vlm and --clip were for these, unless --features says that they are for both.
         vlm = vlm if features is Features.vlm else None
         clip = clip if features is Features.clip else None
-    if metrics or save_stats is not None:
+    if metrics or diversity or save_stats is not None:
         extractor = load_extractor(features, vlm, clip, dinov2, inception_weights, images, where)
+    if diversity:
+        from vugen_cli.metrics.diversity import score_diversity
+
+        real = reference if given_reference else None
+        picture = out.with_name("diversity.png")
+        reports.insert(0, score_diversity(images, extractor, reference=real, count=count, picture=picture))
+    if metrics or save_stats is not None:
         report = score_sets(
             images,
             reference,
