@@ -208,6 +208,11 @@ class Training(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     checkpoint_every: PositiveInt = 500
     preview_every: PositiveInt = 1000
+    keep_every: int = Field(
+        0,
+        ge=0,
+        description="steps between checkpoints that stay in the run's folder, for scores over training",
+    )
     prompt_dropout: float = Field(
         0.1, ge=0, lt=1, description="samples trained without a prompt, for guidance"
     )

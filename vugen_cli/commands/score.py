@@ -49,6 +49,12 @@ def score(
     diversity: Annotated[
         bool, typer.Option("--diversity", help="How much the images of one prompt differ, over its seeds.")
     ] = False,
+    over_training: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Score every checkpoint that a sampler's .run folder kept. Repeatable.", show_default=False
+        ),
+    ] = None,
     composition: Annotated[
         bool,
         typer.Option(
@@ -151,9 +157,21 @@ def score(
       vugen score --dpg-bench dpg_bench --images drawn --vlm my-vlm
       vugen score --understanding --sampler sampler.safetensors
       vugen score --composition --sampler sampler.safetensors --count 500
+      vugen score --over-training sampler.run --over-training baseline-sampler.run --features vlm
     """
     if understanding:
         _print_understanding(_understanding(sampler, images, count or 4, vlm, device), out)
+        return
+    if over_training:
+        _over_training(
+            over_training,
+            [features, vlm, clip, dinov2, inception_weights],
+            out,
+            device,
+            reference=reference,
+            count=count or 256,
+            no_cache=no_cache,
+        )
         return
     if composition:
         from vugen_cli.engine.draw import pick_sampler
@@ -254,6 +272,42 @@ def _finish(reports: list[dict[str, Any]], out: Path) -> None:
     how = {key: value for report in reversed(reports) for key, value in report.items()}
     write_json(out, {**how, "scores": [score for report in reports for score in report["scores"]]})
     typer.echo(f"Written to {out}.")
+
+
+def _over_training(
+    runs: list[Path],
+    network: list[Any],
+    out: Path,
+    device: str | None,
+    *,
+    reference: Path | None,
+    count: int,
+    no_cache: bool,
+) -> None:
+    """Score kept checkpoints, print a line each, and leave `out` and a picture of the same name."""
+    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.files import write_json
+    from vugen_cli.metrics.features import cache_folder
+    from vugen_cli.metrics.over_training import kept_checkpoints, plot_over_training, score_over_training
+
+    where = pick_device(device)
+    for run in runs:
+        kept_checkpoints(run)  # before features are loaded
+    extractor = load_extractor(*network, runs[0], where)
+    curves = score_over_training(
+        runs,
+        extractor,
+        reference=reference,
+        count=count,
+        device=where,
+        cache=None if no_cache else cache_folder(),
+    )
+    for name, curve in curves.items():
+        for row in curve:
+            typer.echo(f"{name}  step {row['step']:>8,}  {row['images']:>10,} images  {row['value']:.4f}")
+    write_json(out, {"over_training": curves})
+    plot_over_training(curves, out.with_suffix(".png"))
+    typer.echo(f"{next(iter(curves.values()))[0]['name']}: {out} and {out.with_suffix('.png')}.")
 
 
 def _understanding(

@@ -49,7 +49,7 @@ from vugen_cli.seeds import BatchGenerator
 
 # What a resumed run may change: it may be made longer, and data and VLM may lie elsewhere (what they hold is
 # compared).
-FREE = ("steps", "checkpoint_every", "preview_every", "workers", "data.path", "vlm.name")
+FREE = ("steps", "checkpoint_every", "preview_every", "keep_every", "workers", "data.path", "vlm.name")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Stage:
         resolved: the recipe, data and VLM of the run as plain values; a resumed run must match them.
         layers: of the module, to be sharded one by one; none: every process keeps the whole module.
         partial: whether some steps leave some weights without a gradient.
+        save: (path, step) -> None: write the stage's checkpoint; called while the module has its averaged
+            weights, on every process.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Stage:
     resolved: dict[str, Any]
     layers: Sequence[nn.Module] = ()
     partial: bool = False
+    save: Callable[[Path, int], None] | None = None
 
 
 def train(
@@ -226,6 +229,9 @@ def train(
                 with average.in_place(), autocast if spread.sharded else contextlib.nullcontext():
                     module.eval()
                     preview(stage, run / f"preview-{done:07d}.png", spread.sharded or shards_vlm(engine))
+            if stage.save and settings.keep_every and done % settings.keep_every == 0:
+                with average.in_place():
+                    stage.save(run / f"step-{done:07d}.safetensors", done)
     if profile:
         profile.next_step()
     average.copy_into_module()

@@ -225,7 +225,12 @@ def train_reducer(
         module.eval()
         card["step"] = 0
     else:
-        stage = Stage("reducer", module, loss, preview, resolved)
+
+        def save(path: Path, step: int) -> None:  # with the latents' running statistics
+            if is_first():
+                module.save(path, {**card, "step": step})
+
+        stage = Stage("reducer", module, loss, preview, resolved, save=save)
         train(stage, stream, settings, recipe, run, device, options)
     if module.reducer.trained:
         module.reducer.fit_statistics(z_of(STATISTICS_IMAGES))

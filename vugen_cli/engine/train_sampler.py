@@ -119,9 +119,13 @@ def train_sampler(
 
     run = out.with_suffix(".run")
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip)
-    stage = Stage("sampler", expert, loss, preview, resolved, layers)
+
+    def save(path: Path, step: int) -> None:
+        weights = gathered(expert.state_dict())
+        if is_first():
+            save_checkpoint(path, with_prefix(weights, "expert") | stored, {**card, "step": step})
+
+    stage = Stage("sampler", expert, loss, preview, resolved, layers, save=save)
     train(stage, stream, settings, recipe, run, device, options)
-    weights = gathered(expert.state_dict())
-    if is_first():
-        save_checkpoint(out, with_prefix(weights, "expert") | stored, card)
+    save(out, settings.steps)
     return out

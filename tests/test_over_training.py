@@ -1,0 +1,47 @@
+"""Scores over training: kept checkpoints are whole samplers, scored once, on one picture."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import changed
+from typer.testing import CliRunner
+
+from vugen_cli.app import app
+from vugen_cli.engine.checkpoint import load_checkpoint
+from vugen_cli.engine.sampling import load_sampler
+from vugen_cli.engine.train_sampler import train_sampler
+from vugen_cli.recipe import Recipe
+
+
+def test_kept_checkpoints_are_scored_once_and_the_last_is_the_sampler(
+    trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = changed(tiny_recipe, "train_sampler.keep_every=2")
+    out = tmp_path / "s.safetensors"
+    train_sampler(recipe, trained / "reducer.safetensors", scenes, out, torch.device("cpu"))
+    kept = sorted((tmp_path / "s.run").glob("step-*.safetensors"))
+    assert [path.stem for path in kept] == ["step-0000002", "step-0000004"]
+    last, final = load_checkpoint(kept[-1], "sampler"), load_checkpoint(out, "sampler")
+    assert last[1] == final[1] and all(torch.equal(last[0][name], final[0][name]) for name in final[0])
+    assert load_sampler(kept[0]).card["step"] == 2
+
+    command = ["score", "--over-training", "s.run", "--features", "vlm", "--vlm", recipe.vlm, "--count", "8"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.exception
+    (curve,) = json.loads(Path("scores.json").read_text())["over_training"].values()
+    assert [(row["step"], row["images"]) for row in curve] == [(2, 8), (4, 16)]
+    assert Path("scores.png").is_file()
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a scored checkpoint was drawn again")
+
+    monkeypatch.setattr("vugen_cli.metrics.over_training.draw", never)
+    assert CliRunner().invoke(app, command).exit_code == 0
+
+
+def test_a_run_without_kept_checkpoints_says_how_to_keep_them(trained: Path) -> None:
+    command = ["score", "--over-training", str(trained / "sampler.run"), "--features", "vlm"]
+    assert "keep_every" in str(CliRunner().invoke(app, command).exception)
