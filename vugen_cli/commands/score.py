@@ -163,15 +163,14 @@ def score(
         _print_understanding(_understanding(sampler, images, count or 4, vlm, device), out)
         return
     if over_training:
-        _over_training(
-            over_training,
-            [features, vlm, clip, dinov2, inception_weights],
-            out,
-            device,
-            reference=reference,
-            count=count or 256,
-            no_cache=no_cache,
-        )
+        from vugen_cli.engine.loop import pick_device
+        from vugen_cli.metrics.over_training import kept_checkpoints
+
+        where = pick_device(device)
+        for run in over_training:
+            kept_checkpoints(run)  # what is missing is told before a network is loaded
+        extractor = load_extractor(features, vlm, clip, dinov2, inception_weights, over_training[0], where)
+        _over_training(over_training, extractor, reference, count or 256, no_cache, out, where)
         return
     if composition:
         from vugen_cli.engine.draw import pick_sampler
@@ -276,31 +275,21 @@ def _finish(reports: list[dict[str, Any]], out: Path) -> None:
 
 def _over_training(
     runs: list[Path],
-    network: list[Any],
-    out: Path,
-    device: str | None,
-    *,
+    extractor: "Extractor",
     reference: Path | None,
     count: int,
     no_cache: bool,
+    out: Path,
+    device: Any,
 ) -> None:
     """Score kept checkpoints, print a line each, and leave `out` and a picture of the same name."""
-    from vugen_cli.engine.loop import pick_device
     from vugen_cli.files import write_json
     from vugen_cli.metrics.features import cache_folder
-    from vugen_cli.metrics.over_training import kept_checkpoints, plot_over_training, score_over_training
+    from vugen_cli.metrics.over_training import plot_over_training, score_over_training
 
-    where = pick_device(device)
-    for run in runs:
-        kept_checkpoints(run)  # before features are loaded
-    extractor = load_extractor(*network, runs[0], where)
+    cache = None if no_cache else cache_folder()
     curves = score_over_training(
-        runs,
-        extractor,
-        reference=reference,
-        count=count,
-        device=where,
-        cache=None if no_cache else cache_folder(),
+        runs, extractor, reference=reference, count=count, device=device, cache=cache
     )
     for name, curve in curves.items():
         for row in curve:
