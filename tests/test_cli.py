@@ -19,6 +19,8 @@ COMMANDS = [
     "sample",
     "score",
     "reconstruct",
+    "compare",
+    "chat",
     "train-vlm",
     "train-vae",
     "inspect",

@@ -9,6 +9,7 @@ import typer
 
 from vugen_cli import __version__, processes
 from vugen_cli.commands.chat import chat
+from vugen_cli.commands.compare import compare
 from vugen_cli.commands.demo import demo
 from vugen_cli.commands.inspect import inspect
 from vugen_cli.commands.prepare import prepare
@@ -35,6 +36,7 @@ for command in (
     sample,
     score,
     reconstruct,
+    compare,
     chat,
     train_vlm,
     train_vae,

@@ -1,0 +1,58 @@
+"""`vugen compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vugen_cli.commands.options import DeviceOption
+from vugen_cli.errors import VugenError
+
+
+def compare(
+    sources: Annotated[list[Path], typer.Argument(help="Samplers, or folders that `vugen sample` wrote.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="What the samplers draw. Repeatable.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="More prompts: a text file, one a line.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Images of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="The same for all samplers.")] = 0,
+    vlm: Annotated[
+        str | None, typer.Option(help="Where the VLM is now, if not where the checkpoints say.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
+    device: DeviceOption = None,
+) -> None:
+    """Set several samplers side by side on one page: the same prompts, the same seeds.
+
+    The page holds its pictures and needs no network. Samplers draw into a folder beside it; folders are shown
+    as they are. Without --prompt, samplers draw the prompts of the first folder.
+
+    \b
+    Examples:
+      vugen compare sampler.safetensors baseline.safetensors --prompt "a bear in a forest"
+      vugen compare samples-monday samples-tuesday --out week.html
+    """
+    from vugen_cli.compare import folder_name, names_of, read_samples, write_comparison
+    from vugen_cli.engine.draw import collect_prompts, draw
+    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.engine.sampling import load_sampler
+
+    if missing := [path for path in sources if not path.exists()]:
+        raise VugenError(f"no {missing[0]}: give sampler checkpoints or folders of samples")
+    folders = [path for path in sources if path.is_dir()]
+    drawn_before = {path: read_samples(path) for path in folders}
+    given = list(prompt or [])
+    if folders and not given and not prompts:
+        given = [row["prompt"] for row in drawn_before[folders[0]]]
+    texts = collect_prompts(given, prompts) if len(folders) < len(sources) else []
+    shown = {}
+    for path, name in zip(sources, names_of(sources), strict=True):
+        if path.is_dir():
+            shown[name] = drawn_before[path]
+            continue
+        samples = out.with_suffix("") / folder_name(name)
+        draw(load_sampler(path, vlm, pick_device(device)), texts, n, samples, seed)
+        shown[name] = read_samples(samples)
+    count = write_comparison(shown, out)
+    typer.echo(f"wrote {out}: {len(shown)} side by side, {count} prompts")
