@@ -52,17 +52,22 @@ def main() -> None:
     class Watched(loop.StateWriter):
         """The writer, which also sees every step: the loop asks it for errors once in each."""
 
+        handing = False
+
         def check(self) -> None:
             super().check()
+            if self.handing:  # `write` looks for errors too
+                return
             now, busy = time.perf_counter(), bool(self.thread and self.thread.is_alive())
             if last[0]:
                 (saving if last[1] or busy else free).append(now - last[0])
             last[:] = now, busy
 
         def write(self, tensors: dict[str, torch.Tensor], card: dict[str, Any]) -> None:
-            before = last[:]
+            self.handing = True
             super().write(tensors, card)
-            last[:] = before[0], True  # waiting for the state before is part of the step
+            self.handing = False
+            last[1] = True
 
     with tempfile.TemporaryDirectory() as folder:
         reducer = options.reducer or train_reducer(
