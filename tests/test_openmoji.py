@@ -16,7 +16,6 @@ from vugen_cli.data.openmoji import (
     SUBJECTS,
     OpenMojiScenes,
     canonical_caption,
-    evaluation_prompts,
     held_out,
 )
 
@@ -145,7 +144,7 @@ def test_questions_agree_with_the_scene():
                 relation, about = question.removeprefix("what is ").removesuffix("?").rsplit(" the ", 1)
                 expected = scene["relation"]
                 if about in (other["name"], SUBJECTS[other["name"]].plural):
-                    asked, other, expected = other, asked, openmoji._INVERSE[expected]
+                    asked, other, expected = other, asked, openmoji.OPPOSITES[expected]
                 assert (relation, answer) == (expected, openmoji.noun_phrase(other))
                 assert about in (asked["name"], SUBJECTS[asked["name"]].plural)
     assert abs(answers["yes"] / 3000 - 0.5) < 0.04
@@ -187,14 +186,6 @@ def test_wording():
     assert canonical_caption(above) == "a cat above a red car in a desert"
     beside = scene([("apple", 2, None), ("ball", 1, "orange")], "farm", "next to")
     assert canonical_caption(beside) == "two apples next to an orange ball on a farm"
-
-
-def test_evaluation_prompts():
-    unseen = evaluation_prompts(77, held_out=True)
-    assert len({p["prompt"] for p in unseen}) == 77 and all(p["scene"]["held_out"] for p in unseen)
-    assert not any(p["scene"]["held_out"] for p in evaluation_prompts(50, held_out=False))
-    assert evaluation_prompts(5, seed=3) == evaluation_prompts(9, seed=3)[:5] != evaluation_prompts(5, seed=4)
-    assert len(evaluation_prompts(1000)) == 1000
 
 
 def test_colors_are_painted():

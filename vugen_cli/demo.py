@@ -1,6 +1,7 @@
 """`vugen demo`: the whole line on the embedded default, from scenes to scores, and one page about it."""
 
 import html
+import os
 import shutil
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.encoders import vlm_extractor
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.recipe import Expert, load_recipe
+from vugen_cli.vlm.frozen import bundle
 
 PAGE = Path(__file__).with_name("report.html")
 PROMPTS = [
@@ -33,6 +35,7 @@ PROMPTS = [
     "an apple on a beach",
     "a snake in a desert",
 ]
+GALLERY = 4  # images of each prompt that the bundled sampler draws
 PER_PROMPT = 12  # images of each prompt that are scored
 # Sized for about six minutes on two CPU cores; the full recipe trains many times longer.
 SETTINGS = [
@@ -62,6 +65,8 @@ def run_demo(out: Path, device: torch.device) -> Path:
     started = time.perf_counter()
     recipe = load_recipe("nano", SETTINGS)
     data = out / "data"
+    draw(load_sampler(bundle("sampler.safetensors"), device=device), PROMPTS, GALLERY, out / "gallery")
+    _say(f"what the bundled sampler draws: {out / 'gallery/grid.png'}; now a new one is trained, for minutes")
     _say("1/6 prepare: draw 4,000 scenes to train on and 500 to compare with")
     for split, count in (("train", 4000), ("val", 500)):
         write_dataset(OpenMojiScenes(count, split, 64), data, split, 64, workers=2)
@@ -91,7 +96,7 @@ def run_demo(out: Path, device: torch.device) -> Path:
     report = out / "report.html"
     with whole_file(report) as temporary:
         temporary.write_text(
-            report_page(out, recipe.model_dump(), scores, reconstruction, minutes), encoding="utf-8"
+            report_page(out, recipe.model_dump(), scores, reconstruction, minutes, device), encoding="utf-8"
         )
     before, after = scores["untrained"]["value"], scores["samples"]["value"]
     _say(
@@ -112,12 +117,20 @@ def _untrained(trained: Sampler) -> Sampler:
     return Sampler(trained.vlm, expert.eval(), trained.decoder, trained.card, "untrained")
 
 
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores" if device.type == "cpu" else device.type
+
+
 def report_page(
     out: Path,
     recipe: dict[str, Any],
     scores: dict[str, dict[str, Any]],
     reconstruction: dict[str, Any],
     minutes: float,
+    device: torch.device,
 ) -> str:
     """The demo's page; it opens from disk, and the pictures it shows lie beside it in `out`."""
     manifest = read_manifest(out / "data")
@@ -133,18 +146,23 @@ def report_page(
             "before → after training; on VLM features, not FID; lower is better",
         ),
         ("Reconstruction", quality, f"PSNR of {count} held-out scenes; SSIM {reconstruction['ssim']:.3f}"),
-        ("Time", f"{minutes:.1f} min", "every stage, on this machine"),
+        ("Time", f"{minutes:.1f} min", f"every stage, on this machine ({device_name(device)})"),
     ]
     figures = [
         (
-            "Samples after training",
+            "What the bundled sampler draws",
+            "gallery/grid.png",
+            "One row a prompt, four seeds. It was trained by the same commands, for hours.",
+        ),
+        (
+            "What this demo's sampler draws",
             "samples/grid.png",
-            "One row a prompt. This sampler trained for minutes, the bundled one for longer.",
+            f"The same prompts after {steps['sampler']} steps, made by this machine just now.",
         ),
         (
             "The same prompts before training",
             "untrained/grid.png",
-            "The expert's velocity is zero, so the decoder is shown pure noise.",
+            "Before its first step the expert's velocity is zero, so the decoder is shown pure noise.",
         ),
         (
             "Reconstruction",

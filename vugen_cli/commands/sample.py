@@ -23,7 +23,8 @@ def sample(
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Images for each prompt.")] = 1,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts", help="More prompts: a text file, one on each line.")
+        Path | None,
+        typer.Option("--prompts", help="More prompts: a text file, one a line, or a folder of .txt."),
     ] = None,
     sampler: Annotated[
         Path | None,

@@ -46,8 +46,41 @@ def score(
         bool,
         typer.Option("--understanding", help="Whether the VLM of --sampler still answers bit for bit alike."),
     ] = False,
+    diversity: Annotated[
+        bool, typer.Option("--diversity", help="How much the images of one prompt differ, over its seeds.")
+    ] = False,
+    composition: Annotated[
+        bool,
+        typer.Option(
+            "--composition",
+            help="Subject, setting, relation, number in OpenMoji scenes by --sampler; --count of each kind.",
+        ),
+    ] = False,
+    clip_score: Annotated[
+        bool, typer.Option("--clip-score", help="CLIPScore of images and their prompts; needs --clip.")
+    ] = False,
+    vqa_score: Annotated[
+        bool, typer.Option("--vqa-score", help="Whether --vlm says that images show their prompts.")
+    ] = False,
+    dpg_bench: Annotated[
+        Path | None,
+        typer.Option(help="DPG-Bench: the folder of its files. --vlm answers.", show_default=False),
+    ] = None,
+    geneval: Annotated[
+        Path | None,
+        typer.Option(
+            help="GenEval: its evaluation_metadata.jsonl. Needs --detector and --clip.", show_default=False
+        ),
+    ] = None,
+    detector: Annotated[
+        Path | None, typer.Option(help="Directory of the detector of --geneval.", show_default=False)
+    ] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Each image is a 2x2 grid of four, as DPG-Bench has them.")
+    ] = False,
     sampler: Annotated[
-        Path | None, typer.Option(help="The sampler of --understanding.", show_default="the newest one here")
+        Path | None,
+        typer.Option(help="Of --understanding and --composition.", show_default="the newest one here"),
     ] = None,
     images: Annotated[
         Path | None,
@@ -67,13 +100,16 @@ def score(
     vlm: Annotated[
         str | None,
         typer.Option(
-            help="VLM of --features vlm: nano, a directory or a hub id; or where that of --sampler is.",
+            help="VLM of --features vlm, or that answers: nano, a directory, a hub id; or --sampler's.",
             show_default="the samples', or nano",
         ),
     ] = None,
     clip: Annotated[
         str | None,
-        typer.Option(help="CLIP of --features clip: MODEL:PRETRAINED or MODEL:FILE.", show_default=False),
+        typer.Option(
+            help="CLIP of --features clip or of scores on prompts: MODEL:PRETRAINED or MODEL:FILE.",
+            show_default=False,
+        ),
     ] = None,
     dinov2: Annotated[
         Path | None, typer.Option(help="Directory of --features dinov2.", show_default=False)
@@ -109,38 +145,93 @@ def score(
       vugen score --fid --images batch.npz --reference VIRTUAL_imagenet256_labeled.npz
       vugen score --fid --dinov2 dinov2-large --images drawn --reference photos
       vugen score --fid --psnr --ssim --images rec/decoded --reference rec/originals
+      vugen score --diversity --features vlm --images samples
+      vugen score --clip-score --clip ViT-L-14:openai --vqa-score --images drawn
+      vugen score --geneval evaluation_metadata.jsonl --detector mask2former --clip ViT-L-14:openai
+      vugen score --dpg-bench dpg_bench --images drawn --vlm my-vlm
       vugen score --understanding --sampler sampler.safetensors
+      vugen score --composition --sampler sampler.safetensors --count 500
     """
     if understanding:
         _print_understanding(_understanding(sampler, images, count or 4, vlm, device), out)
+        return
+    if composition:
+        from vugen_cli.engine.draw import pick_sampler
+        from vugen_cli.engine.loop import pick_device
+        from vugen_cli.engine.sampling import load_sampler
+        from vugen_cli.metrics.composition import score_composition
+
+        loaded = load_sampler(pick_sampler(sampler), vlm, pick_device(device))
+        _finish([score_composition(loaded, count or 100, out.parent / "composition")], out)
         return
     asked = {"fid": fid, "kid": kid, "is": inception_score, "sfid": sfid, "pr": pr, "dc": dc}
     metrics = [name for name, wanted in asked.items() if wanted]
     asked_of_pairs = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
     pair_metrics = [name for name, wanted in asked_of_pairs.items() if wanted]
-    if not metrics and not pair_metrics:
-        every = ", ".join(f"--{name}" for name in (*asked, *asked_of_pairs, "understanding"))
+    asked_of_prompts = {
+        "clip-score": clip_score, "vqa-score": vqa_score, "dpg-bench": dpg_bench, "geneval": geneval
+    }  # fmt: skip
+    prompt_metrics = [name for name, wanted in asked_of_prompts.items() if wanted]
+    if not (metrics or pair_metrics or prompt_metrics or diversity):
+        every = ", ".join(
+            f"--{name}"
+            for name in (
+                *asked,
+                *asked_of_pairs,
+                *asked_of_prompts,
+                "diversity",
+                "composition",
+                "understanding",
+            )
+        )
         raise VugenError(f"no metric was asked for: add one or several of {every}.")
     if save_stats is not None and save_stats.suffix != ".npz":
         raise VugenError(f"--save-stats {save_stats}: statistics are written as .npz.")
 
     from vugen_cli.engine.loop import pick_device
-    from vugen_cli.files import write_json
     from vugen_cli.metrics.features import cache_folder
     from vugen_cli.metrics.pairs import score_pairs
     from vugen_cli.metrics.scores import score_sets
 
     where = pick_device(device)
+    given_reference = reference is not None
     if images is None:
         images = newest_samples(Path.cwd())
         typer.echo(f"Scoring the last samples, {images}.")
-    if reference is None and (pair_metrics or set(metrics) != {"is"}):
+    if reference is None and (pair_metrics or set(metrics) - {"is"}):
         reference = recorded_reference(images)
     reports = []
     if pair_metrics and reference is not None:  # first: sets that do not pair up show at once
         reports.append(score_pairs(images, reference, pair_metrics, count=count, device=where))
-    if metrics or save_stats is not None:
+    if prompt_metrics:
+        from vugen_cli.metrics.prompt_scores import score_prompts
+
+        report = score_prompts(
+            images,
+            clip_score=clip_score,
+            vqa_score=vqa_score,
+            dpg_bench=dpg_bench,
+            geneval=geneval,
+            clip=clip,
+            vlm=vlm or recorded_vlm(images),
+            detector=detector,
+            grid=grid,
+            count=count,
+            device=where,
+        )
+        reports.append(report)
+        # --vlm and --clip were for these, unless --features says that they are for both.
+        vlm = vlm if features is Features.vlm else None
+        clip = clip if features is Features.clip else None
+    if metrics or diversity or save_stats is not None:
         extractor = load_extractor(features, vlm, clip, dinov2, inception_weights, images, where)
+    if diversity:
+        from vugen_cli.metrics.diversity import score_diversity
+
+        real = reference if given_reference else None
+        picture = out.with_name("diversity.png")
+        reports.insert(0, score_diversity(images, extractor, reference=real, count=count, picture=picture))
+    if metrics or save_stats is not None:
         report = score_sets(
             images,
             reference,
@@ -152,10 +243,16 @@ def score(
             cache=None if no_cache else cache_folder(),
         )
         reports.insert(0, report)
-    _print(reports)  # before it is written: an unwritable file should not cost an hour's result
-    write_json(
-        out, {**reports[-1], **reports[0], "scores": [s for report in reports for s in report["scores"]]}
-    )
+    _finish(reports, out)
+
+
+def _finish(reports: list[dict[str, Any]], out: Path) -> None:
+    """Print reports, then write them: an unwritable file should not cost an hour's result."""
+    from vugen_cli.files import write_json
+
+    _print(reports)
+    how = {key: value for report in reversed(reports) for key, value in report.items()}
+    write_json(out, {**how, "scores": [score for report in reports for score in report["scores"]]})
     typer.echo(f"Written to {out}.")
 
 

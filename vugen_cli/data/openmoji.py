@@ -167,7 +167,7 @@ COLORS: dict[str, tuple[str, str]] = {
 RELATIONS = ("next to", "to the left of", "to the right of", "above", "below")
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 
-_INVERSE = {
+OPPOSITES = {
     "next to": "next to",
     "to the left of": "to the right of",
     "to the right of": "to the left of",
@@ -227,7 +227,7 @@ def _content(scene: Scene, inverted: bool = False) -> str:
         return noun_phrase(first)
     second, relation = rest[0], scene["relation"]
     if inverted:
-        first, second, relation = second, first, _INVERSE[relation]
+        first, second, relation = second, first, OPPOSITES[relation]
     return f"{noun_phrase(first)} {relation} {noun_phrase(second)}"
 
 
@@ -275,7 +275,7 @@ def _questions(scene: Scene, rng: random.Random) -> list[list[str]]:
         asked.append(["what is in the picture?", " and ".join(noun_phrase(s) for s in subjects)])
         asked.append(["where are they?", place])
         first, second = subjects
-        asker, answer, relation = first, second, _INVERSE[scene["relation"]]
+        asker, answer, relation = first, second, OPPOSITES[scene["relation"]]
         if rng.random() < 0.5:
             asker, answer, relation = second, first, scene["relation"]
         asked.append([f"what is {relation} {_definite(asker)}?", noun_phrase(answer)])
@@ -320,33 +320,6 @@ def _describe(split: str, rng: random.Random) -> Scene:
         others = [n for n in _SUBJECT_NAMES if n != first and (wanted or not _HELD_OUT[n, setting])]
         subjects.append(_entry(rng.choice(others), rng))
     return {"kind": kind, "subjects": subjects, "relation": relation, "setting": setting, "held_out": wanted}
-
-
-def evaluation_prompts(n: int, held_out: bool | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """Canonical single-subject prompts for scoring compositions.
-
-    Args:
-        n: how many; past the number of pairs (768 in all, 77 held out) they repeat in the same order.
-        held_out: only pairs held out of training (True), only pairs seen in it (False), or both (None).
-        seed: the order; the pairs are shuffled, so few prompts already cover many subjects and settings.
-
-    Returns:
-        dicts with `prompt` (str) and `scene` (as in a sample's `meta["scene"]`).
-    """
-    pairs = [pair for pair, out in _HELD_OUT.items() if held_out is None or out == held_out]
-    _stream("evaluation", seed).shuffle(pairs)
-    prompts = []
-    for i in range(n):
-        name, setting = pairs[i % len(pairs)]
-        scene = {
-            "kind": "single",
-            "subjects": [{"name": name, "count": 1, "color": None}],
-            "relation": None,
-            "setting": setting,
-            "held_out": _HELD_OUT[name, setting],
-        }
-        prompts.append({"prompt": canonical_caption(scene), "scene": scene})
-    return prompts
 
 
 # --- sprites --------------------------------------------------------------------------------------------

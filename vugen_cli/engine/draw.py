@@ -28,13 +28,23 @@ GRID_IMAGES = 64  # more would not be looked at
 def collect_prompts(given: list[str], file: Path | None) -> list[str]:
     """Prompts from the command line and from a file, in order, without repeats.
 
+    Args:
+        given: prompts.
+        file: a text file of a prompt a line, or a folder of `.txt` files, each one prompt, in order of name.
+
     Raises:
         VugenError: no prompt, an empty one, or an unreadable file.
     """
     prompts = list(given)
     if file is not None:
         try:
-            prompts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
+            if file.is_dir():
+                texts = [" ".join(path.read_text().split()) for path in sorted(file.glob("*.txt"))]
+                if not texts:
+                    raise VugenError(f"--prompts {file} holds no .txt: give a folder with a prompt in each")
+            else:
+                texts = [line.strip() for line in file.read_text().splitlines()]
+            prompts += [text for text in texts if text]
         except (OSError, UnicodeDecodeError) as error:
             raise VugenError(
                 f"--prompts {file}: {getattr(error, 'strerror', None) or 'not a text file'}"

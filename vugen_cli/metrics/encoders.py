@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,59 @@ def vlm_extractor(vlm: Any, device: torch.device | str) -> Extractor:
     )
 
 
-def clip_extractor(model: str, device: torch.device | str = "cpu") -> Extractor:
-    """Image embeddings of a CLIP model, as they are projected and before they are normalised.
+@dataclass(frozen=True)
+class Clip:
+    """A frozen CLIP model of open_clip.
+
+    Attributes:
+        name: as it was asked for, "MODEL:PRETRAINED".
+        architecture: its first half, or the name under which open_clip has it with the activation that the
+            weights were trained with.
+        network: gives embeddings as they are projected and before they are normalised.
+        preprocess: from a picture to float [3, H, W].
+        resize: the preprocessing in words.
+        fingerprint: hash of the weights.
+        device: where the network runs.
+    """
+
+    name: str
+    architecture: str
+    network: Any
+    preprocess: Callable[[Image.Image], torch.Tensor]
+    resize: str
+    fingerprint: str
+    device: torch.device | str
+
+    @torch.inference_mode()
+    def encode_pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """Embeddings float [B, d] of RGB pictures."""
+        pixels = torch.stack([self.preprocess(picture) for picture in pictures])
+        return self.network.encode_image(pixels.to(self.device))
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings float [B, d] of texts, and bool [B] of which were cut at the model's longest text.
+
+        Raises:
+            VugenError: the model's tokenizer cannot be had.
+        """
+        tokens = self._tokenizer(list(texts))
+        longest = tokens.shape[1]
+        cut = (tokens != self._tokenizer(list(texts), context_length=2 * longest)[:, :longest]).any(dim=1)
+        return self.network.encode_text(tokens.to(self.device)), cut
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        import open_clip
+
+        try:
+            return open_clip.get_tokenizer(self.architecture)
+        except Exception as error:  # some are fetched, and a download fails in many ways
+            raise VugenError(f"--clip {self.name}: no tokenizer ({_first_line(error)}).") from error
+
+
+def load_clip(model: str, device: torch.device | str = "cpu") -> Clip:
+    """A CLIP model of open_clip.
 
     Args:
         model: "MODEL:PRETRAINED" of open_clip, as in "ViT-B-32:laion2b_s34b_b79k", or "MODEL:FILE" with a
@@ -59,6 +113,13 @@ def clip_extractor(model: str, device: torch.device | str = "cpu") -> Extractor:
         raise VugenError(
             f"--clip {model}: open_clip has no model {architecture}; it has ViT-B-32, ViT-L-14, ..."
         )
+    # OpenAI's weights, and some others, were trained with another activation than the model of that name has:
+    # open_clip only warns.
+    quick = f"{architecture}-quickgelu"
+    if quick in open_clip.list_models() and open_clip.get_pretrained_cfg(architecture, pretrained).get(
+        "quick_gelu"
+    ):
+        architecture = quick
     try:
         network, _, preprocess = open_clip.create_model_and_transforms(
             architecture, pretrained=pretrained, device=device, weights_only=True
@@ -66,16 +127,30 @@ def clip_extractor(model: str, device: torch.device | str = "cpu") -> Extractor:
     except Exception as error:  # a foreign file can fail in as many ways as a download
         raise VugenError(f"--clip {model} could not be loaded: {_first_line(error)}") from error
     network.eval().requires_grad_(False)
+    resize = _settings("open_clip's preprocessing", open_clip.get_model_preprocess_cfg(network))
+    return Clip(model, architecture, network, preprocess, resize, fingerprint(network), device)
+
+
+def clip_extractor(model: str, device: torch.device | str = "cpu") -> Extractor:
+    """Image embeddings of a CLIP model, as they are projected and before they are normalised.
+
+    Args:
+        model, device: see `load_clip`.
+
+    Raises:
+        VugenError: there is no such model, or its weights cannot be had.
+    """
+    clip = load_clip(model, device)
 
     def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
-        pixels = [preprocess(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images]
-        return {"features": network.encode_image(torch.stack(pixels).to(device))}
+        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        return {"features": clip.encode_pictures(pictures)}
 
     return Extractor(
         name="clip",
-        label=f"CLIP {architecture} image embedding",
-        resize=_settings("open_clip's preprocessing", open_clip.get_model_preprocess_cfg(network)),
-        identity={"weights_fingerprint": fingerprint(network)},
+        label=f"CLIP {clip.architecture} image embedding",
+        resize=clip.resize,
+        identity={"weights_fingerprint": clip.fingerprint},
         features=features,
     )
 

@@ -43,7 +43,7 @@ class ImageSet:
 
     Attributes:
         path: where the images are, as it was given.
-        kind: "folder", "samples", "shards", "tar", "zip" or "npz".
+        kind: "folder", "samples", "geneval", "shards", "tar", "zip" or "npz".
         total: how many images there are, readable or not; None where only reading would tell.
         limit: read this many images from the start, bad ones included; None reads all.
         split: the split of a prepared data set, None for other kinds.
@@ -99,6 +99,10 @@ class ImageSet:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def names(self) -> Iterator[str]:
+        """Yield every image's name, readable or not; no image is read."""
+        return (name for name, _ in self._limited())
+
     def digest(self, progress: bool = True) -> str:
         """SHA-256 over the name and the bytes of every image, in order; nothing is decoded.
 
@@ -138,6 +142,7 @@ def open_images(path: Path, limit: int | None = None, split: str | None = None) 
         path: one of
             a folder with a `dataset.json` as `vugen prepare` writes (its `val` split, else `train`),
             a folder with a `samples.jsonl` as `vugen sample` writes (only the files it lists under "file"),
+            a folder as GenEval's generation scripts write (`*/metadata.jsonl` and `*/samples/*`; no grids),
             a folder of tars, or a folder of images (read recursively),
             a `.tar`, a `.zip`, or an `.npz` with "arr_0" uint8 [N, H, W, 3] as guided-diffusion (ADM) writes.
         limit: read only this many images from the start.
@@ -202,6 +207,8 @@ def _recognise(path: Path, split: str | None) -> ImageSet:
             files = _sample_files(path)
             return ImageSet(path, "samples", len(files), None, lambda: _file_items(path, files))
         files = list(image_paths(path))
+        if drawn := [name for name in files if _is_geneval(path, name)]:
+            return ImageSet(path, "geneval", len(drawn), None, lambda: _file_items(path, drawn))
         tars = sorted(path.glob("*.tar"))
         if tars and not any("/" not in name for name in files):
             return ImageSet(path, "tar", None, None, lambda: _tar_items(tars))
@@ -217,6 +224,11 @@ def _recognise(path: Path, split: str | None) -> ImageSet:
         n, height, width = _npz_header(path)
         return ImageSet(path, "npz", n, None, lambda: _npz_items(path), shape=(height, width))
     raise VugenError(f"{path} is no image set: expected a folder, a .tar, a .zip or an .npz batch.")
+
+
+def _is_geneval(directory: Path, name: str) -> bool:
+    folder = PurePosixPath(name).parent
+    return folder.name == "samples" and (directory / folder.parent / "metadata.jsonl").is_file()
 
 
 def _prepared(directory: Path, split: str | None) -> ImageSet:
@@ -267,7 +279,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         raise VugenError(f"{path} cannot be read as JSON lines: {_one_line(error)}.") from error
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
     """Whether a file or archive member is an image by its name; macOS's `._x.png` and `__MACOSX/` are not."""
     pure = PurePosixPath(name)
     hidden = pure.name.startswith(".") or pure.parts[:1] == ("__MACOSX",)
@@ -287,7 +299,7 @@ def _read_file(file: Path) -> bytes:
 def _tar_items(shards: list[Path]) -> Iterator[_Item]:
     for shard in shards:
         for name, offset, size in tar_members(shard):
-            if _is_image(name):
+            if is_image(name):
                 yield f"{shard.name}/{name}", partial(_read_member, shard, offset, size)
 
 
@@ -299,7 +311,7 @@ def _read_member(shard: Path, offset: int, size: int) -> bytes:
 def _zip_count(path: Path) -> int:
     try:
         with zipfile.ZipFile(path) as archive:
-            return sum(_is_image(name) for name in archive.namelist())
+            return sum(is_image(name) for name in archive.namelist())
     except (zipfile.BadZipFile, OSError) as error:
         raise VugenError(f"{path} is truncated or not a zip: {_one_line(error)}.") from error
 
@@ -307,7 +319,7 @@ def _zip_count(path: Path) -> int:
 def _zip_items(path: Path) -> Iterator[_Item]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if not _is_image(info.filename):
+            if not is_image(info.filename):
                 continue
             data: bytes | Exception
             try:

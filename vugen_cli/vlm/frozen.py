@@ -250,6 +250,24 @@ def load_vlm(name: str, device: torch.device | str | None = None, recipe: Recipe
     Raises:
         VugenError: there is no such directory, the hub cannot be reached, or it is not a usable VLM.
     """
+    recipe = recipe or Recipe()
+    model, processor = load_model(name, device, recipe.vlm_dtype)
+    return FrozenVLM(name, model, processor, recipe)
+
+
+def load_model(
+    name: str, device: torch.device | str | None = None, dtype: str = "float32"
+) -> tuple[Any, Any]:
+    """Load an image-text-to-text model and its processor, whatever its insides; enough to ask it questions.
+
+    Args:
+        name: `nano` (bundled), a Hugging Face directory, or a hub id.
+        device: where to put it; default the CPU.
+        dtype: its precision, the name of a torch dtype.
+
+    Raises:
+        VugenError: there is no such directory, the hub cannot be reached, or it is no such model.
+    """
     path = bundle("vlm") if name == "nano" else Path(name)
     local = path.is_dir()
     if not local and (name == "nano" or name.startswith((".", "/", "~")) or name.count("/") != 1):
@@ -262,13 +280,12 @@ def load_vlm(name: str, device: torch.device | str | None = None, recipe: Recipe
 
     logging.disable_progress_bar()
     source = str(path) if path.is_dir() else name
-    recipe = recipe or Recipe()
     try:
         processor = _load_processor(source, local)
         model = AutoModelForImageTextToText.from_pretrained(
             source,
             local_files_only=local,
-            dtype=getattr(torch, recipe.vlm_dtype),
+            dtype=getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=False,
         )
@@ -276,7 +293,7 @@ def load_vlm(name: str, device: torch.device | str | None = None, recipe: Recipe
         raise VugenError(
             f"{name} could not be loaded as a vision-language model: {_first_line(error)}"
         ) from error
-    return FrozenVLM(name, model.to(device or "cpu"), processor, recipe)
+    return model.to(device or "cpu"), processor
 
 
 def vlm_of(

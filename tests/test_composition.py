@@ -1,0 +1,64 @@
+"""Composition: what captions get right of a scene, and the command that draws and judges."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vugen_cli.app import app
+from vugen_cli.metrics.composition import GROUPS, evaluation_scenes, group_of, judge
+
+
+def scene(kind: str, *subjects: tuple[str, int], relation: str | None = None) -> dict[str, Any]:
+    entries = [{"name": name, "count": count, "color": None} for name, count in subjects]
+    return {
+        "kind": kind, "subjects": entries, "relation": relation, "setting": "forest", "held_out": False
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("caption", "right"),
+    [
+        ("a cat above a red car in a forest", {"subject": True, "setting": True, "relation": True}),
+        ("in the forest there is a car below the cat", {"subject": True, "setting": True, "relation": True}),
+        ("a car above a cat in a forest", {"subject": True, "setting": True, "relation": False}),
+        ("a cat above a carrot on a beach", {"subject": False, "setting": False, "relation": False}),
+    ],
+)
+def test_two_subjects_and_their_relation_may_be_told_from_either_side(
+    caption: str, right: dict[str, bool]
+) -> None:
+    assert judge(caption, scene("pair", ("cat", 1), ("car", 1), relation="above")) == right
+
+
+def test_a_number_counts_with_its_own_subject_only() -> None:
+    asked = scene("count", ("apple", 3))
+    assert judge("three red apples in a forest", asked) == {"subject": True, "setting": True, "count": True}
+    assert not judge("two apples in a forest", asked)["count"]
+    assert not judge("an apple next to three cats in a forest", asked)["count"]
+
+
+def test_every_group_has_as_many_different_prompts_and_knows_its_real_scenes() -> None:
+    groups = evaluation_scenes(12)
+    assert list(groups) == list(GROUPS)
+    for group, samples in groups.items():
+        assert len({sample.captions[0] for sample in samples}) == 12
+        for sample in samples:
+            assert group_of(sample.meta["scene"]) == group
+            assert all(judge(sample.captions[0], sample.meta["scene"]).values())
+
+
+def test_the_command_draws_judges_and_sets_the_judge_beside(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["score", "--composition", "--sampler", str(trained / "sampler.safetensors"), "--count", "2"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.exception
+    report = json.loads((tmp_path / "scores.json").read_text())
+    names = {entry["metric"] for entry in report["scores"]}
+    assert {"composition_seen_subject", "composition_pair_relation", "composition_count_count"} <= names
+    assert all(0 <= e["value"] <= 100 and "judge_on_real_scenes" in e["parameters"] for e in report["scores"])
+    assert len(list((tmp_path / "composition").glob("*.png"))) == 4 * 2 + 1

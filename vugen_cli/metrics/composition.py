@@ -1,0 +1,173 @@
+"""Composition on OpenMoji scenes: do pictures show the subject, setting, relation and number asked for?
+
+The judge is the VLM of the sampler, which captions each picture; a caption says what it says, so nothing is
+suggested to it. No picture can be judged better than a real one, so the judge's own share of right captions
+on real scenes of the same prompts stands beside every share.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import count as endless
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from vugen_cli.data.openmoji import NUMBERS, OPPOSITES, SUBJECTS, OpenMojiScenes
+from vugen_cli.data.sample import Sample
+from vugen_cli.engine.draw import draw, file_stem
+from vugen_cli.engine.sampling import Sampler
+from vugen_cli.errors import VugenError
+from vugen_cli.metrics.prompted_images import resampled_means, score_entry
+from vugen_cli.metrics.scores import versions
+from vugen_cli.vlm.chat import ask
+from vugen_cli.vlm.nano import DESCRIBE, mentions
+
+GROUPS = {
+    "seen": "one subject, pairs seen in training",
+    "held_out": "one subject, held-out pairs",
+    "pair": "two subjects",
+    "count": "two or three of one subject",
+}
+BATCH = 64  # pictures captioned together
+
+
+def group_of(scene: dict[str, Any]) -> str:
+    """The group of `GROUPS` that a scene belongs to."""
+    if scene["kind"] == "single":
+        return "held_out" if scene["held_out"] else "seen"
+    return str(scene["kind"])
+
+
+def evaluation_scenes(each: int, size: int = 64, seed: int = 0) -> dict[str, list[Sample]]:
+    """The first scenes of the `val` split with different captions, `each` in every group.
+
+    Args:
+        each: scenes of a group.
+        size: pixels a side.
+        seed: which `val` split.
+    """
+    scenes = OpenMojiScenes(10**9, "val", size, seed)
+    groups: dict[str, dict[str, Sample]] = {group: {} for group in GROUPS}
+    for i in endless():
+        sample = scenes[i]
+        found = groups[group_of(sample.meta["scene"])]
+        if len(found) < each:
+            found.setdefault(sample.captions[0], sample)
+        if all(len(found) == each for found in groups.values()):
+            return {group: list(found.values()) for group, found in groups.items()}
+    raise AssertionError
+
+
+def judge(caption: str, scene: dict[str, Any]) -> dict[str, bool]:
+    """What a caption gets right of a scene: `subject` (both of two), `setting`, `relation`, `count`.
+
+    Words count as whole words; colours do not matter. A relation may be told from either side.
+    """
+    subjects = scene["subjects"]
+    spoken = [_spoken(subject["name"]) for subject in subjects]
+    right = {
+        "subject": all(re.search(rf"\b{words}\b", caption) for words in spoken),
+        "setting": mentions(caption, scene["setting"]),
+    }
+    if scene["kind"] == "count":
+        number, plural = NUMBERS[subjects[0]["count"]], SUBJECTS[subjects[0]["name"]].plural
+        right["count"] = re.search(rf"\b{number} (\w+ )?{re.escape(plural)}\b", caption) is not None
+    if scene["kind"] == "pair":
+        first, second = spoken
+        relation = scene["relation"]
+        right["relation"] = any(
+            re.search(rf"\b{a} {said} (an?|\w+) (\w+ )?{b}\b", caption)
+            for a, said, b in ((first, relation, second), (second, OPPOSITES[relation], first))
+        )
+    return right
+
+
+def _spoken(name: str) -> str:
+    """A pattern of a subject's name, alone or in the plural."""
+    plural = SUBJECTS[name].plural
+    return f"(?:{re.escape(plural)}|{re.escape(name)})" if plural else re.escape(name)
+
+
+def score_composition(
+    sampler: Sampler, each: int, out: Path, seed: int = 0, guidance: float | None = None
+) -> dict[str, Any]:
+    """Draw the prompts of `evaluation_scenes`, and judge the pictures and the real scenes.
+
+    Args:
+        sampler: trained on OpenMoji scenes.
+        each: prompts of a group.
+        out: folder for the pictures, as `vugen sample` writes them.
+        seed: of scenes and samples.
+        guidance: instead of the sampler's own.
+
+    Returns:
+        A report as of `scores.score_sets`: shares in percent, by group.
+
+    Raises:
+        VugenError: the sampler was trained on something else, or its VLM cannot be asked.
+    """
+    if sampler.card["data"]["dataset"] != "openmoji":
+        raise VugenError(
+            f"{sampler.path} was trained on {sampler.card['data']['dataset']}: --composition asks for "
+            "OpenMoji scenes, whose contents are known; take --vqa-score, --geneval or --dpg-bench"
+        )
+    groups = evaluation_scenes(each, sampler.card["image_size"], seed)
+    samples = [sample for group in groups.values() for sample in group]
+    prompts = [sample.captions[0] for sample in samples]
+    draw(sampler, prompts, 1, out, seed, guidance=guidance)
+    drawn = [Image.open(out / f"{file_stem(prompt)}-0000.png") for prompt in prompts]
+    real = [sample.image for sample in samples if isinstance(sample.image, Image.Image)]
+    said = {
+        "drawn": _captions(sampler, drawn, "judge"),
+        "real": _captions(sampler, real, "judge real scenes"),
+    }
+    entries = []
+    for group, spoken in GROUPS.items():
+        rows = [i for i, sample in enumerate(samples) if group_of(sample.meta["scene"]) == group]
+        verdicts = {
+            which: [judge(captions[i], samples[i].meta["scene"]) for i in rows]
+            for which, captions in said.items()
+        }
+        for what in verdicts["real"][0]:
+            drawn_right, real_right = (
+                100 * np.array([verdict[what] for verdict in verdicts[which]], dtype=float)
+                for which in ("drawn", "real")
+            )
+            entries.append(
+                score_entry(
+                    f"composition_{group}_{what}",
+                    f"{what} right, {spoken} (real scenes: {real_right.mean():.1f})",
+                    float(drawn_right.mean()),
+                    resampled_means(drawn_right, np.ones(len(rows))),
+                    parameters={
+                        "judge": sampler.vlm.name,
+                        "judge_fingerprint": sampler.vlm.fingerprint,
+                        "question": DESCRIBE,
+                        "judge_on_real_scenes": float(real_right.mean()),
+                        "prompts": len(rows),
+                        "sampler": str(sampler.path),
+                        "sampling": sampler.settings(guidance=guidance),
+                        "seed_of_samples": seed,
+                    },
+                )
+            )
+    return {
+        "scores": entries,
+        "images": {"path": str(out), "kind": "samples", "count": len(drawn), "bad": []},
+        "reference": None,
+        "versions": versions(),
+        "warning": None,
+    }
+
+
+def _captions(sampler: Sampler, pictures: Sequence[Image.Image], task: str) -> list[str]:
+    captions: list[str] = []
+    for begin in tqdm(range(0, len(pictures), BATCH), desc=task, unit="batch"):
+        batch = [np.asarray(picture.convert("RGB")) for picture in pictures[begin : begin + BATCH]]
+        images = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+        captions += ask(sampler.vlm.model, sampler.vlm.processor, images, DESCRIBE)
+    return captions

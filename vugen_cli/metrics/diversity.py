@@ -1,0 +1,134 @@
+"""Diversity of the pictures of one prompt (the paper's Figure 5): do seeds differ, or repeat themselves?"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vugen_cli.errors import VugenError
+from vugen_cli.metrics.features import Extractor
+from vugen_cli.metrics.prompted_images import prompted_images, resampled_means, score_entry
+from vugen_cli.metrics.scores import versions
+from vugen_cli.pictures import save_grid
+
+SHOWN = 64  # pictures of one prompt in the grid
+
+
+def pairwise_distance(similarities: np.ndarray) -> float:
+    """Mean of 1 - cosine over all pairs of different images, from their similarities [n, n]; 0: all alike."""
+    count = len(similarities)
+    return float(1 - (similarities.sum() - np.trace(similarities)) / (count * (count - 1)))
+
+
+def vendi_score(similarities: np.ndarray) -> float:
+    """The number of images that really differ, from 1 to n: exp of the entropy of the eigenvalues of K / n.
+
+    Friedman & Dieng (2023), "The Vendi Score", with the cosine as similarity.
+
+    Args:
+        similarities: K [n, n], ones on its diagonal.
+    """
+    eigenvalues = np.linalg.eigvalsh(similarities / len(similarities)).clip(0)
+    positive = eigenvalues[eigenvalues > 0]
+    return float(np.exp(-(positive * np.log(positive)).sum()))
+
+
+def score_diversity(
+    images: Path,
+    extractor: Extractor,
+    *,
+    reference: Path | None = None,
+    count: int | None = None,
+    picture: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Mean over prompts of the pairwise distance and the Vendi score of each prompt's images.
+
+    Args:
+        images: a set with prompts (see `prompted_images`), several images to a prompt.
+        extractor: the features that are compared.
+        reference: real images with captions; those with a caption in common are scored in the same way.
+        count: only this many images.
+        picture: a PNG to write, of the prompt with the most images.
+        progress: show a bar on standard error.
+
+    Returns:
+        A report as of `scores.score_sets`.
+
+    Raises:
+        VugenError: the set has no prompts, or no prompt has two images.
+    """
+    found = _by_prompt(images, extractor, count, progress)
+    real = _by_prompt(reference, extractor, None, progress) if reference else {}
+    if not found:
+        raise VugenError(
+            f"--diversity: no prompt of {images} has two images; draw several: `vugen sample -n 16`"
+        )
+    if picture:
+        prompt = max(found, key=lambda prompt: len(found[prompt][0]))
+        save_grid(torch.stack(found[prompt][1][:SHOWN]), picture)
+    sizes = sorted({len(features) for features, _ in found.values()})
+    entries = []
+    for metric, name, measure in (
+        ("pairwise_distance", "pairwise distance", pairwise_distance),
+        ("vendi", "Vendi score", vendi_score),
+    ):
+        values, of_real = (_of_each(groups, measure) for groups in (found, real))
+        beside = f" (real: {of_real.mean():.3f})" if len(of_real) else ""
+        entries.append(
+            score_entry(
+                f"{metric}_{extractor.name}",
+                f"{name} of one prompt's images, {extractor.name} features{beside}",
+                float(values.mean()),
+                resampled_means(values, np.ones(len(values))),
+                parameters={
+                    "features": extractor.label,
+                    **extractor.identity,
+                    "resize": extractor.resize,
+                    "prompts": len(found),
+                    "images_of_a_prompt": sizes,
+                    "real": float(of_real.mean()) if len(of_real) else None,
+                    "real_captions": len(real),
+                },
+                warning="prompts have different numbers of images, on which a Vendi score depends."
+                if metric == "vendi" and len(sizes) > 1
+                else None,
+            )
+        )
+    return {
+        "scores": entries,
+        "images": prompted_images(images, count).images.describe(),
+        "reference": None,
+        "versions": versions(),
+        "warning": extractor.warning,
+    }
+
+
+def _by_prompt(
+    images: Path, extractor: Extractor, count: int | None, progress: bool
+) -> dict[str, tuple[np.ndarray, list[torch.Tensor]]]:
+    """Unit features float64 [n, d], and the pictures, of each prompt that has at least two images."""
+    prompts: list[str] = []
+    pictures: list[torch.Tensor] = []
+    features: list[torch.Tensor] = []
+    for _, prompt, image in prompted_images(images, count).read("diversity", progress):
+        prompts.append(prompt)
+        pictures.append(image)
+        # One at a time: images may differ in size, and a prompt's seeds are few.
+        features.append(extractor.features(image[None])["features"][0].double().cpu())
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
+    return {
+        prompt: (
+            torch.nn.functional.normalize(torch.stack([features[i] for i in rows]), dim=1).numpy(),
+            [pictures[i] for i in rows],
+        )
+        for prompt, rows in groups.items()
+        if len(rows) > 1
+    }
+
+
+def _of_each(groups: dict[str, tuple[np.ndarray, list[torch.Tensor]]], measure: Any) -> np.ndarray:
+    return np.array([measure(features @ features.T) for features, _ in groups.values()])

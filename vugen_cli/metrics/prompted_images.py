@@ -1,0 +1,204 @@
+"""Images with the prompts they were drawn for, and means over them with intervals that resample prompts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from vugen_cli.data.loader import ShardedImages
+from vugen_cli.data.shards import read_at, tar_members
+from vugen_cli.errors import VugenError
+from vugen_cli.metrics.image_sets import ImageSet, is_image, open_images, read_jsonl
+from vugen_cli.metrics.manifold import RESAMPLES, SEED
+
+
+@dataclass
+class PromptedImages:
+    """A set of images of which each has a prompt; `prompted_images` makes one.
+
+    Attributes:
+        images: the set.
+        prompts: the prompt of each image, by the image's name.
+        source: where the prompts were found.
+        grid: each image is a 2x2 grid of four.
+    """
+
+    images: ImageSet
+    prompts: dict[str, str]
+    source: str
+    grid: bool = False
+
+    def read(self, task: str, progress: bool = True) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Yield (name, prompt, uint8 RGB [3, H, W]) of each good image; of a grid, of each of its four.
+
+        Args:
+            task: what is done with them, for the progress bar.
+            progress: show a bar on standard error.
+
+        Raises:
+            VugenError: as reading the set does; a grid has an odd side; no image is readable.
+        """
+        bar = tqdm(
+            self.images.named(), task, self.images.total, unit="img", disable=None if progress else True
+        )
+        for name, pixels in bar:
+            if pixels is None:
+                continue
+            image = torch.from_numpy(pixels)
+            if not self.grid:
+                yield name, self.prompts[name], image
+                continue
+            height, width = image.shape[1] // 2, image.shape[2] // 2
+            if (2 * height, 2 * width) != tuple(image.shape[1:]):
+                raise VugenError(f"{name} of {self.images.path} is no 2x2 grid: a side is odd; drop --grid.")
+            for i in range(4):
+                top, left = i // 2 * height, i % 2 * width
+                part = image[:, top : top + height, left : left + width].contiguous()
+                yield f"{name}[{i}]", self.prompts[name], part
+        if not self.images.count:
+            bad = self.images.bad
+            raise VugenError(f"{self.images.path} has no readable image: the first is {bad[0]}.")
+
+    def describe(self) -> dict[str, Any]:
+        """How many prompts there are and where they were found, as a record."""
+        return {"count": len(set(self.prompts.values())), "source": self.source, "grid": self.grid}
+
+
+def prompted_images(
+    path: Path, limit: int | None = None, grid: bool = False, named: Mapping[str, str] | None = None
+) -> PromptedImages:
+    """Open a set of images whose prompts are with them; reads no image yet.
+
+    The prompt of an image is "prompt" of its line in `samples.jsonl` or of its `metadata.jsonl` (GenEval's
+    layout), else the first line of the `.txt` of the same name beside it, in a folder, a tar or shards.
+
+    Args:
+        path: anything `open_images` takes that has prompts.
+        limit: only this many images (or grids), from the start.
+        grid: each image is a 2x2 grid of four, as DPG-Bench has them.
+        named: prompts by the name of a file up to its first dot, for images in a folder without a `.txt`.
+
+    Raises:
+        VugenError: it is no such set, or an image has no prompt; names the first.
+    """
+    images = open_images(path, limit)
+    if images.kind == "samples":
+        source = "samples.jsonl"
+        prompts = {row["file"]: row.get("prompt") for row in read_jsonl(images.path / source)}
+    elif images.kind == "geneval":
+        source = "metadata.jsonl"
+        prompts = {name: _geneval_prompt(images.path, name) for name in images.names()}
+    elif images.kind == "folder":
+        source = "a .txt beside each image"
+        prompts = {name: _line_beside(images.path / name) for name in images.names()}
+        if named and not any(prompts.values()):
+            source = "the names of the files"
+            prompts = {name: named.get(PurePosixPath(name).name.split(".")[0]) for name in prompts}
+    elif images.kind in ("tar", "shards"):
+        source = "the .txt of each image in the tar"
+        prompts = _lines_in_tars(images)
+    else:
+        raise VugenError(
+            f"{path} ({images.kind}) names no prompts: give a folder with samples.jsonl, as `vugen sample` "
+            "writes, images with a .txt beside each, or tars of such pairs."
+        )
+    found = {
+        name: " ".join(text.split())
+        for name, text in prompts.items()
+        if isinstance(text, str) and text.strip()
+    }
+    without = [name for name in images.names() if name not in found]
+    if without:
+        raise VugenError(
+            f"{len(without)} images of {path} have no prompt, the first {without[0]}: prompts were sought in "
+            f"{source}; give samples.jsonl, or a .txt beside each image."
+        )
+    return PromptedImages(images, {name: found[name] for name in images.names()}, source, grid)
+
+
+def _geneval_prompt(directory: Path, name: str) -> Any:
+    return next(read_jsonl(directory / PurePosixPath(name).parent.parent / "metadata.jsonl"), {}).get(
+        "prompt"
+    )
+
+
+def _line_beside(image: Path) -> str | None:
+    text = image.with_suffix(".txt")
+    return _first_line(text.read_bytes()) if text.is_file() else None
+
+
+def _lines_in_tars(images: ImageSet) -> dict[str, str | None]:
+    if images.kind == "shards":
+        tars = [images.path / name for name in ShardedImages(images.path, images.split or "train").names]
+    else:
+        tars = sorted(images.path.glob("*.tar")) if images.path.is_dir() else [images.path]
+    prompts: dict[str, str | None] = {}
+    for tar in tars:
+        texts: dict[str, str | None] = {}
+        members: dict[str, str] = {}
+        for name, offset, size in tar_members(tar):
+            folder, _, file = name.rpartition("/")
+            key = f"{folder}/{file.split('.')[0]}"
+            if is_image(name):
+                members[name] = key
+            elif name.lower().endswith(".txt"):
+                texts[key] = _first_line(read_at(tar, offset, size))
+        prompts |= {f"{tar.name}/{name}": texts.get(key) for name, key in members.items()}
+        if images.limit is not None and len(prompts) >= images.limit:
+            break
+    return prompts
+
+
+def _first_line(text: bytes) -> str | None:
+    lines = text.decode("utf-8-sig", "replace").strip().splitlines()
+    return lines[0] if lines else None
+
+
+def by_prompt(prompts: list[str], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each prompt, in order of coming, the sum of its values, float [P], and their number, int [P]."""
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    index = np.array([place[prompt] for prompt in prompts])
+    return np.bincount(index, values), np.bincount(index)
+
+
+def resampled_means(totals: np.ndarray, counts: np.ndarray, seed: int = SEED) -> np.ndarray:
+    """The mean of all values in each of 1000 resamplings of the prompts [R].
+
+    Images of one prompt are no independent draws, so prompts are drawn, each with all its images.
+
+    Args:
+        totals, counts: of each prompt [P], the sum and the number of its values.
+    """
+    rng = np.random.default_rng(seed)
+    means = np.empty(RESAMPLES)
+    for r in range(RESAMPLES):
+        drawn = rng.integers(len(totals), size=len(totals))
+        means[r] = totals[drawn].sum() / counts[drawn].sum()
+    return means
+
+
+def score_entry(
+    metric: str,
+    name: str,
+    value: float | None,
+    resampled: np.ndarray | None = None,
+    *,
+    parameters: dict[str, Any],
+    warning: str | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """One score of a report (see `scores.score_sets`), with the 95% percentile interval of its resamplings.
+
+    Where no resampling differs, as with one prompt, there is no interval.
+    """
+    entry = {"metric": metric, "name": name, "value": value, **more}
+    if resampled is not None and value is not None and np.ptp(resampled) > 0:
+        low, high = np.quantile(resampled, (0.025, 0.975))
+        entry["interval"] = [float(low), float(high)]
+        entry["interval_method"] = "bootstrap of the prompts, each with all its images"
+        parameters = {**parameters, "resamples": RESAMPLES, "seed": SEED}
+    return {**entry, "parameters": parameters, "warning": warning}
