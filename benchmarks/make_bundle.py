@@ -1,6 +1,6 @@
 """Put a finished nano run into the package, in half precision.
 
-    python benchmarks/make_bundle.py --vlm nano-vlm --sampler sampler.safetensors
+    python benchmarks/make_bundle.py --sampler sampler.safetensors --decoder decoder.safetensors
 
 Bundled weights must stay under 40 MB together.
 """
@@ -9,7 +9,11 @@ import argparse
 import shutil
 from pathlib import Path
 
-from vugen_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+import torch
+
+from vugen_cli.engine.checkpoint import load_checkpoint, save_checkpoint, with_prefix
+from vugen_cli.engine.train_reducer import load_autoencoder, load_decoder
+from vugen_cli.recipe import parse_recipe
 from vugen_cli.vlm.frozen import bundle
 
 
@@ -20,12 +24,24 @@ def main() -> None:
     )
     parser.add_argument("--vlm", type=Path)
     parser.add_argument("--sampler", type=Path)
+    parser.add_argument(
+        "--decoder", type=Path, help="checkpoint whose decoder takes the place of the sampler's"
+    )
+    parser.add_argument("--set", action="append", default=[], help="change the card's recipe: a.b=value")
     options = parser.parse_args()
     if options.vlm:
         shutil.rmtree(bundle("vlm"), ignore_errors=True)
         shutil.copytree(options.vlm, bundle("vlm"))
     if options.sampler:
         tensors, card = load_checkpoint(options.sampler, "sampler")
+        if options.decoder:
+            autoencoder, _, _ = load_autoencoder(options.sampler, torch.device("cpu"))
+            autoencoder.decoder, other = load_decoder(options.decoder, autoencoder, torch.device("cpu"))
+            tensors |= with_prefix(autoencoder.state_dict(), "autoencoder")
+            card["recipe"]["decoder"] = other["recipe"]["decoder"]
+        card["recipe"] = parse_recipe(card["recipe"], str(options.sampler), options.set).model_dump(
+            mode="json"
+        )
         half = {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
         save_checkpoint(bundle("sampler.safetensors"), half, card)
     size = sum(f.stat().st_size for f in bundle("").rglob("*") if f.is_file()) / 1e6
