@@ -37,16 +37,18 @@ class Batch:
     """What a training step reads.
 
     Attributes:
-        images: uint8 [B, 3, S, S], RGB.
+        images: uint8 [B, 3, S, S], RGB; of a latent cache z̃ instead, float16 [B, h, w, c].
         captions: B captions, one chosen at random for each image and epoch.
         meta: B dictionaries, the samples' `.json`, with every caption under `captions`.
         corrupt: how many samples of this batch could not be read and were replaced by a neighbour.
+        tokens: the captions' token ids, of a latent cache.
     """
 
     images: Tensor
     captions: list[str]
     meta: list[dict[str, Any]]
     corrupt: int
+    tokens: list[list[int]] | None = None
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader so that the copy to the GPU need not wait."""
@@ -80,6 +82,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 def dataset_card(path: str | Path) -> dict[str, Any]:
     """What checkpoints remember of a data set: where it is and what it holds."""
     manifest = read_manifest(path)
+    if "latents" in manifest:  # a cache leads back to its images
+        card: dict[str, Any] = manifest["data"]
+        return card
     return {
         "path": str(path),
         "dataset": manifest["dataset"],
@@ -95,12 +100,19 @@ class ShardedImages:
     Args:
         path: a directory written by `vugen prepare`.
         split: `train` or `val`.
+        latents: take a latent cache too, whose z̃ are then read in place of images.
     """
 
-    def __init__(self, path: str | Path, split: str = "train"):
+    def __init__(self, path: str | Path, split: str = "train", latents: bool = False):
         self.directory = Path(path)
         self.split = split
         self.manifest = read_manifest(path)
+        self.latents: dict[str, Any] | None = self.manifest.get("latents")
+        if self.latents and not latents:
+            raise VugenError(
+                f"{path} holds latents, which only `vugen train-sampler` reads: give the images they were "
+                f"made from ({self.manifest['data']['path']})"
+            )
         if split not in self.manifest["splits"]:
             found = ", ".join(self.manifest["splits"]) or "none"
             raise VugenError(
@@ -142,7 +154,7 @@ class ShardedImages:
     def read(
         self, shard: int, index: int, place: np.ndarray | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Decode one sample: uint8 [S, S, 3] and its meta with `captions`.
+        """Decode one sample: uint8 [S, S, 3], or z̃ float16 [1 or 2, h, w, c]; and its meta with `captions`.
 
         Args:
             shard, index: where it is.
@@ -165,15 +177,21 @@ class ShardedImages:
                         return data
             raise ValueError(f"sample {index} of {self.names[shard]} has no readable {'/'.join(kinds)}")
 
+        if self.latents:
+            stored = np.load(io.BytesIO(member("npy")), allow_pickle=False)
+            if stored.shape[1:] != (*self.latents["grid"], self.latents["channels"]):
+                raise ValueError(f"sample {index} of {self.names[shard]} has the shape {stored.shape}")
         meta = json.loads(member("json"))
         meta["captions"] = member("txt").decode().splitlines()
+        if self.latents:
+            return stored, meta
         fits = place is not None and place.shape[0] == place.shape[1] == self.size
         return decode_stored(member("png", "jpg"), place if fits else None), meta
 
     def held_out(self) -> "ShardedImages":
         """The data set's `val` split, or `train` if it has none."""
         split = "val" if "val" in self.manifest["splits"] else "train"
-        return ShardedImages(self.directory, split)
+        return ShardedImages(self.directory, split, latents=self.latents is not None)
 
     def in_order(self, count: int | None = None) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         """The first `count` readable samples in stored order."""
@@ -295,26 +313,35 @@ class TrainingStream(IterableDataset[Batch]):
     def batch(self, number: int) -> Batch:
         """This process's part of batch `number`, its pictures decoded straight into place."""
         # Rows of pixels, as they are decoded; the permuted view is channels-last, as convolutions like it.
-        images = torch.empty(self.count, self.size, self.size, 3, dtype=torch.uint8)
+        cached = self.images.latents
+        shape = (*cached["grid"], cached["channels"]) if cached else (self.size, self.size, 3)
+        images = torch.empty(self.count, *shape, dtype=torch.float16 if cached else torch.uint8)
         places = images.numpy()
         begin = number * self.batch_size + self.first
         samples = [self.read(begin + row, places[row]) for row in range(self.count)]
-        captions, meta, corrupt = zip(*samples, strict=True)
-        return Batch(images.permute(0, 3, 1, 2), list(captions), list(meta), sum(corrupt))
+        choices, meta, corrupt = zip(*samples, strict=True)
+        captions = [m["captions"][i] if m["captions"] else "" for i, m in zip(choices, meta, strict=True)]
+        if cached:
+            tokens = [m["tokens"][i] for i, m in zip(choices, meta, strict=True)]
+            return Batch(images, captions, list(meta), sum(corrupt), tokens)
+        return Batch(images.permute(0, 3, 1, 2), captions, list(meta), sum(corrupt))
 
-    def read(self, n: int, place: np.ndarray) -> tuple[str, dict[str, Any], int]:
-        """Sample n: its picture into `place` [S, S, 3]; caption, meta, and 1 if it is a stand-in."""
+    def read(self, n: int, place: np.ndarray) -> tuple[int, dict[str, Any], int]:
+        """Sample n: picture or z̃ into `place`; which caption, meta, and 1 if it is a stand-in."""
         epoch, shard, index = self.order[n]
         pixels, meta, corrupt = self._read_or_neighbour(shard, index, place)
+        luck = random_bits(self.seed, epoch, shard, index)
+        choice = (luck >> 1) % max(len(meta["captions"]), 1)
+        if self.images.latents:  # mirrored latents are not the mirror's latents: both were stored
+            place[:] = pixels[1 if self.flip and luck & 1 else 0]
+            return choice, meta, corrupt
         if pixels.shape[:2] != (self.size, self.size):
             pixels = adm_crop(pixels, self.size)
-        luck = random_bits(self.seed, epoch, shard, index)
         if self.flip and luck & 1:
             place[:] = pixels[:, ::-1]
         elif not np.may_share_memory(pixels, place):
             place[:] = pixels
-        captions = meta["captions"]
-        return captions[(luck >> 1) % len(captions)] if captions else "", meta, corrupt
+        return choice, meta, corrupt
 
     def _read_or_neighbour(
         self, shard: int, index: int, place: np.ndarray

@@ -9,6 +9,7 @@ from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_b
 from vugen_cli.engine.checkpoint import part, save_checkpoint, with_prefix
 from vugen_cli.engine.compiling import compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
+from vugen_cli.engine.latent_cache import check_cache, latent_facts
 from vugen_cli.engine.loop import RunOptions, Stage, train
 from vugen_cli.engine.profiling import lap
 from vugen_cli.engine.sampling import Sampler, new_expert
@@ -39,7 +40,7 @@ def train_sampler(
     Args:
         recipe: the whole run's recipe; its reducer and decoder are those of the checkpoint.
         reducer: the checkpoint of stage 1.
-        data: a prepared data set.
+        data: a prepared data set, or a latent cache of one.
         out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
         device: where to train.
         allow_vlm_mismatch: take a VLM of other weights than the reducer was trained on.
@@ -51,9 +52,11 @@ def train_sampler(
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
     autoencoder, stored, reducer_card = load_autoencoder(reducer, device, "sampler" if further else "reducer")
-    images = ShardedImages(data)
+    images = ShardedImages(data, latents=True)
     vlm = load_vlm(recipe.vlm, device, recipe)
     vlm.check(reducer_card, reducer, allow_vlm_mismatch)
+    if images.latents:
+        check_cache(images, latent_facts(autoencoder, vlm, recipe, reducer_card), recipe.data.flip)
     torch.manual_seed(recipe.seed)
     expert = new_expert(vlm, reducer_card["latents"], recipe.expert)
     if further:
@@ -72,10 +75,11 @@ def train_sampler(
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         dropped = draw(torch.rand, (len(batch.captions),), generator) < settings.prompt_dropout
-        prompts = ["" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True)]
+        texts = batch.captions if batch.tokens is None else batch.tokens
+        prompts = ["" if drop else c for c, drop in zip(texts, dropped.tolist(), strict=True)]
         prefix = vlm.prefix(prompts, multiple=ALIGNED if device.type == "cuda" else 1)
         with torch.no_grad():
-            target = autoencoder.encode(vlm, batch.images)
+            target = batch.images.float() if images.latents else autoencoder.encode(vlm, batch.images)
         lap("frozen VLM")
         t = draw_times(len(target), recipe.flow.time, recipe.flow.shift, generator)
         return flow_matching_loss(lambda x, t: expert(x, t, prefix), target, t, generator), {}
@@ -89,6 +93,8 @@ def train_sampler(
         "data": dataset_card(data),
     }
     begun = {"expert": fingerprint(expert)} if further else {}
+    if images.latents:  # rounded to float16: a run goes on with what it began with
+        begun["cache"] = "float16"
     resolved = (
         {key: card[key] for key in ("vlm", "data", "latents")}
         | begun
