@@ -113,8 +113,8 @@ def test_a_cache_is_refused_where_it_does_not_belong(
         (other / "dataset.json").write_text(json.dumps(changed))
         with pytest.raises(VugenError, match=f"latents of another {key}"):
             train_sampler(tiny_recipe, reducer, other, out, CPU)
+    recipe = load_recipe(None, [*tiny_overrides(vlm_path), "instruction=Draw {prompt}"])
     with pytest.raises(VugenError, match="latents of another instruction"):
-        recipe = load_recipe(None, [*tiny_overrides(vlm_path), "instruction=Draw {prompt}"])
         train_sampler(recipe, reducer, cache, out, CPU)
     with pytest.raises(VugenError, match="only `vugen train-sampler` reads"):
         ShardedImages(cache)

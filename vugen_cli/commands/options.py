@@ -78,6 +78,24 @@ def sampler_recipe(
     )
 
 
+def data_of(resolved: "Recipe", data: Path | None, card: dict[str, Any] | None = None) -> Path | None:
+    """What to train on: --data, or the recipe's mixture (None), or what the checkpoint was trained on.
+
+    Args:
+        resolved: its mixture is emptied where --data is given, and filled from the card where that has one.
+        data: as given.
+        card: of the checkpoint to start from.
+    """
+    from vugen_cli.recipe import MixtureSource
+
+    known = (card or {}).get("data", {"path": "data/openmoji"})
+    if data is not None:
+        resolved.data.mixture = []
+    elif not resolved.data.mixture:
+        resolved.data.mixture = [MixtureSource(**source) for source in known.get("mixture", [])]
+    return None if resolved.data.mixture else data or Path(known["path"])
+
+
 def _overrides(
     stage: str, steps: int | None, batch_size: int | None, overrides: list[str] | None, vlm: str | None
 ) -> list[str]:

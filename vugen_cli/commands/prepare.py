@@ -150,10 +150,16 @@ def prepare_latents(
     from vugen_cli.engine.checkpoint import read_card
     from vugen_cli.engine.latent_cache import write_latents
     from vugen_cli.engine.loop import pick_device
+    from vugen_cli.errors import VugenError
     from vugen_cli.processes import meet
 
     meet()
-    data = data or Path(read_card(checkpoint)["data"]["path"])
+    known = read_card(checkpoint)["data"]
+    if data is None and "mixture" in known:
+        raise VugenError(
+            f"{checkpoint} was trained on a mixture: give --data, once for each of its data sets"
+        )
+    data = data or Path(known["path"])
     out = out or data.with_name(f"{data.name}-latents")
     try:
         manifest = write_latents(checkpoint, data, out, pick_device(device), vlm, flip)

@@ -188,6 +188,19 @@ class ShardedImages:
         fits = place is not None and place.shape[0] == place.shape[1] == self.size
         return decode_stored(member("png", "jpg"), place if fits else None), meta
 
+    @property
+    def sets(self) -> list["ShardedImages"]:
+        """The data sets that this is read from: itself, or those of a mixture."""
+        return getattr(self, "parts", [self])
+
+    def card(self) -> dict[str, Any]:
+        """See `dataset_card`."""
+        return dataset_card(self.directory)
+
+    def order(self, seed: int, window: int) -> Any:
+        """Where sample n of a seeded stream lies: a `ShuffledOrder`, or a mixture's own."""
+        return ShuffledOrder(self.counts, seed, window)
+
     def held_out(self) -> "ShardedImages":
         """The data set's `val` split, or `train` if it has none."""
         split = "val" if "val" in self.manifest["splits"] else "train"
@@ -299,7 +312,7 @@ class TrainingStream(IterableDataset[Batch]):
         self.images, self.batch_size, self.seed, self.flip = images, batch_size, seed, flip
         self.first, self.count = batch_size // part[1] * part[0], batch_size // part[1]
         self.start, self.size = start, size or images.size
-        self.order = ShuffledOrder(images.counts, seed, window)
+        self.order = images.order(seed, window)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(wds.DataPipeline(self.numbers, wds.map(self.batch)))

@@ -48,6 +48,10 @@ def check_cache(images: ShardedImages, facts: dict[str, Any], flip: bool) -> Non
     Raises:
         VugenError: says what differs.
     """
+    if images.sets != [images]:
+        for part in images.sets:
+            check_cache(part, facts, flip)
+        return
     made = images.manifest["latents"]
     different = [key for key, value in facts.items() if made.get(key) != value]
     if different:

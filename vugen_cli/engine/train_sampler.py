@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
+from vugen_cli.data.loader import Batch, training_batches
+from vugen_cli.data.mixture import open_images
 from vugen_cli.engine.checkpoint import part, save_checkpoint, with_prefix
 from vugen_cli.engine.compiling import compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
@@ -28,7 +29,7 @@ ALIGNED = 16  # on GPUs prompts are padded to a multiple of this many tokens: at
 def train_sampler(
     recipe: Recipe,
     reducer: Path,
-    data: Path,
+    data: Path | None,
     out: Path,
     device: torch.device,
     allow_vlm_mismatch: bool = False,
@@ -40,7 +41,7 @@ def train_sampler(
     Args:
         recipe: the whole run's recipe; its reducer and decoder are those of the checkpoint.
         reducer: the checkpoint of stage 1.
-        data: a prepared data set, or a latent cache of one.
+        data: a prepared data set, or a latent cache of one; None: the recipe's mixture.
         out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
         device: where to train.
         allow_vlm_mismatch: take a VLM of other weights than the reducer was trained on.
@@ -52,7 +53,7 @@ def train_sampler(
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
     autoencoder, stored, reducer_card = load_autoencoder(reducer, device, "sampler" if further else "reducer")
-    images = ShardedImages(data, latents=True)
+    images = open_images(data, recipe, latents=True)
     vlm = load_vlm(recipe.vlm, device, recipe)
     vlm.check(reducer_card, reducer, allow_vlm_mismatch)
     if images.latents:
@@ -90,7 +91,7 @@ def train_sampler(
         "step": settings.steps,
         "recipe": recipe.model_dump(mode="json"),
         "vlm": {"name": recipe.vlm, "fingerprint": vlm.fingerprint},
-        "data": dataset_card(data),
+        "data": images.card(),
     }
     begun = {"expert": fingerprint(expert)} if further else {}
     if images.latents:  # rounded to float16: a run goes on with what it began with
@@ -116,7 +117,7 @@ def train_sampler(
     )
     prompts = [meta["captions"][0] for _, meta in images.held_out().in_order(16) if meta["captions"]]
     if not prompts:
-        raise VugenError(f"{data} has no captions: a sampler cannot be trained on it")
+        raise VugenError(f"{images.directory} has no captions: a sampler cannot be trained on it")
 
     def preview(path: Path) -> None:
         sampler = Sampler(vlm, expert, autoencoder.decoder, card, out)
