@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vugen_cli.commands.options import DeviceOption, VlmOption
+from vugen_cli.commands.options import DeviceOption, VlmOption, refuse_command
 
 if TYPE_CHECKING:
     from vugen_cli.data.sample import Source
@@ -159,7 +159,9 @@ def prepare_latents(
         raise VugenError(
             f"{checkpoint} was trained on a mixture: give --data, once for each of its data sets"
         )
-    data = data or Path(known["path"])
+    if data is None:
+        refuse_command(known["path"])
+        data = Path(known["path"])
     out = out or data.with_name(f"{data.name}-latents")
     try:
         manifest = write_latents(checkpoint, data, out, pick_device(device), vlm, flip)

@@ -18,7 +18,7 @@ from vugen_cli.errors import VugenError
 
 def train_reducer(
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Data set written by `vugen prepare`. [default: data/openmoji, or the checkpoint's]"
         ),
@@ -69,7 +69,7 @@ def train_reducer(
         card = read_card(given)
         kept = ("reducer", "decoder") if distill else ("reducer",)
         resolved = sampler_recipe(card, given, recipe, steps, batch_size, set_, vlm, "train_reducer", kept)
-        source = data_of(resolved, data, card)
+        source = data_of(resolved, data, card, recipe is not None)
     else:
         resolved = training_recipe(recipe, "train_reducer", steps, batch_size, set_, vlm)
         source = data_of(resolved, data)

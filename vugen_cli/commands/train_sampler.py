@@ -27,7 +27,7 @@ def train_sampler(
         typer.Option(help="Instead: a sampler to train further, on other images for example."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Data set. [default: the one the checkpoint was trained on]")
+        str | None, typer.Option(help="Data set. [default: the one the checkpoint was trained on]")
     ] = None,
     vlm: VlmOption = None,
     recipe: RecipeOption = None,
@@ -69,7 +69,7 @@ def train_sampler(
     run(
         resolved,
         start,
-        data_of(resolved, data, card),
+        data_of(resolved, data, card, recipe is not None),
         out,
         join(pick_device(device)),
         allow_vlm_mismatch,

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vugen_cli.data.images import adm_crop
+from vugen_cli.data.remote import fetched, is_remote, opened
 from vugen_cli.errors import VugenError
 from vugen_cli.processes import rank, world_size
 from vugen_cli.recipe import Recipe
@@ -62,6 +63,15 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     Raises:
         VugenError: the directory or its manifest is missing or damaged.
     """
+    if is_remote(path):
+        with opened(str(path), "dataset.json") as stream:
+            text = stream.read()
+        try:
+            manifest: dict[str, Any] = json.loads(text)
+            manifest["splits"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise VugenError(f"dataset.json of {path} is damaged ({error})") from error
+        return manifest
     directory = Path(path)
     file = directory / "dataset.json"
     if not directory.exists():
@@ -98,13 +108,13 @@ class ShardedImages:
     """Random access to the samples of one split; opens shards lazily and keeps a few open.
 
     Args:
-        path: a directory written by `vugen prepare`.
+        path: a directory written by `vugen prepare`, a URL of one, or a `pipe:` command (see `remote`).
         split: `train` or `val`.
         latents: take a latent cache too, whose z̃ are then read in place of images.
     """
 
     def __init__(self, path: str | Path, split: str = "train", latents: bool = False):
-        self.directory = Path(path)
+        self.directory: str | Path = str(path) if is_remote(path) else Path(path)
         self.split = split
         self.manifest = read_manifest(path)
         self.latents: dict[str, Any] | None = self.manifest.get("latents")
@@ -120,9 +130,10 @@ class ShardedImages:
             )
         shards = [s for s in self.manifest["splits"][split]["shards"] if s["samples"]]
         self.names = [s["name"] for s in shards]
+        self.facts = shards
         self.counts = np.array([s["samples"] for s in shards], dtype=np.int64)
         for name in self.names:
-            if Path(name).name != name or not (self.directory / name).is_file():
+            if Path(name).name != name or not (is_remote(path) or (Path(path) / name).is_file()):
                 raise VugenError(f"shard {name} of {path} is missing: run `vugen prepare` again")
         self.size: int = self.manifest["size"]
         self._shard = lru_cache(maxsize=64)(self._open_shard)
@@ -139,7 +150,10 @@ class ShardedImages:
 
     def _open_shard(self, shard: int) -> tuple[int, list[dict[str, tuple[int, int]]]]:
         """A file descriptor and, for each sample, where each of its members lies."""
-        path = self.directory / self.names[shard]
+        if is_remote(self.directory):
+            path = fetched(str(self.directory), self.facts[shard])
+        else:
+            path = Path(self.directory) / self.names[shard]
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         try:
             with tarfile.open(path, "r:") as tar:

@@ -37,7 +37,7 @@ class MixedImages(ShardedImages):
         train = [ShardedImages(source.path, latents=latents) for source in sources]
         self.parts = train if split == "train" else [images.held_out() for images in train]
         self.sources, self.split, first = sources, split, self.parts[0]
-        self.directory = Path(" + ".join(str(source.path) for source in sources))
+        self.directory = " + ".join(source.path for source in sources)
         for images in self.parts:
             if (images.size, images.latents is None) != (first.size, first.latents is None):
                 raise VugenError(
@@ -46,7 +46,7 @@ class MixedImages(ShardedImages):
                 )
         self.size, self.latents = first.size, first.latents
         self.counts = np.concatenate([images.counts for images in self.parts])
-        self.names = [str(images.directory / name) for images in self.parts for name in images.names]
+        self.names = [f"{images.directory}/{name}" for images in self.parts for name in images.names]
         self.firsts = np.cumsum([0, *(len(images.counts) for images in self.parts)])
         self.shares = block_shares([source.weight for source in sources])
         for source, share in zip(sources, self.shares, strict=True):
@@ -152,7 +152,7 @@ def block_of(shares: np.ndarray, seed: int, block: int) -> np.ndarray:
     return np.random.default_rng([seed, block, 2]).permutation(np.repeat(np.arange(len(shares)), shares))
 
 
-def open_images(data: Path | None, recipe: Recipe, latents: bool = False) -> ShardedImages:
+def open_images(data: str | Path | None, recipe: Recipe, latents: bool = False) -> ShardedImages:
     """A prepared data set, or for None the recipe's mixture."""
     if data is not None:
         return ShardedImages(data, latents=latents)

@@ -30,7 +30,7 @@ FREE = {"steps", "solver", "noise", "losses"}  # what of the decoder's recipe ma
 def distill(
     recipe: Recipe,
     teacher: Path,
-    data: Path | None,
+    data: str | Path | None,
     out: Path,
     device: torch.device,
     options: RunOptions = RunOptions(),

@@ -131,7 +131,7 @@ class Autoencoder(nn.Module):
 
 def train_reducer(
     recipe: Recipe,
-    data: Path | None,
+    data: str | Path | None,
     out: Path,
     device: torch.device,
     reducer: Path | None = None,

@@ -29,7 +29,7 @@ ALIGNED = 16  # on GPUs prompts are padded to a multiple of this many tokens: at
 def train_sampler(
     recipe: Recipe,
     reducer: Path,
-    data: Path | None,
+    data: str | Path | None,
     out: Path,
     device: torch.device,
     allow_vlm_mismatch: bool = False,
