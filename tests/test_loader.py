@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from vugen_cli.data.loader import Batch, ShardedImages, ShuffledOrder, TrainingStream, batches, read_manifest
+from vugen_cli.data.openmoji import OpenMojiScenes
+from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 
 
@@ -119,3 +121,20 @@ def test_what_is_not_a_data_set_is_explained(tmp_path: Path, copy: Path) -> None
     (copy / "dataset.json").write_text("{")
     with pytest.raises(VugenError, match="damaged"):
         read_manifest(copy)
+
+
+def test_ranks_and_workers_see_every_sample_once_an_epoch_from_fewer_shards_of_different_size(
+    tmp_path: Path,
+) -> None:
+    """Two shards, of 24 and 12 samples, for four readers: none waits, none gets more."""
+    ranks = 2
+    write_dataset(OpenMojiScenes(36, "train", 32), tmp_path, "train", 32, shard_size=24, progress=False)
+    images = ShardedImages(tmp_path)
+    seen: list[Counter[str]] = [Counter(), Counter()]
+    for rank in range(ranks):
+        stream = TrainingStream(images, 6, seed=4, window=10, part=(rank, ranks))
+        for number, batch in enumerate(take(stream, 12, workers=2)):
+            assert len(batch.captions) == 6 // ranks
+            seen[number // 6].update(str(meta["source_key"]) for meta in batch.meta)
+    for epoch in seen:
+        assert len(epoch) == 36 and set(epoch.values()) == {1}

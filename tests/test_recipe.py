@@ -8,7 +8,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe, find_recipe, load_recipe, parse_recipe
 
 
-@pytest.mark.parametrize("name", ["nano", "imagenet-256"])
+@pytest.mark.parametrize("name", ["nano", "imagenet-256", "stockmix-256"])
 def test_shipped_recipes_load(name: str) -> None:
     assert load_recipe(name).name == name
 

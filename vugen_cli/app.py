@@ -1,6 +1,7 @@
 """The `vugen` command: wires the subcommands and turns errors into one line. Imports nothing heavy."""
 
 import errno
+import multiprocessing
 import os
 import sys
 from typing import Annotated
@@ -118,6 +119,8 @@ def _end(line: str, status: int) -> None:
     if processes.has_the_last_word():
         print(line, file=sys.stderr, flush=True)
     if processes.world_size() > 1:
+        for child in multiprocessing.active_children():
+            child.terminate()  # a loader's workers would outlive an exit that tells nobody
         os._exit(status)  # parting in good order would wait for processes that may wait for this one
     sys.exit(status)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,3 +47,16 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def user_cache() -> Path:
+    """The folder for what can be had again: $VUGEN_CACHE, or `vugen` in the platform's folder for caches."""
+    if folder := os.environ.get("VUGEN_CACHE"):
+        return Path(folder)
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "vugen"

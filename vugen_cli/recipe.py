@@ -22,11 +22,21 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class MixtureSource(Section):
+    """One data set of a mixture."""
+
+    path: str = Field(description="a data set written by `vugen prepare`")
+    weight: float = Field(1.0, gt=0, description="how often it is drawn from, beside the others")
+
+
 class Data(Section):
     """What the loader does with a data set."""
 
     flip: bool = Field(False, description="mirror half of the images; wrong where captions say left or right")
     shuffle: PositiveInt = Field(10_000, description="samples shuffled together, in whole shards")
+    mixture: list[MixtureSource] = Field(
+        [], description="data sets to draw from by weight, where no --data is given; see docs/data.md"
+    )
     workers: int = Field(1, ge=0, description="decoding processes; 0 decodes in the training process")
 
 

@@ -78,6 +78,49 @@ def sampler_recipe(
     )
 
 
+def data_of(
+    resolved: "Recipe", data: str | None, card: dict[str, Any] | None = None, own_recipe: bool = True
+) -> str | None:
+    """What to train on: --data, or the recipe's mixture (None), or what the checkpoint was trained on.
+
+    Args:
+        resolved: its mixture is emptied where --data is given, and filled from the card where that has one.
+        data: as given.
+        card: of the checkpoint to start from.
+        own_recipe: the recipe is the user's own, not the checkpoint's.
+
+    Raises:
+        VugenError: a checkpoint, which may be a stranger's, names a command to run.
+    """
+    from vugen_cli.recipe import MixtureSource
+
+    known = (card or {}).get("data", {"path": "data/openmoji"})
+    if data is not None:
+        resolved.data.mixture = []
+        return data
+    if not resolved.data.mixture:
+        own_recipe = False
+        resolved.data.mixture = [MixtureSource(**source) for source in known.get("mixture", [])]
+    named = [source.path for source in resolved.data.mixture] or [str(known["path"])]
+    if card is not None and not own_recipe:
+        for path in named:
+            refuse_command(path)
+    return None if resolved.data.mixture else named[0]
+
+
+def refuse_command(path: str) -> None:
+    """Commands are run only where the user gives them.
+
+    Raises:
+        VugenError: a checkpoint names a `pipe:` command as its data.
+    """
+    if path.startswith("pipe:"):
+        raise VugenError(
+            f"the checkpoint's data comes from a command, which is not run unless you give it yourself: "
+            f"--data '{path}', or a recipe of your own"
+        )
+
+
 def _overrides(
     stage: str, steps: int | None, batch_size: int | None, overrides: list[str] | None, vlm: str | None
 ) -> list[str]:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vugen_cli.commands.options import DeviceOption, VlmOption, refuse_command
+
 if TYPE_CHECKING:
     from vugen_cli.data.sample import Source
 
@@ -30,7 +32,7 @@ class Split(StrEnum):
 
 
 def prepare(
-    dataset: Annotated[Dataset, typer.Option(help="What kind of data to prepare.")],
+    dataset: Annotated[Dataset | None, typer.Option(help="What kind of data to prepare.")] = None,
     source: Annotated[
         Path | None,
         typer.Option(help="Where the data is; imagenet and coco also look in $IMAGENET_DIR and $COCO_DIR."),
@@ -52,6 +54,20 @@ def prepare(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail on the first picture that cannot be used.")
     ] = False,
+    latents: Annotated[
+        Path | None,
+        typer.Option(help="Instead: write the latents that this checkpoint's reducer makes of a data set."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="With --latents: the data set.  [default: the one the checkpoint was trained on]"),
+    ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option(help="With --latents: of mirrored images too.  [default: data.flip of its recipe]"),
+    ] = None,
+    vlm: VlmOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Turn images and captions into webdataset shards with a manifest.
 
@@ -76,12 +92,23 @@ def prepare(
       vugen prepare --dataset imagenet --source /data/ILSVRC2012_img_train.tar --out data/imagenet
       vugen prepare --dataset coco --source /data/coco --count 10000
       vugen prepare --dataset captions --source photos.csv --size 512 --strict
+      vugen prepare --latents reducer.safetensors --out data/mine-latents
     """
     import os
 
     from vugen_cli.data.writer import write_dataset
+    from vugen_cli.errors import VugenError
     from vugen_cli.processes import local_world_size, meet
 
+    if (dataset is None) == (latents is None):
+        raise VugenError("give --dataset (images to prepare) or --latents (a checkpoint), one of the two")
+    if latents is None and (data or flip is not None or vlm or device):
+        raise VugenError("--data, --flip, --vlm and --device go with --latents")
+    if dataset is None:
+        assert latents is not None
+        if source or count or strict or size:
+            raise VugenError("--source, --size, --count and --strict go with --dataset, not with --latents")
+        return prepare_latents(latents, data, out, vlm, device, flip)
     meet()
     out = out or Path("data") / dataset.value
     size = size or (64 if dataset is Dataset.openmoji else 256)
@@ -108,6 +135,42 @@ def prepare(
     typer.echo(
         f"{out}: {split.value}, {entry['count']} images of {size} px in {len(entry['shards'])} "
         f"shards{skipped}"
+    )
+
+
+def prepare_latents(
+    checkpoint: Path,
+    data: Path | None,
+    out: Path | None,
+    vlm: str | None,
+    device: str | None,
+    flip: bool | None,
+) -> None:
+    """Write the latent cache of a data set."""
+    from vugen_cli.engine.checkpoint import read_card
+    from vugen_cli.engine.latent_cache import write_latents
+    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.errors import VugenError
+    from vugen_cli.processes import meet
+
+    meet()
+    known = read_card(checkpoint)["data"]
+    if data is None and "mixture" in known:
+        raise VugenError(
+            f"{checkpoint} was trained on a mixture: give --data, once for each of its data sets"
+        )
+    if data is None:
+        refuse_command(known["path"])
+        data = Path(known["path"])
+    out = out or data.with_name(f"{data.name}-latents")
+    try:
+        manifest = write_latents(checkpoint, data, out, pick_device(device), vlm, flip)
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. Finished shards are kept in {out}; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    count = sum(entry["count"] for entry in manifest["splits"].values())
+    typer.echo(
+        f"{out}: latents of {count} images; next: vugen train-sampler --reducer {checkpoint} --data {out}"
     )
 
 

@@ -18,7 +18,7 @@ from vugen_cli.errors import VugenError
 
 def train_reducer(
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Data set written by `vugen prepare`. [default: data/openmoji, or the checkpoint's]"
         ),
@@ -54,7 +54,7 @@ def train_reducer(
       vugen train-reducer --reducer reducer.safetensors --set decoder.preset=B --out better.safetensors
       vugen train-reducer --distill reducer.safetensors --set decoder.steps=8 --out one-step.safetensors
     """
-    from vugen_cli.commands.options import require_safetensors, sampler_recipe, training_recipe
+    from vugen_cli.commands.options import data_of, require_safetensors, sampler_recipe, training_recipe
     from vugen_cli.engine.checkpoint import read_card
     from vugen_cli.engine.loop import RunOptions, pick_device
     from vugen_cli.processes import join
@@ -69,10 +69,10 @@ def train_reducer(
         card = read_card(given)
         kept = ("reducer", "decoder") if distill else ("reducer",)
         resolved = sampler_recipe(card, given, recipe, steps, batch_size, set_, vlm, "train_reducer", kept)
-        source = data or Path(card["data"]["path"])
+        source = data_of(resolved, data, card, recipe is not None)
     else:
         resolved = training_recipe(recipe, "train_reducer", steps, batch_size, set_, vlm)
-        source = data or Path("data/openmoji")
+        source = data_of(resolved, data)
     where, options = join(pick_device(device)), RunOptions(profile, change_recipe)
     if distill:
         from vugen_cli.engine.distill import distill as teach

@@ -27,7 +27,7 @@ def train_sampler(
         typer.Option(help="Instead: a sampler to train further, on other images for example."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Data set. [default: the one the checkpoint was trained on]")
+        str | None, typer.Option(help="Data set. [default: the one the checkpoint was trained on]")
     ] = None,
     vlm: VlmOption = None,
     recipe: RecipeOption = None,
@@ -51,7 +51,7 @@ def train_sampler(
       vugen train-sampler --reducer ckpt.safetensors --data data/coco --out coco.safetensors --steps 20000
       vugen train-sampler --init sampler.safetensors --data data/mine --out mine.safetensors --steps 2000
     """
-    from vugen_cli.commands.options import require_safetensors, sampler_recipe
+    from vugen_cli.commands.options import data_of, require_safetensors, sampler_recipe
     from vugen_cli.engine.checkpoint import read_card
     from vugen_cli.engine.loop import RunOptions, pick_device
     from vugen_cli.engine.train_sampler import train_sampler as run
@@ -69,7 +69,7 @@ def train_sampler(
     run(
         resolved,
         start,
-        data or Path(card["data"]["path"]),
+        data_of(resolved, data, card, recipe is not None),
         out,
         join(pick_device(device)),
         allow_vlm_mismatch,

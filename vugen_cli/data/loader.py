@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vugen_cli.data.images import adm_crop
+from vugen_cli.data.remote import fetched, is_remote, opened
 from vugen_cli.errors import VugenError
 from vugen_cli.processes import rank, world_size
 from vugen_cli.recipe import Recipe
@@ -37,16 +38,18 @@ class Batch:
     """What a training step reads.
 
     Attributes:
-        images: uint8 [B, 3, S, S], RGB.
+        images: uint8 [B, 3, S, S], RGB; of a latent cache z̃ instead, float16 [B, h, w, c].
         captions: B captions, one chosen at random for each image and epoch.
         meta: B dictionaries, the samples' `.json`, with every caption under `captions`.
         corrupt: how many samples of this batch could not be read and were replaced by a neighbour.
+        tokens: the captions' token ids, of a latent cache.
     """
 
     images: Tensor
     captions: list[str]
     meta: list[dict[str, Any]]
     corrupt: int
+    tokens: list[list[int]] | None = None
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader so that the copy to the GPU need not wait."""
@@ -60,6 +63,15 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     Raises:
         VugenError: the directory or its manifest is missing or damaged.
     """
+    if is_remote(path):
+        with opened(str(path), "dataset.json") as stream:
+            text = stream.read()
+        try:
+            manifest: dict[str, Any] = json.loads(text)
+            manifest["splits"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise VugenError(f"dataset.json of {path} is damaged ({error})") from error
+        return manifest
     directory = Path(path)
     file = directory / "dataset.json"
     if not directory.exists():
@@ -80,6 +92,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 def dataset_card(path: str | Path) -> dict[str, Any]:
     """What checkpoints remember of a data set: where it is and what it holds."""
     manifest = read_manifest(path)
+    if "latents" in manifest:  # a cache leads back to its images
+        card: dict[str, Any] = manifest["data"]
+        return card
     return {
         "path": str(path),
         "dataset": manifest["dataset"],
@@ -93,14 +108,21 @@ class ShardedImages:
     """Random access to the samples of one split; opens shards lazily and keeps a few open.
 
     Args:
-        path: a directory written by `vugen prepare`.
+        path: a directory written by `vugen prepare`, a URL of one, or a `pipe:` command (see `remote`).
         split: `train` or `val`.
+        latents: take a latent cache too, whose z̃ are then read in place of images.
     """
 
-    def __init__(self, path: str | Path, split: str = "train"):
-        self.directory = Path(path)
+    def __init__(self, path: str | Path, split: str = "train", latents: bool = False):
+        self.directory: str | Path = str(path) if is_remote(path) else Path(path)
         self.split = split
         self.manifest = read_manifest(path)
+        self.latents: dict[str, Any] | None = self.manifest.get("latents")
+        if self.latents and not latents:
+            raise VugenError(
+                f"{path} holds latents, which only `vugen train-sampler` reads: give the images they were "
+                f"made from ({self.manifest['data']['path']})"
+            )
         if split not in self.manifest["splits"]:
             found = ", ".join(self.manifest["splits"]) or "none"
             raise VugenError(
@@ -108,9 +130,10 @@ class ShardedImages:
             )
         shards = [s for s in self.manifest["splits"][split]["shards"] if s["samples"]]
         self.names = [s["name"] for s in shards]
+        self.facts = shards
         self.counts = np.array([s["samples"] for s in shards], dtype=np.int64)
         for name in self.names:
-            if Path(name).name != name or not (self.directory / name).is_file():
+            if Path(name).name != name or not (is_remote(path) or (Path(path) / name).is_file()):
                 raise VugenError(f"shard {name} of {path} is missing: run `vugen prepare` again")
         self.size: int = self.manifest["size"]
         self._shard = lru_cache(maxsize=64)(self._open_shard)
@@ -127,7 +150,10 @@ class ShardedImages:
 
     def _open_shard(self, shard: int) -> tuple[int, list[dict[str, tuple[int, int]]]]:
         """A file descriptor and, for each sample, where each of its members lies."""
-        path = self.directory / self.names[shard]
+        if is_remote(self.directory):
+            path = fetched(str(self.directory), self.facts[shard])
+        else:
+            path = Path(self.directory) / self.names[shard]
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         try:
             with tarfile.open(path, "r:") as tar:
@@ -142,7 +168,7 @@ class ShardedImages:
     def read(
         self, shard: int, index: int, place: np.ndarray | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Decode one sample: uint8 [S, S, 3] and its meta with `captions`.
+        """Decode one sample: uint8 [S, S, 3], or z̃ float16 [1 or 2, h, w, c]; and its meta with `captions`.
 
         Args:
             shard, index: where it is.
@@ -165,15 +191,34 @@ class ShardedImages:
                         return data
             raise ValueError(f"sample {index} of {self.names[shard]} has no readable {'/'.join(kinds)}")
 
+        if self.latents:
+            stored = np.load(io.BytesIO(member("npy")), allow_pickle=False)
+            if stored.shape[1:] != (*self.latents["grid"], self.latents["channels"]):
+                raise ValueError(f"sample {index} of {self.names[shard]} has the shape {stored.shape}")
         meta = json.loads(member("json"))
         meta["captions"] = member("txt").decode().splitlines()
+        if self.latents:
+            return stored, meta
         fits = place is not None and place.shape[0] == place.shape[1] == self.size
         return decode_stored(member("png", "jpg"), place if fits else None), meta
+
+    @property
+    def sets(self) -> list["ShardedImages"]:
+        """The data sets that this is read from: itself, or those of a mixture."""
+        return getattr(self, "parts", [self])
+
+    def card(self) -> dict[str, Any]:
+        """See `dataset_card`."""
+        return dataset_card(self.directory)
+
+    def order(self, seed: int, window: int) -> Any:
+        """Where sample n of a seeded stream lies: a `ShuffledOrder`, or a mixture's own."""
+        return ShuffledOrder(self.counts, seed, window)
 
     def held_out(self) -> "ShardedImages":
         """The data set's `val` split, or `train` if it has none."""
         split = "val" if "val" in self.manifest["splits"] else "train"
-        return ShardedImages(self.directory, split)
+        return ShardedImages(self.directory, split, latents=self.latents is not None)
 
     def in_order(self, count: int | None = None) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         """The first `count` readable samples in stored order."""
@@ -281,7 +326,7 @@ class TrainingStream(IterableDataset[Batch]):
         self.images, self.batch_size, self.seed, self.flip = images, batch_size, seed, flip
         self.first, self.count = batch_size // part[1] * part[0], batch_size // part[1]
         self.start, self.size = start, size or images.size
-        self.order = ShuffledOrder(images.counts, seed, window)
+        self.order = images.order(seed, window)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(wds.DataPipeline(self.numbers, wds.map(self.batch)))
@@ -295,26 +340,35 @@ class TrainingStream(IterableDataset[Batch]):
     def batch(self, number: int) -> Batch:
         """This process's part of batch `number`, its pictures decoded straight into place."""
         # Rows of pixels, as they are decoded; the permuted view is channels-last, as convolutions like it.
-        images = torch.empty(self.count, self.size, self.size, 3, dtype=torch.uint8)
+        cached = self.images.latents
+        shape = (*cached["grid"], cached["channels"]) if cached else (self.size, self.size, 3)
+        images = torch.empty(self.count, *shape, dtype=torch.float16 if cached else torch.uint8)
         places = images.numpy()
         begin = number * self.batch_size + self.first
         samples = [self.read(begin + row, places[row]) for row in range(self.count)]
-        captions, meta, corrupt = zip(*samples, strict=True)
-        return Batch(images.permute(0, 3, 1, 2), list(captions), list(meta), sum(corrupt))
+        choices, meta, corrupt = zip(*samples, strict=True)
+        captions = [m["captions"][i] if m["captions"] else "" for i, m in zip(choices, meta, strict=True)]
+        if cached:
+            tokens = [m["tokens"][i] for i, m in zip(choices, meta, strict=True)]
+            return Batch(images, captions, list(meta), sum(corrupt), tokens)
+        return Batch(images.permute(0, 3, 1, 2), captions, list(meta), sum(corrupt))
 
-    def read(self, n: int, place: np.ndarray) -> tuple[str, dict[str, Any], int]:
-        """Sample n: its picture into `place` [S, S, 3]; caption, meta, and 1 if it is a stand-in."""
+    def read(self, n: int, place: np.ndarray) -> tuple[int, dict[str, Any], int]:
+        """Sample n: picture or z̃ into `place`; which caption, meta, and 1 if it is a stand-in."""
         epoch, shard, index = self.order[n]
         pixels, meta, corrupt = self._read_or_neighbour(shard, index, place)
+        luck = random_bits(self.seed, epoch, shard, index)
+        choice = (luck >> 1) % max(len(meta["captions"]), 1)
+        if self.images.latents:  # mirrored latents are not the mirror's latents: both were stored
+            place[:] = pixels[1 if self.flip and luck & 1 else 0]
+            return choice, meta, corrupt
         if pixels.shape[:2] != (self.size, self.size):
             pixels = adm_crop(pixels, self.size)
-        luck = random_bits(self.seed, epoch, shard, index)
         if self.flip and luck & 1:
             place[:] = pixels[:, ::-1]
         elif not np.may_share_memory(pixels, place):
             place[:] = pixels
-        captions = meta["captions"]
-        return captions[(luck >> 1) % len(captions)] if captions else "", meta, corrupt
+        return choice, meta, corrupt
 
     def _read_or_neighbour(
         self, shard: int, index: int, place: np.ndarray

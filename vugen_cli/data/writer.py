@@ -126,7 +126,7 @@ def write_dataset(
     job = _Job(source, out, split, size, shard_size, order, strict)
     if not is_first():
         return _help(job, workers)
-    with _locked(out):
+    with locked(out):
         manifest = _read_manifest(out)
         if split in manifest.get("splits", {}):
             manifest = _repair(job, plan, manifest, progress)
@@ -179,7 +179,7 @@ def hash_of(parts: Any) -> str:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Hold `out` against other runs; the lock goes with the process, however that ends."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -448,7 +448,7 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> Record:
                     skipped.append({"key": str(key), "reason": reason})
                     continue
                 for kind, data in members:
-                    _add_member(tar, f"{position:09d}.{kind}", data)
+                    add_member(tar, f"{position:09d}.{kind}", data)
                 _count(captions, sample.captions)
         with open(temporary, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -497,7 +497,7 @@ def _members(sample: Sample, size: int) -> list[tuple[str, bytes]]:
     ]
 
 
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)  # owner, group and time stay zero: the same bytes everywhere
     info.size, info.mode = len(data), 0o444
     tar.addfile(info, io.BytesIO(data))

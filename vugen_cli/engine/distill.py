@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
+from vugen_cli.data.loader import Batch, training_batches
+from vugen_cli.data.mixture import open_images
 from vugen_cli.engine.loop import RunOptions, Stage, differences, train
 from vugen_cli.engine.perceptual import picture_losses
 from vugen_cli.engine.train_reducer import decode_images, held_out_images, load_autoencoder
@@ -29,7 +30,7 @@ FREE = {"steps", "solver", "noise", "losses"}  # what of the decoder's recipe ma
 def distill(
     recipe: Recipe,
     teacher: Path,
-    data: Path,
+    data: str | Path | None,
     out: Path,
     device: torch.device,
     options: RunOptions = RunOptions(),
@@ -40,7 +41,7 @@ def distill(
         recipe: the teacher's, with the `train_reducer` section of this run; `decoder.steps` and `.solver` are
             the teacher's way to decode, and weights in `decoder.losses` add their terms to the regression.
         teacher: checkpoint of a reducer or a sampler.
-        data: a prepared data set.
+        data: a prepared data set; None: the recipe's mixture.
         out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
         device: where to train.
         options: of the command line.
@@ -58,7 +59,7 @@ def distill(
         raise VugenError(f"--distill keeps the networks of {teacher}: decoder.{changed[0]} is not possible")
     if steps == 1:
         raise VugenError(f"{teacher} decodes in one step: nothing to distill; try --set decoder.steps=8")
-    images = ShardedImages(data)
+    images = open_images(data, recipe)
     vlm = load_vlm(recipe.vlm, device, recipe)
     vlm.check(card, teacher)
     pictures = picture_losses(recipe.decoder.losses, vlm, size, device)
@@ -96,7 +97,7 @@ def distill(
         "stage": "reducer",
         "step": settings.steps,
         "recipe": recipe.model_dump(mode="json") | {"decoder": student.recipe.model_dump(mode="json")},
-        "data": dataset_card(data),
+        "data": images.card(),
         "distilled": {"teacher": str(teacher), "steps": steps, "solver": solver},
     }
     resolved = {key: card[key] for key in ("vlm", "data", "latents", "image_size")} | {

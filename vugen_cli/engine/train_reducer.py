@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vugen_cli.data.images import adm_crop
-from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
+from vugen_cli.data.loader import Batch, ShardedImages, training_batches
+from vugen_cli.data.mixture import open_images
 from vugen_cli.engine.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
 from vugen_cli.engine.compiling import compile_forward, wants_compile
 from vugen_cli.engine.distributed import batch_statistics, shard_frozen, shards_vlm
@@ -130,7 +131,7 @@ class Autoencoder(nn.Module):
 
 def train_reducer(
     recipe: Recipe,
-    data: Path,
+    data: str | Path | None,
     out: Path,
     device: torch.device,
     reducer: Path | None = None,
@@ -140,7 +141,7 @@ def train_reducer(
 
     Args:
         recipe: the whole run's recipe.
-        data: a prepared data set.
+        data: a prepared data set; None: the recipe's mixture.
         out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
         device: where to train.
         reducer: a checkpoint whose reducer is kept as it is, so that samplers trained on it can draw with the
@@ -150,7 +151,7 @@ def train_reducer(
     Raises:
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
-    images = ShardedImages(data)
+    images = open_images(data, recipe)
     size = recipe.decoder.image_size or images.size
     vlm = load_vlm(recipe.vlm, device, recipe)
     vlm.prefix([""])  # stage 2 needs it: a VLM that has none must not cost hours first
@@ -188,7 +189,7 @@ def train_reducer(
         "step": settings.steps,
         "recipe": recipe.model_dump(mode="json"),
         "vlm": {"name": recipe.vlm, "fingerprint": vlm.fingerprint},
-        "data": dataset_card(data),
+        "data": images.card(),
         "latents": {
             "channels": module.reducer.channels,
             "grid": [side // recipe.reducer.merge for side in (height, width)],

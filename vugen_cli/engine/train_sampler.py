@@ -5,10 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
+from vugen_cli.data.loader import Batch, training_batches
+from vugen_cli.data.mixture import open_images
 from vugen_cli.engine.checkpoint import part, save_checkpoint, with_prefix
 from vugen_cli.engine.compiling import compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
+from vugen_cli.engine.latent_cache import check_cache, latent_facts
 from vugen_cli.engine.loop import RunOptions, Stage, train
 from vugen_cli.engine.profiling import lap
 from vugen_cli.engine.sampling import Sampler, new_expert
@@ -27,7 +29,7 @@ ALIGNED = 16  # on GPUs prompts are padded to a multiple of this many tokens: at
 def train_sampler(
     recipe: Recipe,
     reducer: Path,
-    data: Path,
+    data: str | Path | None,
     out: Path,
     device: torch.device,
     allow_vlm_mismatch: bool = False,
@@ -39,7 +41,7 @@ def train_sampler(
     Args:
         recipe: the whole run's recipe; its reducer and decoder are those of the checkpoint.
         reducer: the checkpoint of stage 1.
-        data: a prepared data set.
+        data: a prepared data set, or a latent cache of one; None: the recipe's mixture.
         out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
         device: where to train.
         allow_vlm_mismatch: take a VLM of other weights than the reducer was trained on.
@@ -51,9 +53,11 @@ def train_sampler(
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
     autoencoder, stored, reducer_card = load_autoencoder(reducer, device, "sampler" if further else "reducer")
-    images = ShardedImages(data)
+    images = open_images(data, recipe, latents=True)
     vlm = load_vlm(recipe.vlm, device, recipe)
     vlm.check(reducer_card, reducer, allow_vlm_mismatch)
+    if images.latents:
+        check_cache(images, latent_facts(autoencoder, vlm, recipe, reducer_card), recipe.data.flip)
     torch.manual_seed(recipe.seed)
     expert = new_expert(vlm, reducer_card["latents"], recipe.expert)
     if further:
@@ -72,10 +76,11 @@ def train_sampler(
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         dropped = draw(torch.rand, (len(batch.captions),), generator) < settings.prompt_dropout
-        prompts = ["" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True)]
+        texts = batch.captions if batch.tokens is None else batch.tokens
+        prompts = ["" if drop else c for c, drop in zip(texts, dropped.tolist(), strict=True)]
         prefix = vlm.prefix(prompts, multiple=ALIGNED if device.type == "cuda" else 1)
         with torch.no_grad():
-            target = autoencoder.encode(vlm, batch.images)
+            target = batch.images.float() if images.latents else autoencoder.encode(vlm, batch.images)
         lap("frozen VLM")
         t = draw_times(len(target), recipe.flow.time, recipe.flow.shift, generator)
         return flow_matching_loss(lambda x, t: expert(x, t, prefix), target, t, generator), {}
@@ -86,9 +91,11 @@ def train_sampler(
         "step": settings.steps,
         "recipe": recipe.model_dump(mode="json"),
         "vlm": {"name": recipe.vlm, "fingerprint": vlm.fingerprint},
-        "data": dataset_card(data),
+        "data": images.card(),
     }
     begun = {"expert": fingerprint(expert)} if further else {}
+    if images.latents:  # rounded to float16: a run goes on with what it began with
+        begun["cache"] = "float16"
     resolved = (
         {key: card[key] for key in ("vlm", "data", "latents")}
         | begun
@@ -110,7 +117,7 @@ def train_sampler(
     )
     prompts = [meta["captions"][0] for _, meta in images.held_out().in_order(16) if meta["captions"]]
     if not prompts:
-        raise VugenError(f"{data} has no captions: a sampler cannot be trained on it")
+        raise VugenError(f"{images.directory} has no captions: a sampler cannot be trained on it")
 
     def preview(path: Path) -> None:
         sampler = Sampler(vlm, expert, autoencoder.decoder, card, out)

@@ -7,7 +7,6 @@ weights. A set that was seen before is read from disk, wherever it lies now.
 import contextlib
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from vugen_cli.errors import VugenError
-from vugen_cli.files import whole_file
+from vugen_cli.files import user_cache, whole_file
 from vugen_cli.metrics.image_sets import ImageSet, batches
 
 CACHE_FORMAT = 1
@@ -139,15 +138,7 @@ def _full_float32() -> Iterator[None]:
 
 def cache_folder() -> Path:
     """Where features are cached: $VUGEN_CACHE, or `vugen` in the platform's folder for users' caches."""
-    if folder := os.environ.get("VUGEN_CACHE"):
-        return Path(folder) / "features"
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif os.name == "nt":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "vugen" / "features"
+    return user_cache() / "features"
 
 
 def _key(digest: str, extractor: Extractor, name: str) -> str:

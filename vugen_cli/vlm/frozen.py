@@ -4,6 +4,7 @@ Nothing here changes a weight: parameters do not require gradients and every pas
 """
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,11 +148,13 @@ class FrozenVLM:
         return ids or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
 
     @torch.no_grad()
-    def prefix(self, prompts: list[str], length: int | None = None, multiple: int = 1) -> Prefix:
+    def prefix(
+        self, prompts: Sequence[str | list[int]], length: int | None = None, multiple: int = 1
+    ) -> Prefix:
         """Keys and values of some prompts in every layer; the empty prompt is the unconditional one.
 
         Args:
-            prompts: texts, put into the chat template.
+            prompts: texts, put into the chat template, or their token ids.
             length: pad to this many tokens; default the longest of the prompts,
             multiple: rounded up to a multiple of this.
 
@@ -160,7 +163,7 @@ class FrozenVLM:
         """
         from transformers import DynamicCache
 
-        rows = [self.tokens(prompt) for prompt in prompts]
+        rows = [self.tokens(p) if isinstance(p, str) else p for p in prompts]
         length = length or -(-max(map(len, rows)) // multiple) * multiple
         # Padded on the right whatever the tokenizer is set to: positions are then those of each prompt alone.
         ids = torch.zeros(len(rows), length, dtype=torch.long)

@@ -1,0 +1,209 @@
+"""Latent caches: z̃ and token ids of a prepared data set, computed once, so that stage 2 needs no encoder.
+
+A cache mirrors its data set shard by shard and sample by sample, the damaged ones included, so that the
+loader's order over it is that over the images: training sees the same samples at the same steps.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vugen_cli.data.images import adm_crop
+from vugen_cli.data.loader import ShardedImages, dataset_card
+from vugen_cli.data.writer import FORMAT, add_member, locked
+from vugen_cli.engine.train_reducer import Autoencoder, load_autoencoder
+from vugen_cli.errors import VugenError
+from vugen_cli.files import whole_file, write_json
+from vugen_cli.processes import is_first, rank, wait_for_all, world_size
+from vugen_cli.recipe import USE_OF_VLM, Recipe
+from vugen_cli.vlm.frozen import FrozenVLM, fingerprint, vlm_of
+
+BATCH = 64  # images encoded together; part of the format, since kernels may round otherwise at another size
+
+
+def latent_facts(autoencoder: Autoencoder, vlm: FrozenVLM, recipe: Recipe, card: dict[str, Any]) -> Any:
+    """What the z̃ and the token ids of an image and its captions depend on, as `dataset.json` keeps it."""
+    of_vae = autoencoder.vae is not None and autoencoder.reducer.recipe.kind == "vae"
+    return {
+        "reducer": fingerprint(autoencoder.reducer),
+        "vlm": vlm.fingerprint,
+        "vae": fingerprint(autoencoder.vae.model) if of_vae and autoencoder.vae else None,
+        "grid": card["latents"]["grid"],
+        "channels": card["latents"]["channels"],
+        **recipe.model_dump(mode="json", include=set(USE_OF_VLM)),
+    }
+
+
+def check_cache(images: ShardedImages, facts: dict[str, Any], flip: bool) -> None:
+    """Refuse a cache that another reducer, VLM or use of it made, or without the mirrored images it needs.
+
+    Raises:
+        VugenError: says what differs.
+    """
+    if images.sets != [images]:
+        for part in images.sets:
+            check_cache(part, facts, flip)
+        return
+    made = images.manifest["latents"]
+    different = [key for key, value in facts.items() if made.get(key) != value]
+    if different:
+        raise VugenError(
+            f"{images.directory} holds the latents of another {' and another '.join(different)}: make them "
+            f"again with `vugen prepare --latents REDUCER --data {images.manifest['data']['path']}`"
+        )
+    if flip and not made["flip"]:
+        raise VugenError(
+            f"{images.directory} has no mirrored images, which data.flip asks for: prepare it with --flip, "
+            "or train with --set data.flip=false"
+        )
+
+
+def write_latents(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    device: torch.device,
+    vlm: str | None = None,
+    flip: bool | None = None,
+) -> dict[str, Any]:
+    """Write the latent cache of every split of a data set and return its manifest.
+
+    The processes of a job share out the shards. Killed, the same call goes on with those that are missing.
+
+    Args:
+        checkpoint: a reducer or sampler, whose reducer makes the z̃.
+        data: a prepared data set.
+        out: the folder to write.
+        device: where to encode.
+        vlm: where the VLM is now, if not where the card says.
+        flip: keep z̃ of the mirrored images too; default as the checkpoint's recipe has `data.flip`.
+
+    Raises:
+        VugenError: a bad checkpoint, VLM or data set; `out` holds something else or cannot be written.
+    """
+    autoencoder, _, card = load_autoencoder(checkpoint, device)
+    frozen = vlm_of(card, checkpoint, vlm, device)
+    splits = {name: ShardedImages(data, name) for name in ShardedImages(data).manifest["splits"]}
+    source = splits["train"].manifest
+    flip = frozen.recipe.data.flip if flip is None else flip
+    plan = {
+        "format": FORMAT,
+        **{key: source.get(key) for key in ("dataset", "size", "licence", "classes")},
+        "data": dataset_card(data),
+        "latents": {
+            **latent_facts(autoencoder, frozen, frozen.recipe, card),
+            "dtype": "float16",
+            "flip": flip,
+        },
+        "images": {name: [s["sha256"] for s in source["splits"][name]["shards"]] for name in splits},
+    }
+    notes = out / ".progress"
+    shards = [(images, shard) for images in splits.values() for shard in range(len(images.names))]
+    with locked(out) if is_first() else nullcontext():
+        if is_first():
+            _claim(out, plan)
+        wait_for_all("latents planned")
+        for images, shard in shards[rank() :: world_size()]:
+            if _finished(out, images.names[shard]) is None:
+                record = _write_shard(out, images, shard, autoencoder, frozen, flip)
+                write_json(notes / f"{images.names[shard]}.json", record)
+        wait_for_all("latents written")
+        entries: dict[str, Any] = {}
+        for name, images in splits.items():
+            records = [_finished(out, shard) for shard in images.names]
+            if None in records:
+                raise VugenError(f"shards are missing from {out}: all processes of the job must share --out")
+            entries[name] = {"count": len(images), "shards": records}
+        manifest = {**plan, "splits": entries}
+        if is_first():
+            write_json(out / "dataset.json", manifest)
+    wait_for_all("latents prepared")
+    return manifest
+
+
+def _claim(out: Path, plan: dict[str, Any]) -> None:
+    """Note what is to be written before the first shard; refuse a folder that holds something else."""
+    note = out / ".progress" / "plan.json"
+    try:
+        found = json.loads(note.read_text()) if note.exists() else None
+    except (OSError, ValueError) as error:
+        raise VugenError(f"{note} is damaged ({error}): delete {out} and prepare again") from error
+    if found is None and any(out.glob("*.tar")):
+        raise VugenError(f"{out} already holds shards that are no latent cache: choose another --out")
+    if found not in (None, plan):
+        different = ", ".join(key for key in plan if found.get(key) != plan[key])
+        raise VugenError(
+            f"{out} holds latents prepared otherwise ({different}): choose another --out, or delete {out}"
+        )
+    write_json(note, plan)
+    for leftover in out.glob(".*.tar.*"):  # of a run that was killed
+        leftover.unlink(missing_ok=True)
+
+
+def _finished(out: Path, name: str) -> dict[str, Any] | None:
+    """The record of a shard that is noted and there in full length."""
+    try:
+        record: dict[str, Any] = json.loads((out / ".progress" / f"{name}.json").read_text())
+        return record if (out / name).stat().st_size == record["bytes"] else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+@torch.no_grad()
+def _write_shard(
+    out: Path, images: ShardedImages, shard: int, autoencoder: Autoencoder, vlm: FrozenVLM, flip: bool
+) -> dict[str, Any]:
+    name, count = images.names[shard], int(images.counts[shard])
+    with whole_file(out / name) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for first in range(0, count, BATCH):
+                rows = range(first, min(first + BATCH, count))
+                samples = {}
+                for row in rows:
+                    try:
+                        pixels, meta = images.read(shard, row)
+                        samples[row] = adm_crop(pixels, images.size), meta
+                    except (ValueError, OSError):
+                        pass  # no latents: the loader puts a neighbour there, as it does for the image
+                latents = {}
+                if samples:
+                    stack = np.stack([pixels for pixels, _ in samples.values()])
+                    z = _encode(autoencoder, vlm, torch.from_numpy(stack).permute(0, 3, 1, 2), flip)
+                    latents = dict(zip(samples, z, strict=True))
+                for row in rows:
+                    if row not in samples:
+                        add_member(tar, f"{row:09d}.json", b'{"damaged": true}')
+                        continue
+                    meta = samples[row][1]
+                    captions = meta.pop("captions")
+                    meta["tokens"] = [vlm.tokens(caption) for caption in captions]
+                    stored = io.BytesIO()
+                    np.save(stored, latents[row], allow_pickle=False)
+                    add_member(tar, f"{row:09d}.npy", stored.getvalue())
+                    add_member(tar, f"{row:09d}.txt", ("\n".join(captions) + "\n").encode())
+                    add_member(tar, f"{row:09d}.json", json.dumps(meta, ensure_ascii=False).encode())
+        with open(temporary, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            length = os.fstat(file.fileno()).st_size
+    return {"name": name, "samples": count, "bytes": length, "sha256": digest}
+
+
+def _encode(autoencoder: Autoencoder, vlm: FrozenVLM, images: torch.Tensor, flip: bool) -> np.ndarray:
+    """float16 [B, 1 or 2, h, w, c]: z̃ of the images, then of the mirrored ones.
+
+    Raises:
+        VugenError: a value does not fit float16.
+    """
+    views = [images, images.flip(-1)] if flip else [images]
+    z = torch.stack([autoencoder.encode(vlm, view) for view in views], 1).half()
+    if not z.isfinite().all():
+        raise VugenError("a latent is beyond the range of float16: this reducer cannot be cached")
+    return z.cpu().numpy()
