@@ -27,7 +27,7 @@ def reference() -> str:
 
 
 def _options(title: str, command: Any) -> str:
-    """One command: its help, where a paragraph marked \\b is kept as it is set, and a table of its options."""
+    """One command: its help, where a paragraph marked \\b is kept as it is, and a table of its options."""
     text = [f"## {title}\n"]
     for paragraph in command.help.split("\n\n"):
         lines = paragraph.strip().splitlines()

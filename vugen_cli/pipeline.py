@@ -1,0 +1,154 @@
+"""A trained sampler as a diffusers pipeline."""
+
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from PIL import Image
+
+from vugen_cli.engine.sampling import Sampler, load_sampler
+from vugen_cli.errors import VugenError
+from vugen_cli.files import write_json
+from vugen_cli.flow import Solver
+
+WEIGHTS = "sampler.safetensors"
+
+
+class VugenPipeline(DiffusionPipeline):
+    """Draws as `vugen sample` does; see `__call__`.
+
+    A saved pipeline is a folder: `model_index.json`, `sampler.safetensors` (expert, reducer and decoder, the
+    checkpoint that every command takes) and `vlm/` (a Hugging Face directory). Loading runs no code from it.
+
+    Args:
+        sampler: from `load_sampler`.
+    """
+
+    def __init__(self, sampler: Sampler):
+        super().__init__()
+        self.register_modules(sampler=sampler)
+
+    @classmethod
+    def from_sampler(cls, path: str | Path | None = None, **options: Any) -> Self:
+        """The pipeline of a checkpoint of `vugen train-sampler`; default the bundled one.
+
+        Args:
+            path: the checkpoint.
+            options: of `load_sampler`.
+        """
+        return cls(load_sampler(path, **options))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
+        """Write the whole pipeline, the VLM included, to a folder.
+
+        Raises:
+            VugenError: an option of diffusers that does not apply here, or the folder cannot be written.
+        """
+        if options:
+            raise VugenError(f"VugenPipeline.save_pretrained takes a folder alone, not {', '.join(options)}")
+        folder, vlm = Path(save_directory), self.sampler.vlm
+        try:
+            vlm.model.save_pretrained(folder / "vlm")
+            if hasattr(vlm.processor, "save_pretrained"):
+                vlm.processor.save_pretrained(folder / "vlm")
+            else:  # its two parts, where the whole could not be had
+                vlm.processor.tokenizer.save_pretrained(folder / "vlm")
+                vlm.processor.image_processor.save_pretrained(folder / "vlm")
+        except OSError as error:
+            raise VugenError(f"cannot write {folder}: {error.strerror or error}") from error
+        self.sampler.save(folder / WEIGHTS)
+        write_json(folder / self.config_name, {"_class_name": type(self).__name__, **self.config})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> Self:
+        """The pipeline that `save_pretrained` wrote.
+
+        Args:
+            pretrained_model_name_or_path: the folder.
+            options: of `load_sampler`.
+
+        Raises:
+            VugenError: there is no such pipeline there, or it is damaged.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / cls.config_name).is_file():
+            raise VugenError(f"no pipeline at {folder}: give the folder that save_pretrained wrote")
+        if unknown := options.keys() - {"device", "allow_vlm_mismatch", "decoder"}:
+            raise VugenError(f"VugenPipeline.from_pretrained does not take {', '.join(sorted(unknown))}")
+        return cls(load_sampler(folder / WEIGHTS, str((folder / "vlm").absolute()), **options))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it draws."""
+        return self.sampler.vlm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the expert's weights."""
+        return next(self.sampler.expert.parameters()).dtype
+
+    def to(self, device: str | torch.device) -> Self:  # type: ignore[override]
+        """Move every network to a device."""
+        self.sampler.to(torch.device(device))
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        solver: Solver | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Draw pictures for prompts.
+
+        Args:
+            prompt: what to draw, one or several.
+            num_images_per_prompt: pictures for each.
+            guidance_scale, num_inference_steps, solver: default the checkpoint's.
+            generator: draws the seed, so that each call with it gives other pictures; default torch's own.
+            seed: the pictures of `vugen sample --seed`, on the same device. Give this or `generator`.
+            output_type: "pil"; "np", float32 [B, S, S, 3] in [0, 1]; "pt", float32 [B, 3, S, S] in [0, 1].
+            return_dict: otherwise a tuple.
+
+        Returns:
+            An object whose `images` has the pictures of the first prompt, then those of the second, ...
+
+        Raises:
+            VugenError: an empty or too long prompt, both seed and generator, or an unknown output type.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(text.strip() for text in prompts):
+            raise VugenError("a prompt is empty: say what to draw")
+        if output_type not in ("pil", "np", "pt"):
+            raise VugenError(f"output_type {output_type}: give pil, np or pt")
+        if num_images_per_prompt < 1:
+            raise VugenError(f"num_images_per_prompt {num_images_per_prompt}: give 1 or more")
+        if seed is not None and generator is not None:
+            raise VugenError("give a seed or a generator, not both")
+        if seed is None:
+            where = generator.device if generator else torch.device("cpu")
+            seed = int(torch.randint(2**63 - 1, (), generator=generator, device=where))
+        texts = [text.strip() for text in prompts]
+        drawn = {}
+        with self.progress_bar(total=len(texts) * num_images_per_prompt) as progress:
+            for p, i, image in self.sampler.sample(
+                texts, num_images_per_prompt, seed, num_inference_steps, guidance_scale, solver
+            ):
+                drawn[p, i] = image
+                progress.update()
+        stack = torch.stack([drawn[key] for key in sorted(drawn)])
+        images: Any = stack.float() / 255
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = [Image.fromarray(np.ascontiguousarray(i.permute(1, 2, 0).numpy())) for i in stack]
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
