@@ -13,6 +13,7 @@ from vugen_cli.engine.sampling import Sampler, load_sampler
 from vugen_cli.errors import VugenError
 from vugen_cli.files import write_json
 from vugen_cli.flow import Solver
+from vugen_cli.vlm.frozen import WORDS
 
 WEIGHTS = "sampler.safetensors"
 
@@ -59,6 +60,8 @@ class VugenPipeline(DiffusionPipeline):
                 vlm.processor.image_processor.save_pretrained(folder / "vlm")
         except OSError as error:
             raise VugenError(f"cannot write {folder}: {error.strerror or error}") from error
+        if vlm.words is not None:
+            write_json(folder / "vlm" / WORDS, sorted(vlm.words))
         self.sampler.save(folder / WEIGHTS)
         write_json(folder / self.config_name, {"_class_name": type(self).__name__, **self.config})
 
