@@ -114,7 +114,7 @@ def _untrained(trained: Sampler) -> Sampler:
     """The same sampler with the generation expert as it was before its first step."""
     torch.manual_seed(0)
     expert = new_expert(trained.vlm, trained.card["latents"], Expert())
-    return Sampler(trained.vlm, expert.eval(), trained.decoder, trained.card, "untrained")
+    return Sampler(trained.vlm, expert.eval(), trained.autoencoder, trained.card, "untrained")
 
 
 def device_name(device: torch.device) -> str:

@@ -1,33 +1,28 @@
 """A trained sampler as a diffusers pipeline."""
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
-from vugen_cli import __version__
-from vugen_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from vugen_cli.engine.sampling import Sampler, load_sampler
 from vugen_cli.errors import VugenError
 from vugen_cli.files import write_json
 from vugen_cli.flow import Solver
-from vugen_cli.vlm.frozen import bundle
+from vugen_cli.vlm.frozen import WORDS
 
-INDEX, CHECKPOINT, VLM = "model_index.json", "sampler.safetensors", "vlm"
+WEIGHTS = "sampler.safetensors"
 
 
 class VugenPipeline(DiffusionPipeline):
-    """Text to image by a sampler of `vugen train-sampler`, used as any other diffusers pipeline.
+    """Draws as `vugen sample` does; see `__call__`.
 
-        pipe = VugenPipeline.from_sampler("sampler.safetensors")
-        images = pipe("a bear in a forest", num_images_per_prompt=8).images
-
-    A saved pipeline is whole: the VLM as a Hugging Face directory, and the sampler's checkpoint. Loading one
-    runs no code of the directory.
+    A saved pipeline is a folder: `model_index.json`, `sampler.safetensors` (expert, reducer and decoder, the
+    checkpoint that every command takes) and `vlm/` (a Hugging Face directory). Loading runs no code from it.
 
     Args:
         sampler: from `load_sampler`.
@@ -35,74 +30,72 @@ class VugenPipeline(DiffusionPipeline):
 
     def __init__(self, sampler: Sampler):
         super().__init__()
-        self.sampler = sampler
-        self.register_modules(vlm=sampler.vlm.model, expert=sampler.expert, decoder=sampler.decoder)
+        self.register_modules(sampler=sampler)
 
     @classmethod
-    def from_sampler(
-        cls,
-        path: str | Path | None = None,
-        vlm: str | None = None,
-        device: torch.device | str = "cpu",
-        decoder: str | Path | None = None,
-    ) -> "VugenPipeline":
-        """A pipeline of a sampler checkpoint.
+    def from_sampler(cls, path: str | Path | None = None, **options: Any) -> Self:
+        """The pipeline of a checkpoint of `vugen train-sampler`; default the bundled one.
 
         Args:
-            path: default: the bundled sampler.
-            vlm, device, decoder: see `load_sampler`.
+            path: the checkpoint.
+            options: of `load_sampler`.
+        """
+        return cls(load_sampler(path, **options))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
+        """Write the whole pipeline, the VLM included, to a folder.
 
         Raises:
-            VugenError: as `load_sampler`.
+            VugenError: an option of diffusers that does not apply here, or the folder cannot be written.
         """
-        return cls(load_sampler(path or bundle(CHECKPOINT), vlm, device, decoder=decoder))
+        if options:
+            raise VugenError(f"VugenPipeline.save_pretrained takes a folder alone, not {', '.join(options)}")
+        folder, vlm = Path(save_directory), self.sampler.vlm
+        try:
+            vlm.model.save_pretrained(folder / "vlm")
+            if hasattr(vlm.processor, "save_pretrained"):
+                vlm.processor.save_pretrained(folder / "vlm")
+            else:  # its two parts, where the whole could not be had
+                vlm.processor.tokenizer.save_pretrained(folder / "vlm")
+                vlm.processor.image_processor.save_pretrained(folder / "vlm")
+        except OSError as error:
+            raise VugenError(f"cannot write {folder}: {error.strerror or error}") from error
+        if vlm.words is not None:
+            write_json(folder / "vlm" / WORDS, sorted(vlm.words))
+        self.sampler.save(folder / WEIGHTS)
+        write_json(folder / self.config_name, {"_class_name": type(self).__name__, **self.config})
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **options: Any) -> "VugenPipeline":
-        """A pipeline that `save_pretrained` wrote.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> Self:
+        """The pipeline that `save_pretrained` wrote.
 
         Args:
-            directory: on this machine.
-            options: of `from_sampler`: `device`.
+            pretrained_model_name_or_path: the folder.
+            options: of `load_sampler`.
 
         Raises:
-            VugenError: it is none, or as `load_sampler`.
+            VugenError: there is no such pipeline there, or it is damaged.
         """
-        directory = Path(directory)
-        if not (directory / CHECKPOINT).is_file() or not (directory / VLM).is_dir():
-            raise VugenError(
-                f"{directory} is no saved VugenPipeline: it needs {CHECKPOINT} and {VLM}/; "
-                "VugenPipeline.from_sampler takes a checkpoint"
-            )
-        return cls.from_sampler(directory / CHECKPOINT, str(directory / VLM), **options)
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / cls.config_name).is_file():
+            raise VugenError(f"no pipeline at {folder}: give the folder that save_pretrained wrote")
+        if unknown := options.keys() - {"device", "allow_vlm_mismatch", "decoder"}:
+            raise VugenError(f"VugenPipeline.from_pretrained does not take {', '.join(sorted(unknown))}")
+        return cls(load_sampler(folder / WEIGHTS, str((folder / "vlm").absolute()), **options))
 
-    def save_pretrained(self, directory: str | Path, **_: Any) -> None:
-        """Write the whole pipeline into a folder: `model_index.json`, `vlm/` and `sampler.safetensors`.
+    @property
+    def device(self) -> torch.device:
+        """Where it draws."""
+        return self.sampler.vlm.device
 
-        Raises:
-            VugenError: the sampler draws with another checkpoint's decoder, or its file is gone.
-        """
-        if "decoder" in self.sampler.card:
-            raise VugenError(
-                f"this pipeline draws with the decoder of {self.sampler.card['decoder']}, beside its own "
-                "sampler: save one whose sampler holds the decoder"
-            )
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors, card = load_checkpoint(self.sampler.path, "sampler")
-        vlm = self.sampler.vlm
-        vlm.model.save_pretrained(directory / VLM)
-        whole = callable(vlm.processor)
-        for part in [vlm.processor] if whole else [vlm.processor.image_processor, vlm.processor.tokenizer]:
-            part.save_pretrained(directory / VLM)
-        save_checkpoint(directory / CHECKPOINT, tensors, card)
-        write_json(directory / INDEX, {"_class_name": type(self).__name__, "_vugen_version": __version__})
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the expert's weights."""
+        return next(self.sampler.expert.parameters()).dtype
 
-    def to(self, *args: Any, **kwargs: Any) -> "VugenPipeline":
-        """As `DiffusionPipeline.to`: a device."""
-        super().to(*args, **kwargs)
-        self.sampler.vlm.device = self.device
-        self.sampler.__dict__.pop("unconditional", None)  # of the device before
+    def to(self, device: str | torch.device) -> Self:  # type: ignore[override]
+        """Move every network to a device."""
+        self.sampler.to(torch.device(device))
         return self
 
     @torch.no_grad()
@@ -110,53 +103,55 @@ class VugenPipeline(DiffusionPipeline):
         self,
         prompt: str | list[str],
         num_images_per_prompt: int = 1,
-        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        solver: Solver | None = None,
-        seed: int | None = None,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
+        seed: int | None = None,
+        solver: Solver | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw.
+    ) -> Any:
+        """Draw pictures for prompts.
 
         Args:
-            prompt: one or several.
-            num_images_per_prompt: images of each.
-            num_inference_steps, guidance_scale, solver: default: the checkpoint's.
-            seed: gives just the pictures of `vugen sample --seed`.
-            generator: draws the seed, where none is given; without either it is 0.
-            output_type: "pil", "np" (float32 [B, H, W, 3] in [0, 1]) or "pt" (float32 [B, 3, H, W]).
-            return_dict: whether to return an `ImagePipelineOutput` or a tuple.
+            prompt: what to draw, one or several.
+            num_images_per_prompt: pictures for each.
+            guidance_scale, num_inference_steps, solver: default the checkpoint's.
+            generator: draws the seed, so that each call with it gives other pictures; default torch's own.
+            seed: the pictures of `vugen sample --seed`, on the same device. Give this or `generator`.
+            output_type: "pil"; "np", float32 [B, S, S, 3] in [0, 1]; "pt", float32 [B, 3, S, S] in [0, 1].
+            return_dict: otherwise a tuple.
 
         Returns:
-            Images, those of the first prompt first.
+            An object whose `images` has the pictures of the first prompt, then those of the second, ...
 
         Raises:
-            VugenError: an unknown `output_type`, or a prompt that is too long.
+            VugenError: an empty or too long prompt, both seed and generator, or an unknown output type.
         """
-        if output_type not in ("pil", "np", "pt"):
-            raise VugenError(f"output_type={output_type!r}: take 'pil', 'np' or 'pt'")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(text.strip() for text in prompts):
+            raise VugenError("a prompt is empty: say what to draw")
+        if output_type not in ("pil", "np", "pt"):
+            raise VugenError(f"output_type {output_type}: give pil, np or pt")
+        if num_images_per_prompt < 1:
+            raise VugenError(f"num_images_per_prompt {num_images_per_prompt}: give 1 or more")
+        if seed is not None and generator is not None:
+            raise VugenError("give a seed or a generator, not both")
         if seed is None:
-            drawn = (
-                torch.randint(2**31, (1,), generator=generator, device=generator.device) if generator else 0
-            )
-            seed = int(drawn)
-        different = list(dict.fromkeys(prompts))
-        stream = self.sampler.sample(
-            different, num_images_per_prompt, seed, num_inference_steps, guidance_scale, solver
-        )
-        found: dict[tuple[str, int], torch.Tensor] = {}
-        with self.progress_bar(total=len(different) * num_images_per_prompt) as bar:
-            for p, i, image in stream:
-                found[different[p], i] = image
-                bar.update()
-        pixels = torch.stack([found[text, i] for text in prompts for i in range(num_images_per_prompt)])
-        images: Any = pixels.float() / 255
-        if output_type == "np":
+            where = generator.device if generator else torch.device("cpu")
+            seed = int(torch.randint(2**63 - 1, (), generator=generator, device=where))
+        texts = [text.strip() for text in prompts]
+        drawn = {}
+        with self.progress_bar(total=len(texts) * num_images_per_prompt) as progress:
+            for p, i, image in self.sampler.sample(
+                texts, num_images_per_prompt, seed, num_inference_steps, guidance_scale, solver
+            ):
+                drawn[p, i] = image
+                progress.update()
+        stack = torch.stack([drawn[key] for key in sorted(drawn)])
+        images: Any = stack.float() / 255
+        if output_type != "pt":
             images = images.permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
-            rows = pixels.permute(0, 2, 3, 1).numpy()
-            images = [Image.fromarray(np.ascontiguousarray(row)) for row in rows]
+            images = [Image.fromarray(np.ascontiguousarray(i.permute(1, 2, 0).numpy())) for i in stack]
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -69,10 +69,13 @@ def sample(
     from vugen_cli.engine.draw import collect_prompts, draw, pick_sampler
     from vugen_cli.engine.loop import pick_device
     from vugen_cli.engine.sampling import load_sampler
-    from vugen_cli.processes import join
+    from vugen_cli.processes import is_first, join
 
     texts = collect_prompts(prompts or [], prompts_file)
     loaded = load_sampler(pick_sampler(sampler), vlm, join(pick_device(device)), allow_vlm_mismatch, decoder)
+    unknown = list(dict.fromkeys(word for text in texts for word in loaded.vlm.unknown_words(text)))
+    if unknown and is_first():
+        typer.echo(f"words that {loaded.vlm.name} never saw: {', '.join(unknown)}")
     if compile_:
         loaded.compile()
     folder = draw(loaded, texts, n, out, seed, steps, guidance, solver.value if solver else None)

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vugen_cli.engine.checkpoint import part
+from vugen_cli.engine.checkpoint import part, with_prefix
 from vugen_cli.engine.compiling import compile_layers
 from vugen_cli.engine.distributed import blocks
-from vugen_cli.engine.train_reducer import load_autoencoder, load_decoder, load_weights
+from vugen_cli.engine.train_reducer import Autoencoder, load_autoencoder, load_decoder, load_weights
 from vugen_cli.flow import Solver, solve
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.latent_decoder import ImageDecoder
 from vugen_cli.recipe import Expert, Sampling, parse_recipe
 from vugen_cli.seeds import seeded_noise
-from vugen_cli.vlm.frozen import FrozenVLM, Prefix, vlm_of
+from vugen_cli.vlm.frozen import FrozenVLM, Prefix, bundle, vlm_of
 
 BATCH = 8  # images drawn together
 WIDTH = 32  # prompts are padded to a multiple of this many tokens
@@ -28,7 +28,8 @@ class Sampler:
     """A trained sampler, ready to draw.
 
     Attributes:
-        vlm, expert, decoder: the three networks.
+        vlm, expert: two of the networks.
+        autoencoder: the reducer, and the decoder that draws.
         card: of its checkpoint.
         path: of its checkpoint.
         defaults: the recipe's sampling settings.
@@ -38,14 +39,37 @@ class Sampler:
         self,
         vlm: FrozenVLM,
         expert: GenerationExpert,
-        decoder: ImageDecoder,
+        autoencoder: Autoencoder,
         card: dict[str, Any],
         path: str | Path,
     ):
-        self.vlm, self.expert, self.decoder, self.card, self.path = vlm, expert, decoder, card, Path(path)
+        self.vlm, self.expert, self.autoencoder, self.card, self.path = (
+            vlm,
+            expert,
+            autoencoder,
+            card,
+            Path(path),
+        )
         recipe = parse_recipe(card["recipe"], str(path))
         self.defaults: Sampling = recipe.sampling
         self.shift = recipe.flow.shift
+
+    @property
+    def decoder(self) -> ImageDecoder:
+        """The pixel decoder."""
+        return self.autoencoder.decoder
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint that `load_sampler` reads: every weight in float32, as it draws here."""
+        self.autoencoder.save(path, self.card, with_prefix(self.expert.state_dict(), "expert"))
+
+    def to(self, device: torch.device) -> None:
+        """Move every network to a device."""
+        self.vlm.model.to(device)
+        self.vlm.device = device
+        self.expert.to(device)
+        self.autoencoder.to(device)
+        self.__dict__.pop("unconditional", None)  # computed anew where it is needed
 
     def compile(self) -> None:
         """Compile the expert's layers: slow to begin, faster from then on; the last bits of pictures change.
@@ -135,7 +159,7 @@ class Sampler:
 
 
 def load_sampler(
-    path: str | Path,
+    path: str | Path | None = None,
     vlm: str | None = None,
     device: torch.device | str = "cpu",
     allow_vlm_mismatch: bool = False,
@@ -144,7 +168,7 @@ def load_sampler(
     """Load a sampler checkpoint and the VLM it was trained on.
 
     Args:
-        path: written by `vugen train-sampler`.
+        path: written by `vugen train-sampler`; default the bundled one.
         vlm: where the VLM is now, if not where the card says.
         device: where to sample.
         allow_vlm_mismatch: take a VLM of other weights than it was trained on.
@@ -153,15 +177,17 @@ def load_sampler(
     Raises:
         VugenError: not a sampler, damaged, another VLM, or a decoder of another reducer.
     """
+    path = bundle("sampler.safetensors") if path is None else path
     autoencoder, tensors, card = load_autoencoder(path, torch.device(device), "sampler")
     if decoder:
-        autoencoder.decoder, other = load_decoder(decoder, autoencoder, torch.device(device))
+        autoencoder, other = load_decoder(decoder, autoencoder, torch.device(device))
         card = {**card, "image_size": other["image_size"], "decoder": str(decoder)}
+        card["recipe"] = {**card["recipe"], "decoder": other["recipe"]["decoder"]}
     frozen = vlm_of(card, path, vlm, device, allow_vlm_mismatch)
     recipe = frozen.recipe.expert.model_copy(update={"init": "fresh"})
     expert = new_expert(frozen, card["latents"], recipe)
     load_weights(expert, part(tensors, "expert"), path)
-    return Sampler(frozen, expert.eval().requires_grad_(False), autoencoder.decoder, card, path)
+    return Sampler(frozen, expert.eval().requires_grad_(False), autoencoder, card, path)
 
 
 def new_expert(vlm: FrozenVLM, latents: dict[str, Any], recipe: Expert) -> GenerationExpert:

@@ -77,10 +77,10 @@ class Autoencoder(nn.Module):
         """z̃ of images, uint8 [B, 3, S, S] -> [B, h, w, c]."""
         return self.reducer(self.z(vlm, images))
 
-    def save(self, path: Path, card: dict[str, Any]) -> None:
-        """Write a checkpoint with all that decoding needs, a VAE included."""
+    def save(self, path: Path, card: dict[str, Any], others: dict[str, Tensor] | None = None) -> None:
+        """Write a checkpoint with all that decoding needs, a VAE included, and with other tensors."""
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith("alignment.")}
-        tensors = with_prefix(weights, "autoencoder")
+        tensors = with_prefix(weights, "autoencoder") | (others or {})
         if self.vae:
             tensors |= with_prefix(self.vae.model.state_dict(), "vae")
             card = {**card, "vae": self.vae.card()}
@@ -292,8 +292,8 @@ def load_autoencoder(
 
 def load_decoder(
     path: str | Path, autoencoder: Autoencoder, device: torch.device
-) -> tuple[ImageDecoder, dict[str, Any]]:
-    """The decoder of another checkpoint, with its card, for the z̃ of this autoencoder.
+) -> tuple[Autoencoder, dict[str, Any]]:
+    """The autoencoder of another checkpoint, with its card, whose decoder suits the z̃ of this one.
 
     Raises:
         VugenError: as `load_autoencoder`, or its reducer is another one.
@@ -305,7 +305,7 @@ def load_decoder(
             f"{path} decodes the latents of another reducer: give one that `vugen train-reducer --distill` "
             "made from this sampler or from the reducer it was trained on"
         )
-    return other.decoder, card
+    return other, card
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:

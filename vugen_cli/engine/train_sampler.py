@@ -120,7 +120,7 @@ def train_sampler(
         raise VugenError(f"{images.directory} has no captions: a sampler cannot be trained on it")
 
     def preview(path: Path) -> None:
-        sampler = Sampler(vlm, expert, autoencoder.decoder, card, out)
+        sampler = Sampler(vlm, expert, autoencoder, card, out)
         pictures = [image for _, _, image in sampler.sample(prompts, seed=recipe.seed)]
         save_grid(torch.stack(pictures), path, labels=prompts)
 

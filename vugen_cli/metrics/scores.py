@@ -116,7 +116,7 @@ class _Side:
 def score_sets(
     images: Path,
     reference: Path | None,
-    extractor: Extractor,
+    extractor: Extractor | str = "nano",
     metrics: Collection[str] = ("fid",),
     *,
     count: int | None = None,
@@ -130,7 +130,7 @@ def score_sets(
     Args:
         images, reference: anything `open_images` takes, or an `.npz` of statistics for the Fréchet distances.
             The Inception Score alone needs no reference.
-        extractor: what the images are compared by.
+        extractor: what the images are compared by, or the name of a VLM to compare by its vision features.
         metrics: of "fid", "kid", "is", "sfid", "pr" (precision and recall), "dc" (density and coverage).
         count: only this many images of each set, from its start.
         batch_size: images a forward pass; the result depends on it only through the network's rounding.
@@ -148,6 +148,12 @@ def score_sets(
         VugenError: a set cannot be read, is too small for the only metric, or has statistics of another
             extractor.
     """
+    if isinstance(extractor, str):
+        from vugen_cli.metrics.encoders import vlm_extractor
+        from vugen_cli.vlm.frozen import load_vlm
+
+        frozen = load_vlm(extractor)
+        extractor = vlm_extractor(frozen, frozen.device)
     if extractor.name != "inception":
         for metric in {"is", "sfid"}.intersection(metrics):
             raise VugenError(

@@ -4,6 +4,8 @@ Nothing here changes a weight: parameters do not require gradients and every pas
 """
 
 import hashlib
+import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe, parse_recipe
 from vugen_cli.vlm.latents import find_projector, read_latents, to_grid, vision_inputs
 
+WORDS = "words.json"  # in the directory of a VLM that lists the words of its captions
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values
 
 
@@ -63,6 +66,7 @@ class FrozenVLM:
         model, processor: the transformers objects.
         decoder: the language model's stack of layers.
         fingerprint: a hash over the names, shapes and values of the weights.
+        words: every word of the captions it was trained on, where its directory lists them.
     """
 
     def __init__(self, name: str, model: Any, processor: Any, recipe: Recipe | None = None):
@@ -72,6 +76,7 @@ class FrozenVLM:
         self.decoder: nn.Module = model.get_decoder().base_model  # without a vocabulary head
         self.device: torch.device = next(model.parameters()).device
         self.fingerprint = fingerprint(model)
+        self.words: frozenset[str] | None = None
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -98,6 +103,12 @@ class FrozenVLM:
             where = f" at {size} px (recipe key vlm_size)" if size else ""
             raise VugenError(f"{self.name} cannot read images{where}: {_first_line(error)}") from error
         return to_grid(tokens, inputs, len(images), self.model).float()
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of a prompt that no training caption had; none for a VLM that does not list its words."""
+        if self.words is None:
+            return []
+        return [word for word in dict.fromkeys(words_of(prompt)) if word not in self.words]
 
     def prompt_text(self, prompt: str) -> str:
         """The prompt in the recipe's instruction and the model's chat template, if it has one."""
@@ -236,6 +247,11 @@ def fingerprint(model: nn.Module) -> str:
         return hashlib.sha256(b"".join(pool.map(digest, sorted(model.state_dict().items())))).hexdigest()
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text in order, in lower case."""
+    return re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text.lower())
+
+
 def bundle(name: str) -> Path:
     """Where a part of the bundled nano line lies in the installed package: `vlm`, `sampler.safetensors`."""
     return Path(__file__).parent.parent / "bundles" / "nano" / name
@@ -255,7 +271,14 @@ def load_vlm(name: str, device: torch.device | str | None = None, recipe: Recipe
     """
     recipe = recipe or Recipe()
     model, processor = load_model(name, device, recipe.vlm_dtype)
-    return FrozenVLM(name, model, processor, recipe)
+    frozen = FrozenVLM(name, model, processor, recipe)
+    listing = (bundle("vlm") if name == "nano" else Path(name)) / WORDS
+    if listing.is_file():
+        try:
+            frozen.words = frozenset(map(str, json.loads(listing.read_text())))
+        except (OSError, ValueError, TypeError) as error:
+            raise VugenError(f"{listing} is not a JSON list of words: remove it or train again") from error
+    return frozen
 
 
 def load_model(

@@ -29,10 +29,12 @@ from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_b
 from vugen_cli.engine.distributed import from_all, weight_of
 from vugen_cli.engine.loop import RunOptions, Stage, train
 from vugen_cli.errors import VugenError
+from vugen_cli.files import write_json
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first, rank, world_size
 from vugen_cli.recipe import NanoVLM, Recipe
 from vugen_cli.vlm.chat import ask
+from vugen_cli.vlm.frozen import WORDS, words_of
 from vugen_cli.vlm.latents import projector_states
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<image>", "<user>", "<assistant>", "<unk>"]
@@ -368,6 +370,11 @@ def save_vlm(model: Any, processor: Any, path: str | Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def save_words(captions: Iterable[str], vlm: Path) -> None:
+    """Write the words of the training captions to the VLM's directory, so that it can say which it lacks."""
+    write_json(vlm / WORDS, sorted({word for caption in captions for word in words_of(caption)}))
+
+
 def train_vlm(
     recipe: Recipe, data: Path, out: Path, device: torch.device, options: RunOptions = RunOptions()
 ) -> dict[str, float]:
@@ -412,4 +419,5 @@ def train_vlm(
     if not is_first():
         return {}
     save_vlm(model, processor, out)
+    save_words(captions, out)
     return caption_accuracy(model, processor, ShardedImages(data, "val")) if has_val else {}

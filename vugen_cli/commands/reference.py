@@ -1,0 +1,71 @@
+"""The command reference, docs/commands.md, written from the commands themselves.
+
+`python -m vugen_cli.commands.reference` writes it anew.
+"""
+
+import typing
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+PAGE = Path("docs/commands.md")
+HOW = "python -m vugen_cli.commands.reference"
+
+
+def reference() -> str:
+    """The page: every command's help, arguments and options, in the order of `vugen --help`."""
+    from typer.main import get_command
+
+    from vugen_cli.app import app
+
+    group: Any = get_command(app)
+    parts = [f"# Commands\n\nWritten from the commands by `{HOW}`; do not edit.\n"]
+    parts.append(_options("vugen", group))
+    for name, command in group.commands.items():
+        parts.append(_options(f"vugen {name}", command))
+    return "\n".join(parts)
+
+
+def _options(title: str, command: Any) -> str:
+    """One command: its help, where a paragraph marked \\b is kept as it is, and a table of its options."""
+    text = [f"## {title}\n"]
+    for paragraph in command.help.split("\n\n"):
+        lines = paragraph.strip().splitlines()
+        if lines[0] == "\b":
+            text.append("\n".join(["```text", *lines[1:], "```\n"]))
+        else:
+            text.append(" ".join(line.strip() for line in lines) + "\n")
+    kinds = typing.get_type_hints(command.callback)
+    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+    rows = [_row(parameter, kinds.get(parameter.name)) for parameter in shown if parameter.name != "help"]
+    if rows:
+        text.append("\n".join(["| Option | Value | Meaning |", "|---|---|---|", *rows]) + "\n")
+    return "\n".join(text)
+
+
+def _row(parameter: Any, kind: Any) -> str:
+    """An option's names, what it takes (from its annotation), and its help with its default."""
+    if parameter.param_type_name == "argument":
+        names = f"`{parameter.name.upper()}`"
+    else:
+        names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
+    meaning = " ".join((parameter.help or "").split()).replace("|", "\\|")
+    default = getattr(parameter.default, "value", parameter.default)
+    if isinstance(default, (int, float, str, Path)) and not isinstance(default, bool):
+        meaning += f" [default: {default}]"
+    return f"| {names} | {_value(kind)} | {meaning} |"
+
+
+def _value(kind: Any) -> str:
+    """What an option of this type takes; nothing for a switch."""
+    inner = [k for k in typing.get_args(kind) if k is not type(None)]
+    if inner:  # Optional or list
+        return _value(inner[0])
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return ", ".join(f"`{member.value}`" for member in kind)
+    return {int: "integer", float: "number", str: "text", Path: "path"}.get(kind, "")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(reference())
+    print(f"wrote {PAGE}")
