@@ -93,7 +93,7 @@ class VugenPipeline(DiffusionPipeline):
         """Of the expert's weights."""
         return next(self.sampler.expert.parameters()).dtype
 
-    def to(self, device: str | torch.device) -> Self:  # type: ignore[override]
+    def to(self, device: str | torch.device) -> Self:
         """Move every network to a device."""
         self.sampler.to(torch.device(device))
         return self
