@@ -50,10 +50,10 @@ def stored_files(images: ShardedImages, count: int) -> list[bytes]:
     """The encoded pictures of the first samples."""
     found: list[bytes] = []
     for shard in range(len(images.counts)):
-        descriptor, samples = images._shard(shard)
+        file, samples = images._shard(shard)
         for members in samples:
             offset, size = members["png"] if "png" in members else members["jpg"]
-            found.append(os.pread(descriptor, size, offset))
+            found.append(os.pread(file.fileno(), size, offset))
             if len(found) == count:
                 return found
     return found

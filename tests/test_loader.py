@@ -1,5 +1,7 @@
 """The stream: exact, seeded, resumable, and unafraid of damage."""
 
+import json
+import os
 import shutil
 from collections import Counter
 from itertools import islice
@@ -138,3 +140,18 @@ def test_ranks_and_workers_see_every_sample_once_an_epoch_from_fewer_shards_of_d
             seen[number // 6].update(str(meta["source_key"]) for meta in batch.meta)
     for epoch in seen:
         assert len(epoch) == 36 and set(epoch.values()) == {1}
+
+
+def test_shards_that_are_let_go_of_are_closed(scenes: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(scenes)
+    shard = manifest["splits"]["train"]["shards"][0]
+    shards = [{**shard, "name": f"{number}.tar"} for number in range(150)]  # far more than are kept open
+    for copy in shards:
+        (tmp_path / copy["name"]).symlink_to((scenes / shard["name"]).resolve())
+    manifest["splits"] = {"train": {"count": 150 * shard["samples"], "shards": shards}}
+    (tmp_path / "dataset.json").write_text(json.dumps(manifest))
+    images = ShardedImages(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(150):
+        images.read(number, 0)
+    assert len(os.listdir("/proc/self/fd")) - before <= 64

@@ -104,10 +104,16 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(copy: Path, address: 
 
 def test_a_manifest_cannot_name_a_file_outside_its_data_set(copy: Path) -> None:
     manifest = json.loads((copy / "dataset.json").read_text())
-    manifest["splits"]["train"]["shards"][0]["name"] = "../secret.tar"
-    (copy / "dataset.json").write_text(json.dumps(manifest))
-    with pytest.raises(VugenError, match="missing"):
-        ShardedImages(f"file://{copy}")
+    for name in (
+        "../secret.tar",
+        "a;touch b.tar",
+        "$(touch b).tar",
+        "-rf.tar",
+    ):  # a far shell would run these
+        manifest["splits"]["train"]["shards"][0]["name"] = name
+        (copy / "dataset.json").write_text(json.dumps(manifest))
+        with pytest.raises(VugenError, match="no plain file name"):
+            ShardedImages(f"file://{copy}")
 
 
 def test_a_command_that_only_a_checkpoint_names_is_not_run() -> None:

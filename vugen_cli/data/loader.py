@@ -10,13 +10,14 @@ import io
 import itertools
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import simplejpeg
@@ -133,6 +134,11 @@ class ShardedImages:
         self.facts = shards
         self.counts = np.array([s["samples"] for s in shards], dtype=np.int64)
         for name in self.names:
+            if is_remote(path) and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+                # The far shell of `pipe:ssh host cat {}` would run what a manifest put into a name.
+                raise VugenError(
+                    f"dataset.json of {path} names a shard {name!r}, which is no plain file name"
+                )
             if Path(name).name != name or not (is_remote(path) or (Path(path) / name).is_file()):
                 raise VugenError(f"shard {name} of {path} is missing: run `vugen prepare` again")
         self.size: int = self.manifest["size"]
@@ -148,8 +154,8 @@ class ShardedImages:
         self.__dict__.update(state)
         self._shard = lru_cache(maxsize=64)(self._open_shard)
 
-    def _open_shard(self, shard: int) -> tuple[int, list[dict[str, tuple[int, int]]]]:
-        """A file descriptor and, for each sample, where each of its members lies."""
+    def _open_shard(self, shard: int) -> tuple[IO[bytes], list[dict[str, tuple[int, int]]]]:
+        """The file, closed when the cache lets go of it, and for each sample where each member lies."""
         if is_remote(self.directory):
             path = fetched(str(self.directory), self.facts[shard])
         else:
@@ -163,7 +169,7 @@ class ShardedImages:
                         samples.setdefault(key, {})[kind] = (member.offset_data, member.size)
         except tarfile.TarError:
             pass  # a truncated shard: what was listed before the damage can still be read
-        return os.open(path, os.O_RDONLY), list(samples.values())
+        return open(path, "rb", buffering=0), list(samples.values())
 
     def read(
         self, shard: int, index: int, place: np.ndarray | None = None
@@ -177,7 +183,7 @@ class ShardedImages:
         Raises:
             ValueError, OSError: the sample is damaged or missing from its shard.
         """
-        descriptor, samples = self._shard(shard)
+        file, samples = self._shard(shard)
         if index >= len(samples):
             raise ValueError(f"sample {index} is missing from {self.names[shard]}")
         members = samples[index]
@@ -186,7 +192,7 @@ class ShardedImages:
             for kind in kinds:
                 if kind in members:
                     offset, size = members[kind]
-                    data = os.pread(descriptor, size, offset)
+                    data = os.pread(file.fileno(), size, offset)
                     if len(data) == size:
                         return data
             raise ValueError(f"sample {index} of {self.names[shard]} has no readable {'/'.join(kinds)}")
