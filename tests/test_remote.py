@@ -59,7 +59,7 @@ def same_as(path: Path, images: ShardedImages, workers: int = 0) -> bool:
 
 def test_a_web_server_gives_the_same_stream_and_each_shard_once(copy: Path, address: str) -> None:
     assert same_as(copy, ShardedImages(address))
-    # Then in workers, which find all shards there: one that is stopped while it fetches would leave a second try.
+    # Then in workers, which find every shard there: one stopped while it fetches would leave a second try.
     assert same_as(copy, ShardedImages(address), workers=2)
     shards = {path: times for path, times in asked.items() if path.endswith(".tar")}
     assert len(shards) == 4 and set(shards.values()) == {1}
