@@ -50,6 +50,11 @@ def test_every_group_has_as_many_different_prompts_and_knows_its_real_scenes() -
             assert all(judge(sample.captions[0], sample.meta["scene"]).values())
 
 
+def test_a_group_with_fewer_captions_than_asked_for_ends_the_search() -> None:
+    sizes = {group: len(samples) for group, samples in evaluation_scenes(160, size=8).items()}
+    assert sizes["pair"] == sizes["seen"] == sizes["count"] == 160 and 77 <= sizes["held_out"] < 160
+
+
 def test_the_command_draws_judges_and_sets_the_judge_beside(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

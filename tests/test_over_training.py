@@ -1,5 +1,6 @@
 """Scores over training: kept checkpoints are whole samplers, scored once, on one picture."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from test_training import changed
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
-from vugen_cli.engine.checkpoint import load_checkpoint
+from vugen_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+from vugen_cli.engine.loop import StopSignals
 from vugen_cli.engine.sampling import load_sampler
 from vugen_cli.engine.train_sampler import train_sampler
+from vugen_cli.errors import Stopped
 from vugen_cli.recipe import Recipe
 
 
@@ -40,6 +43,30 @@ def test_kept_checkpoints_are_scored_once_and_the_last_is_the_sampler(
 
     monkeypatch.setattr("vugen_cli.metrics.over_training.draw", never)
     assert CliRunner().invoke(app, command).exit_code == 0
+    tensors, card = load_checkpoint(kept[0])
+    save_checkpoint(kept[0], {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, card)
+    assert isinstance(CliRunner().invoke(app, command).exception, AssertionError)  # other weights are drawn
+
+
+def test_a_run_that_is_stopped_at_a_kept_step_has_that_checkpoint(
+    trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(tiny_recipe, "train_sampler.keep_every=2")
+    out = tmp_path / "s.safetensors"
+    monkeypatch.setattr("vugen_cli.engine.loop.StopSignals", Asked)
+    for _ in range(4):  # each time one step, then a signal
+        with contextlib.suppress(Stopped):
+            train_sampler(recipe, trained / "reducer.safetensors", scenes, out, torch.device("cpu"))
+    kept = sorted(path.stem for path in (tmp_path / "s.run").glob("step-*.safetensors"))
+    assert kept == ["step-0000002", "step-0000004"]
+
+
+class Asked(StopSignals):
+    """A signal that has come already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = True
 
 
 def test_a_run_without_kept_checkpoints_says_how_to_keep_them(trained: Path) -> None:

@@ -152,7 +152,7 @@ def report_page(
         (
             "What the bundled sampler draws",
             "gallery/grid.png",
-            "One row a prompt, four seeds. It was trained by the same commands, for hours.",
+            "One row a prompt, four seeds. It was trained by the same commands, for longer.",
         ),
         (
             "What this demo's sampler draws",

@@ -216,6 +216,10 @@ def train(
             lap("logging")
             done = step + 1
             last = done == settings.steps
+            # Before the state: a run that stops here goes on after this step.
+            if stage.save and settings.keep_every and done % settings.keep_every == 0:
+                with average.in_place():
+                    stage.save(run / f"step-{done:07d}.safetensors", done)
             if last or stopping or done % settings.checkpoint_every == 0:
                 save_state(writer, stage, average, optimizer, done)
             if is_first() and (last or stopping or done % settings.preview_every == 0):
@@ -229,9 +233,6 @@ def train(
                 with average.in_place(), autocast if spread.sharded else contextlib.nullcontext():
                     module.eval()
                     preview(stage, run / f"preview-{done:07d}.png", spread.sharded or shards_vlm(engine))
-            if stage.save and settings.keep_every and done % settings.keep_every == 0:
-                with average.in_place():
-                    stage.save(run / f"step-{done:07d}.safetensors", done)
     if profile:
         profile.next_step()
     average.copy_into_module()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vugen_cli.data.loader import ShardedImages
+from vugen_cli.data.loader import ShardedImages, read_manifest
 from vugen_cli.engine.checkpoint import read_card
 from vugen_cli.engine.draw import draw
 from vugen_cli.engine.sampling import load_sampler
@@ -79,8 +79,10 @@ def score_over_training(
         for path in checkpoints:
             card = read_card(path)
             data = reference or Path(card["data"]["path"])
-            asked = [str(data.resolve()), count, seed, extractor.label, extractor.identity, card]
-            key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+            asked = [read_manifest(data), count, seed, extractor.label, extractor.identity]
+            digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
+            digest.update(path.read_bytes())
+            key = digest.hexdigest()
             if key not in known:
                 samples = run / "over-training" / path.stem
                 sampler = load_sampler(path, vlm, device)
