@@ -36,9 +36,9 @@ def main() -> None:
         tensors, card = load_checkpoint(options.sampler, "sampler")
         if options.decoder:
             autoencoder, _, _ = load_autoencoder(options.sampler, torch.device("cpu"))
-            autoencoder.decoder, other = load_decoder(options.decoder, autoencoder, torch.device("cpu"))
-            tensors |= with_prefix(autoencoder.state_dict(), "autoencoder")
-            card["recipe"]["decoder"] = other["recipe"]["decoder"]
+            other, facts = load_decoder(options.decoder, autoencoder, torch.device("cpu"))
+            tensors |= with_prefix(other.state_dict(), "autoencoder")
+            card["recipe"]["decoder"] = facts["recipe"]["decoder"]
         card["recipe"] = parse_recipe(card["recipe"], str(options.sampler), options.set).model_dump(
             mode="json"
         )
