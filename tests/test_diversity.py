@@ -41,6 +41,10 @@ def test_the_command_scores_each_prompts_seeds_and_shows_one(
     monkeypatch.chdir(tmp_path)
     drawn(tmp_path / "alike", {"a": [(9, 9, 9)], "b": [(200, 0, 0), (0, 0, 200), (0, 200, 0)]})
     command = ["score", "--diversity", "--vlm", str(vlm_path), "--features", "vlm", "--images", "alike"]
+    whole = Path("alike/b-0.png").read_bytes()
+    Path("alike/bad.png").write_bytes(whole[: len(whole) // 2])
+    with open("alike/samples.jsonl", "a") as listing:
+        listing.write("\n" + json.dumps({"file": "bad.png", "prompt": "b", "index": 3}))
     result = CliRunner().invoke(app, [*command, "--reference", "alike"])
     assert result.exit_code == 0, result.exception
     report = json.loads(Path("scores.json").read_text())
@@ -48,6 +52,7 @@ def test_the_command_scores_each_prompts_seeds_and_shows_one(
     assert distance["parameters"]["prompts"] == 1 and distance["parameters"]["images_of_a_prompt"] == [3]
     assert distance["value"] > 0 and 1 < vendi["value"] <= 3
     assert distance["parameters"]["real"] == pytest.approx(distance["value"])
+    assert report["images"]["count"] == 4 and len(report["images"]["bad"]) == 1
     assert Path("diversity.png").is_file()
 
 

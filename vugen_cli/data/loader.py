@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vugen_cli.data.images import adm_crop
-from vugen_cli.data.remote import fetched, is_remote, opened
+from vugen_cli.data.remote import fetched, is_remote, opened, shard_cache
 from vugen_cli.errors import VugenError
 from vugen_cli.processes import rank, world_size
 from vugen_cli.recipe import Recipe
@@ -142,6 +142,7 @@ class ShardedImages:
             if Path(name).name != name or not (is_remote(path) or (Path(path) / name).is_file()):
                 raise VugenError(f"shard {name} of {path} is missing: run `vugen prepare` again")
         self.size: int = self.manifest["size"]
+        self.cache = shard_cache()  # of this process: a worker's environment may be older
         self._shard = lru_cache(maxsize=64)(self._open_shard)
 
     def __len__(self) -> int:
@@ -157,7 +158,7 @@ class ShardedImages:
     def _open_shard(self, shard: int) -> tuple[IO[bytes], list[dict[str, tuple[int, int]]]]:
         """The file, closed when the cache lets go of it, and for each sample where each member lies."""
         if is_remote(self.directory):
-            path = fetched(str(self.directory), self.facts[shard])
+            path = fetched(str(self.directory), self.facts[shard], self.cache)
         else:
             path = Path(self.directory) / self.names[shard]
         samples: dict[str, dict[str, tuple[int, int]]] = {}

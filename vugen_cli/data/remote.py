@@ -64,12 +64,18 @@ def opened(base: str, name: str) -> Iterator[IO[bytes]]:
         raise VugenError(f"cannot get {name} of {base}: {reason}") from error
 
 
-def fetched(base: str, shard: dict[str, Any]) -> Path:
+def shard_cache() -> Path:
+    """Where copies of shards are kept."""
+    return user_cache() / "shards"
+
+
+def fetched(base: str, shard: dict[str, Any], folder: Path | None = None) -> Path:
     """The local copy of a shard, fetched if there is none; of several processes one fetches, the others wait.
 
     Args:
         base: as for `opened`.
         shard: its `name` and `sha256` in `dataset.json`.
+        folder: of the copies; default: `shard_cache` of this process.
 
     Raises:
         VugenError: as `opened`; the bytes are not those that `dataset.json` notes; the disk is full.
@@ -77,7 +83,7 @@ def fetched(base: str, shard: dict[str, Any]) -> Path:
     digest = str(shard["sha256"])
     if len(digest) != 64 or not digest.isalnum():
         raise VugenError(f"dataset.json of {base} has no SHA-256 of {shard['name']}")
-    folder = user_cache() / "shards"
+    folder = folder or shard_cache()
     path = folder / f"{digest}.tar"
     if path.is_file():
         return path

@@ -155,6 +155,10 @@ def score_composition(
                         "sampling": sampler.settings(guidance=guidance),
                         "seed_of_samples": seed,
                     },
+                    warning=f"the judge is right on {real_right.mean():.0f}% of real scenes: it says "
+                    "little of drawn ones."
+                    if real_right.mean() < 50
+                    else None,
                 )
             )
     return {

@@ -8,7 +8,7 @@ import torch
 
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.features import Extractor
-from vugen_cli.metrics.prompted_images import prompted_images, resampled_means, score_entry
+from vugen_cli.metrics.prompted_images import PromptedImages, prompted_images, resampled_means, score_entry
 from vugen_cli.metrics.scores import versions
 from vugen_cli.pictures import save_grid
 
@@ -59,8 +59,9 @@ def score_diversity(
     Raises:
         VugenError: the set has no prompts, or no prompt has two images.
     """
-    found = _by_prompt(images, extractor, count, progress)
-    real = _by_prompt(reference, extractor, None, progress) if reference else {}
+    drawn = prompted_images(images, count)
+    found = _by_prompt(drawn, extractor, progress)
+    real = _by_prompt(prompted_images(reference), extractor, progress) if reference else {}
     if not found:
         raise VugenError(
             f"--diversity: no prompt of {images} has two images; draw several: `vugen sample -n 16`"
@@ -98,7 +99,7 @@ def score_diversity(
         )
     return {
         "scores": entries,
-        "images": prompted_images(images, count).images.describe(),
+        "images": drawn.images.describe(),
         "reference": None,
         "versions": versions(),
         "warning": extractor.warning,
@@ -106,13 +107,13 @@ def score_diversity(
 
 
 def _by_prompt(
-    images: Path, extractor: Extractor, count: int | None, progress: bool
+    images: PromptedImages, extractor: Extractor, progress: bool
 ) -> dict[str, tuple[np.ndarray, list[torch.Tensor]]]:
     """Unit features float64 [n, d], and the pictures, of each prompt that has at least two images."""
     prompts: list[str] = []
     pictures: list[torch.Tensor] = []
     features: list[torch.Tensor] = []
-    for _, prompt, image in prompted_images(images, count).read("diversity", progress):
+    for _, prompt, image in images.read("diversity", progress):
         prompts.append(prompt)
         pictures.append(image)
         # One at a time: images may differ in size, and a prompt's seeds are few.
