@@ -37,7 +37,7 @@ PROMPTS = [
 ]
 GALLERY = 4  # images of each prompt that the bundled sampler draws
 PER_PROMPT = 12  # images of each prompt that are scored
-# Sized for about six minutes on two CPU cores; the full recipe trains many times longer.
+# Sized for about five minutes on two CPU cores; the full recipe trains many times longer.
 SETTINGS = [
     "train_reducer.steps=260",
     "train_reducer.batch_size=16",
