@@ -32,14 +32,8 @@ from vugen_cli.vlm.frozen import FrozenVLM, fingerprint, load_vlm
 
 STATISTICS_IMAGES = 10_000  # enough for a per-channel mean and deviation to three digits
 REPORT_IMAGES = 1_000
-DECODING = {
-    "steps",
-    "solver",
-    "shift",
-    "noise",
-    "losses",
-    "image_size",
-}  # says nothing of the decoder's weights
+# What of the decoder's recipe says nothing of its weights.
+DECODING = {"steps", "solver", "shift", "noise", "losses", "image_size"}
 
 
 class Autoencoder(nn.Module):
