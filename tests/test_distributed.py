@@ -15,6 +15,7 @@ from test_training import metrics, wait_for
 
 from vugen_cli.engine.checkpoint import load_checkpoint
 from vugen_cli.seeds import BatchGenerator, draw
+from vugen_cli.vlm.frozen import bundle
 
 # Every command in one job: starting two processes takes longer than all that they do here.
 SCRIPT = """
@@ -69,6 +70,9 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
     wide = ["engine.strategy=fsdp", "engine.shard_vlm=true", "engine.recompute=true", "engine.accumulate=2"]
     wide += ["engine.compile=true", "engine.offload=true"]
     half = ["engine.strategy=fsdp", "train_sampler.precision=bfloat16"]
+    score = ["score", "--features", "vlm", "--vlm", str(vlm_path), "--batch-size", "8", "--no-cache"]
+    tar, other = str(scenes / "train-000000.tar"), str(scenes / "train-000001.tar")
+    bundled = str(bundle("sampler.safetensors"))
     return [
         ["prepare", "--dataset", "openmoji", "--count", "12", "--shard-size", "5", "--out", "drawn"],
         ["train-vlm", *small, "--out", "vlm", *sets(vlm_path, *sizes)],
@@ -78,6 +82,12 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
         ["train-sampler", *small, "--out", "h.safetensors", *sets(vlm_path, *half)],
         ["sample", "a bear", "two cats", "a tree", "-n", "2", "--sampler", "s.safetensors"],
         ["inspect", "s.safetensors"],
+        ["reconstruct", "--reducer", bundled, "--images", str(scenes), "--count", "20", "--out", "rec"],
+        [*score, "--fid", "--kid", "--pr", "--images", tar, "--reference", str(scenes), "--out", "sets.json"],
+        [*score, "--psnr", "--images", tar, "--reference", other, "--out", "pairs.json"],
+        ["score", "--vqa-score", "--images", tar, "--vlm", "nano", "--count", "9", "--out", "prompts.json"],
+        [*score, "--diversity", "--images", "samples", "--out", "diversity.json"],
+        ["score", "--composition", "--sampler", bundled, "--count", "2", "--out", "composition.json"],
     ]  # fmt: skip
 
 
@@ -151,6 +161,26 @@ def test_shards_and_pictures_do_not_depend_on_the_number_of_processes(
     assert all((together[0] / "samples" / json.loads(row)["file"]).is_file() for row in rows[1])
 
 
+def test_scores_do_not_depend_on_the_number_of_processes(
+    alone: Path, together: tuple[Path, str, str, int]
+) -> None:
+    for name in ("sets.json", "pairs.json", "prompts.json", "composition.json"):
+        one, two = (json.loads((folder / name).read_text()) for folder in (alone, together[0]))
+        assert len(one["scores"]) == len(two["scores"]) > 0
+        for a, b in zip(one["scores"], two["scores"], strict=True):
+            assert a["name"] == b["name"] and a["value"] == pytest.approx(b["value"], rel=1e-9)
+        assert one["images"] == two["images"] and one.get("reference") == two.get("reference")
+    assert json.loads((together[0] / "diversity.json").read_text())["images"]["count"] == 6
+    one, two = (
+        json.loads((folder / "rec/reconstruction.json").read_text()) for folder in (alone, together[0])
+    )
+    assert one["images"] == two["images"] and one["images"]["count"] == 20
+    for key in ("psnr", "ssim", "frechet"):
+        assert one[key] == pytest.approx(two[key], rel=1e-9)
+    pictures = [(folder / "rec/reconstruction.png").read_bytes() for folder in (alone, together[0])]
+    assert pictures[0] == pictures[1]
+
+
 def test_only_the_first_process_speaks_and_a_failure_of_one_is_told_once(
     together: tuple[Path, str, str, int],
 ) -> None:
@@ -158,7 +188,7 @@ def test_only_the_first_process_speaks_and_a_failure_of_one_is_told_once(
     assert said.count("wrote reducer.safetensors") == said.count("drawn: train, 12 images") == 1
     lines = [line for line in errors.splitlines() if "error: " in line and "exitcode" not in line]
     assert status != 0
-    assert lines == ["error: only the second process knows why"]
+    assert lines == ["error: only the second process knows why"], errors[-3000:]
 
 
 def test_a_lost_process_is_replaced_and_the_job_ends_with_the_same_weights(

@@ -125,7 +125,7 @@ def test_the_bundled_vlm_reads_held_out_scenes(scenes: Path) -> None:
         pytest.skip("no bundle in this checkout")
     vlm = load_vlm("nano")
     scores = caption_accuracy(vlm.model, vlm.processor, ShardedImages(scenes, "val"))
-    assert scores["held_out_count"] + scores["seen_count"] >= 8
+    assert scores["held_out_scenes"] + scores["seen_scenes"] >= 8
     for group in ("seen", "held_out"):
         assert scores[f"{group}_setting"] >= 0.9 and scores[f"{group}_subject"] >= 0.7
 

@@ -55,7 +55,13 @@ def write_samples(folder, drawn):
 
 def read(pairs):
     """(name, prompt, top left value) of each image."""
-    return [(name, prompt, int(image[0, 0, 0])) for name, prompt, image in pairs.read("test", False)]
+    return pairs.judged(lambda batch: [int(image[0, 0, 0]) for _, _, image in batch], "test", 2, False)
+
+
+def pictures(pairs):
+    """(prompt, image) of each image."""
+    seen = pairs.judged(lambda batch: [image for _, _, image in batch], "test", progress=False)
+    return [(prompt, image) for _, prompt, image in seen]
 
 
 def by_name(scores):
@@ -178,7 +184,7 @@ def test_clip_score_is_hessels_and_the_cosine_is_plain(tmp_path, clip):
     tokenizer = open_clip.get_tokenizer("tiny-of-prompts")
     expected = {"A photo depicts ": [], "": []}
     with torch.inference_mode():
-        for (prompt, _), (_, _, image) in zip(drawn, pairs.read("x", False), strict=True):
+        for (prompt, _), (_, image) in zip(drawn, pictures(pairs), strict=True):
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
             seen = clip.network.encode_image(clip.preprocess(picture)[None])
             for prefix, cosines in expected.items():
@@ -254,7 +260,7 @@ def test_the_judges_answer_is_the_ratio_of_the_first_tokens(tmp_path, asked_path
     assert judge(image, question) == pytest.approx(expected.item(), rel=1e-6)
     pairs = prompted_images(write_samples(tmp_path, [("a bear", 10), ("a bear", 200), ("a cat", 60)]))
     (entry,) = vqa_scores(pairs, judge, progress=False)
-    each = [judge(im, f'Does this figure show "{p}"?') for _, p, im in pairs.read("x", False)]
+    each = [judge(im, f'Does this figure show "{p}"?') for p, im in pictures(pairs)]
     assert entry["value"] == pytest.approx(np.mean(each), rel=1e-12)
     assert entry["parameters"]["question"] == 'Does this figure show "{prompt}"? Please answer yes or no.'
     assert entry["parameters"]["vlm_fingerprint"] == vlm.fingerprint

@@ -60,6 +60,8 @@ SPREAD = (
     "train-vlm",
     "train-vae",
     "sample",
+    "reconstruct",
+    "score",
 )  # share their work out
 
 

@@ -114,6 +114,41 @@ def wait_for_all(what: str) -> None:
         _store.wait([f"{what}/{r}" for r in range(world_size())], timedelta(days=30))
 
 
+def from_first(value: Any) -> Any:
+    """The first process's value, on every process; small picklable things."""
+    box = [value]
+    if world_size() > 1:
+        import torch
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's value, in their order, on every process; small picklable things."""
+    values: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.all_gather_object(values, value)
+    return values
+
+
+def to_first(value: Any) -> list[Any]:
+    """Every process's value, in their order, on the first process; on another only its own.
+
+    Values may be large: they travel once.
+    """
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world_size()
+    dist.gather_object(value, values if is_first() else None)
+    return values if is_first() else [value]
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error is what talking to a process that is gone looks like."""
     words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")

@@ -46,9 +46,12 @@ def reconstruct(
     """
     from vugen_cli.engine.loop import pick_device
     from vugen_cli.engine.reconstruct import reconstruct as run
+    from vugen_cli.processes import is_first, join
 
-    where = pick_device(device)
+    where = join(pick_device(device))
     report = run(reducer, images, out, count, steps, seed, vlm, where, allow_vlm_mismatch, save_images, full)
+    if not is_first():
+        return
     for name, found in (("from all of z", report.get("full")), ("from reduced z", report)):
         if found:
             typer.echo(f"{name}: {summary(found)}")

@@ -8,6 +8,7 @@ import typer
 
 from vugen_cli.commands.options import DeviceOption
 from vugen_cli.errors import VugenError
+from vugen_cli.processes import from_first, is_first, join
 
 if TYPE_CHECKING:
     from vugen_cli.metrics.features import Extractor
@@ -159,28 +160,6 @@ def score(
       vugen score --composition --sampler sampler.safetensors --count 500
       vugen score --over-training sampler.run --over-training baseline-sampler.run --features vlm
     """
-    if understanding:
-        _print_understanding(_understanding(sampler, images, count or 4, vlm, device), out)
-        return
-    if over_training:
-        from vugen_cli.engine.loop import pick_device
-        from vugen_cli.metrics.over_training import kept_checkpoints
-
-        where = pick_device(device)
-        for run in over_training:
-            kept_checkpoints(run)  # what is missing is told before a network is loaded
-        extractor = load_extractor(features, vlm, clip, dinov2, inception_weights, over_training[0], where)
-        _over_training(over_training, extractor, reference, count or 256, no_cache, out, where)
-        return
-    if composition:
-        from vugen_cli.engine.draw import pick_sampler
-        from vugen_cli.engine.loop import pick_device
-        from vugen_cli.engine.sampling import load_sampler
-        from vugen_cli.metrics.composition import score_composition
-
-        loaded = load_sampler(pick_sampler(sampler), vlm, pick_device(device))
-        _finish([score_composition(loaded, count or 100, out.parent / "composition")], out)
-        return
     asked = {"fid": fid, "kid": kid, "is": inception_score, "sfid": sfid, "pr": pr, "dc": dc}
     metrics = [name for name, wanted in asked.items() if wanted]
     asked_of_pairs = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
@@ -189,19 +168,16 @@ def score(
         "clip-score": clip_score, "vqa-score": vqa_score, "dpg-bench": dpg_bench, "geneval": geneval
     }  # fmt: skip
     prompt_metrics = [name for name, wanted in asked_of_prompts.items() if wanted]
-    if not (metrics or pair_metrics or prompt_metrics or diversity):
-        every = ", ".join(
-            f"--{name}"
-            for name in (
-                *asked,
-                *asked_of_pairs,
-                *asked_of_prompts,
-                "diversity",
-                "composition",
-                "understanding",
-            )
-        )
-        raise VugenError(f"no metric was asked for: add one or several of {every}.")
+    asked_alone = {"composition": composition, "understanding": understanding, "over-training": over_training}
+    alone = [name for name, wanted in asked_alone.items() if wanted]
+    others = [*metrics, *pair_metrics, *prompt_metrics, *(["diversity"] if diversity else [])]
+    if not (alone or others):
+        every = (*asked, *asked_of_pairs, *asked_of_prompts, "diversity", *asked_alone)
+        names = ", ".join(f"--{name}" for name in every)
+        raise VugenError(f"no metric was asked for: add one or several of {names}.")
+    if alone and len(alone + others) > 1:
+        rest = " and ".join(f"--{name}" for name in (alone + others)[1:])
+        raise VugenError(f"--{alone[0]} draws its own pictures or none: ask for {rest} in another call.")
     if save_stats is not None and save_stats.suffix != ".npz":
         raise VugenError(f"--save-stats {save_stats}: statistics are written as .npz.")
 
@@ -210,7 +186,28 @@ def score(
     from vugen_cli.metrics.pairs import score_pairs
     from vugen_cli.metrics.scores import score_sets
 
-    where = pick_device(device)
+    where = join(pick_device(device))
+    cache = None if no_cache else cache_folder()
+    if understanding:
+        if is_first():  # two answers to a question are no work to share out
+            _print_understanding(_understanding(sampler, images, count or 4, vlm, where), out)
+        return
+    if over_training:
+        from vugen_cli.metrics.over_training import kept_checkpoints
+
+        for run in over_training:
+            kept_checkpoints(run)  # what is missing is told before a network is loaded
+        extractor = load_extractor(features, vlm, clip, dinov2, inception_weights, over_training[0], where)
+        _over_training(over_training, extractor, reference, count or 256, cache, out, where)
+        return
+    if composition:
+        from vugen_cli.engine.draw import pick_sampler
+        from vugen_cli.engine.sampling import load_sampler
+        from vugen_cli.metrics.composition import score_composition
+
+        loaded = load_sampler(pick_sampler(sampler), vlm, where)
+        _finish([score_composition(loaded, count or 100, out.parent / "composition")], out)
+        return
     given_reference = reference is not None
     if images is None:
         images = newest_samples(Path.cwd())
@@ -247,7 +244,16 @@ def score(
 
         real = reference if given_reference else None
         picture = out.with_name("diversity.png")
-        reports.insert(0, score_diversity(images, extractor, reference=real, count=count, picture=picture))
+        report = score_diversity(
+            images,
+            extractor,
+            reference=real,
+            count=count,
+            batch_size=batch_size,
+            cache=cache,
+            picture=picture,
+        )
+        reports.insert(0, report)
     if metrics or save_stats is not None:
         report = score_sets(
             images,
@@ -257,7 +263,7 @@ def score(
             count=count,
             batch_size=batch_size,
             save_stats=save_stats,
-            cache=None if no_cache else cache_folder(),
+            cache=cache,
         )
         reports.insert(0, report)
     _finish(reports, out)
@@ -265,6 +271,8 @@ def score(
 
 def _finish(reports: list[dict[str, Any]], out: Path) -> None:
     """Print reports, then write them: an unwritable file should not cost an hour's result."""
+    if not is_first():
+        return
     from vugen_cli.files import write_json
 
     _print(reports)
@@ -278,19 +286,19 @@ def _over_training(
     extractor: "Extractor",
     reference: Path | None,
     count: int,
-    no_cache: bool,
+    cache: Path | None,
     out: Path,
     device: Any,
 ) -> None:
     """Score kept checkpoints, print a line each, and leave `out` and a picture of the same name."""
     from vugen_cli.files import write_json
-    from vugen_cli.metrics.features import cache_folder
     from vugen_cli.metrics.over_training import plot_over_training, score_over_training
 
-    cache = None if no_cache else cache_folder()
     curves = score_over_training(
         runs, extractor, reference=reference, count=count, device=device, cache=cache
     )
+    if not is_first():
+        return
     for name, curve in curves.items():
         for row in curve:
             typer.echo(f"{name}  step {row['step']:>8,}  {row['images']:>10,} images  {row['value']:.4f}")
@@ -300,7 +308,7 @@ def _over_training(
 
 
 def _understanding(
-    sampler: Path | None, images: Path | None, count: int, vlm: str | None, device: str | None
+    sampler: Path | None, images: Path | None, count: int, vlm: str | None, device: Any
 ) -> dict[str, Any]:
     """The VLM's answers without and with the sampler, on the given images or on held-out scenes."""
     import numpy as np
@@ -308,7 +316,6 @@ def _understanding(
 
     from vugen_cli.data.openmoji import OpenMojiScenes
     from vugen_cli.engine.draw import pick_sampler
-    from vugen_cli.engine.loop import pick_device
     from vugen_cli.metrics.image_sets import open_images
     from vugen_cli.metrics.understanding import score_understanding
 
@@ -318,7 +325,7 @@ def _understanding(
     else:
         pixels = list(open_images(images, limit=count))
     tensors = [torch.from_numpy(np.ascontiguousarray(image)) for image in pixels]
-    return score_understanding(pick_sampler(sampler), tensors, vlm, pick_device(device))
+    return score_understanding(pick_sampler(sampler), tensors, vlm, device)
 
 
 def _print_understanding(result: dict[str, Any], out: Path) -> None:
@@ -430,9 +437,10 @@ def recorded_reference(images: Path) -> Path:
         raise VugenError(f"{listing} names no reference data set: give --reference.")
     # A relative path was relative to where `vugen sample` ran, which is most often here or above the samples.
     candidates = [Path(recorded), images / recorded, images.parent / recorded]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
+    # One answer for all processes of a job: they draw what is missing together.
+    found = from_first(next((candidate for candidate in candidates if candidate.exists()), None))
+    if found is not None:
+        return found
     if row.get("dataset") != "openmoji":
         raise VugenError(
             f"the samples' data set {recorded} is not on disk: prepare it again, or give --reference."

@@ -18,6 +18,13 @@ from vugen_cli.commands.options import (
 def train_vlm(
     data: DataOption = Path("data/openmoji"),
     out: Annotated[Path, typer.Option(help="Hugging Face directory to write.")] = Path("nano-vlm"),
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="A VLM made by this command, or `nano`, whose language side is trained further; its vision "
+            "encoder is kept, and reducers trained on it still fit."
+        ),
+    ] = None,
     recipe: RecipeOption = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
@@ -26,7 +33,7 @@ def train_vlm(
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
 ) -> None:
-    """Train the small embedded vision-language model from scratch.
+    """Train the small embedded vision-language model, from scratch or further.
 
     It learns captions, questions and matching from captioned shards, and is saved as a Hugging Face directory
     that every other command takes as --vlm. This is how the bundled model is made.
@@ -35,6 +42,7 @@ def train_vlm(
     Examples:
       vugen train-vlm --data data/openmoji --out nano-vlm
       vugen train-vlm --data data/mine --out my-vlm --steps 2000 --set nano_vlm.width=384
+      vugen train-vlm --init nano --data data/openmoji --out better --steps 4000
     """
     from vugen_cli.commands.options import training_recipe
     from vugen_cli.engine.loop import RunOptions, pick_device
@@ -43,7 +51,7 @@ def train_vlm(
 
     resolved = training_recipe(recipe, "train_vlm", steps, batch_size, set_)
     options = RunOptions(profile, change_recipe)
-    scores = nano.train_vlm(resolved, data, out, join(pick_device(device)), options)
+    scores = nano.train_vlm(resolved, data, out, join(pick_device(device)), options, init)
     typer.echo(f"wrote {out}")
     for name, value in scores.items():
         typer.echo(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")

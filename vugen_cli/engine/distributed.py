@@ -178,22 +178,6 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def from_first(value: Any) -> Any:
-    """The first process's value, on every process; small picklable things."""
-    box = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
-
-
-def from_all(value: Any) -> list[Any]:
-    """Every process's value, in their order, on every process; small picklable things."""
-    values: list[Any] = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 class _Total(torch.autograd.Function):
     """A sum over all processes. Each one's loss depends on every part, so gradients are summed too."""
 

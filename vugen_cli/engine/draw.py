@@ -13,13 +13,12 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from vugen_cli.engine.checkpoint import read_card
-from vugen_cli.engine.distributed import from_all
 from vugen_cli.engine.sampling import Sampler
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file
 from vugen_cli.flow import Solver
 from vugen_cli.pictures import save_grid
-from vugen_cli.processes import is_first, rank, wait_for_all, world_size
+from vugen_cli.processes import from_all, is_first, rank, wait_for_all, world_size
 from vugen_cli.vlm.frozen import bundle
 
 GRID_IMAGES = 64  # more would not be looked at
@@ -130,19 +129,19 @@ def draw(
             )
         if p * n + i < GRID_IMAGES:
             shown[p, i] = image
-    wait_for_all("drawn")
+    wait_for_all(f"{out} drawn")
     for others_rows, others_shown in from_all((rows, shown)):
         rows |= others_rows
         shown |= others_shown
-    if not is_first():
-        return out
-    with whole_file(out / "samples.jsonl") as temporary:
-        temporary.write_text(
-            "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows))
-        )
-    labels = [prompts[p] for p, _ in sorted(shown)] if len(prompts) > 1 else None
-    columns = n if len(prompts) > 1 and n > 1 else None
-    save_grid(torch.stack([shown[key] for key in sorted(shown)]), out / "grid.png", columns, labels)
+    if is_first():
+        with whole_file(out / "samples.jsonl") as temporary:
+            temporary.write_text(
+                "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows))
+            )
+        labels = [prompts[p] for p, _ in sorted(shown)] if len(prompts) > 1 else None
+        columns = n if len(prompts) > 1 and n > 1 else None
+        save_grid(torch.stack([shown[key] for key in sorted(shown)]), out / "grid.png", columns, labels)
+    wait_for_all(f"{out} listed")
     return out
 
 

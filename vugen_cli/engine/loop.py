@@ -28,22 +28,13 @@ from tqdm import tqdm
 from vugen_cli.data.loader import Batch
 from vugen_cli.engine.checkpoint import check_checkpoint, load_checkpoint, part, save_checkpoint, with_prefix
 from vugen_cli.engine.curves import plot_curves
-from vugen_cli.engine.distributed import (
-    Spread,
-    from_all,
-    from_first,
-    gathered,
-    local,
-    put,
-    shards_vlm,
-    total,
-)
+from vugen_cli.engine.distributed import Spread, gathered, local, put, shards_vlm, total
 from vugen_cli.engine.loggers import Loggers
 from vugen_cli.engine.profiling import STEPS as PROFILED
 from vugen_cli.engine.profiling import Profile, lap
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.files import write_json
-from vugen_cli.processes import is_first, local_rank, local_world_size, rank, world_size
+from vugen_cli.processes import from_all, from_first, is_first, local_rank, local_world_size, rank, world_size
 from vugen_cli.recipe import Recipe, Training
 from vugen_cli.seeds import BatchGenerator
 

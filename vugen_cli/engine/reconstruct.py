@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,6 +21,7 @@ from vugen_cli.metrics.image_sets import batches, open_images
 from vugen_cli.metrics.lpips import load_lpips
 from vugen_cli.metrics.pairs import psnr, ssim
 from vugen_cli.pictures import save_grid
+from vugen_cli.processes import is_first, to_first, world_size
 from vugen_cli.vlm.frozen import vlm_of
 
 GRID_IMAGES = 16
@@ -61,7 +63,8 @@ def reconstruct(
     Returns:
         Mean `psnr` (dB), `ssim` and, where its weights are at hand, `lpips` over the images; `frechet`, the
         distance between the set and its reconstructions (None for a single image), and its `features`; the
-        same under `full`; how many images there were, and those that could not be read.
+        same under `full`; how many images there were, and those that could not be read. {} on all but the
+        first process of a job, which share the images out.
     """
     device = torch.device(device)
     autoencoder, _, card = load_autoencoder(checkpoint, device)
@@ -86,34 +89,47 @@ def reconstruct(
     source = open_images(images, limit=count)
     reference = Moments()
     moments = {name: Moments() for name in ways}
-    quality: dict[str, dict[str, list[Tensor]]] = {name: {m: [] for m in measures} for name in ways}
-    shown: dict[str, list[Tensor]] = {name: [] for name in ("original", *ways)}
-    with tqdm(total=source.total, desc="reconstruct", unit="image") as progress, torch.no_grad():
-        for positions, chunk in batches(source, BATCH):
+    quality: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ways}  # by image
+    shown: dict[str, dict[int, Tensor]] = {name: {} for name in ("original", *ways)}
+    bar = tqdm(total=source.total, desc="reconstruct", unit="image", disable=not is_first())
+    with bar as progress, torch.no_grad():
+        for indices, chunk in batches(source, BATCH):
             squares = [adm_crop(i.transpose(1, 2, 0), size).copy() for i in chunk]
             originals = torch.stack([torch.from_numpy(i).permute(2, 0, 1) for i in squares])
             pictures = {"original": originals}
             reference.update(extractor.features(originals)["features"])
             for name, way in ways.items():
-                decoded = decode_images(frozen, way, originals, seed, steps, positions).cpu()
+                decoded = decode_images(frozen, way, originals, seed, steps, indices).cpu()
                 pictures[name] = decoded
                 moments[name].update(extractor.features(decoded)["features"])
                 pair = originals.float() / 255, decoded.float() / 255
-                for measure, found in quality[name].items():
-                    found.append(measures[measure](*pair).cpu())
+                found = {measure: of_pair(*pair).tolist() for measure, of_pair in measures.items()}
+                for row, index in enumerate(indices):
+                    quality[name][index] = {measure: values[row] for measure, values in found.items()}
             if save_images:
-                save_pictures(out / "originals", originals, positions)
-                save_pictures(out / "decoded", pictures["z reduced"], positions)
+                save_pictures(out / "originals", originals, indices)
+                save_pictures(out / "decoded", pictures["z reduced"], indices)
             for name, rows in shown.items():
-                rows += pictures[name][: GRID_IMAGES - len(rows)]
-            progress.update(len(originals))
-    if not reference.n:
+                rows |= dict(zip(indices, pictures[name], strict=True))
+                shown[name] = {index: rows[index] for index in sorted(rows)[:GRID_IMAGES]}
+            progress.update(len(originals) * world_size())
+    source.merge()
+    for others in to_first((reference, moments, quality, shown))[1:]:
+        reference.merge(others[0])
+        for name in ways:
+            moments[name].merge(others[1][name])
+            quality[name] |= others[2][name]
+        for name, rows in shown.items():
+            rows |= others[3][name]
+    if not source.count:
         raise VugenError(f"no readable image in {images}")
-    results: dict[str, dict[str, Any]] = {
-        name: {metric: torch.cat(values).double().mean().item() for metric, values in found.items()}
-        | {"frechet": frechet_distance(moments[name], reference) if reference.n > 1 else None}
-        for name, found in quality.items()
-    }
+    if not is_first():
+        return {}
+    results: dict[str, dict[str, Any]] = {}
+    for name, of_image in quality.items():
+        rows_of = [of_image[index] for index in sorted(of_image)]
+        results[name] = {measure: float(np.mean([row[measure] for row in rows_of])) for measure in measures}
+        results[name]["frechet"] = frechet_distance(moments[name], reference) if source.count > 1 else None
     report = {
         **results["z reduced"],
         **({"full": results["z in full"] | {"checkpoint": str(full)}} if full else {}),
@@ -125,14 +141,15 @@ def reconstruct(
         "size": size,
     }
     write_json(out / "reconstruction.json", report)
-    save_rows(shown, out / "reconstruction.png")
+    first = {name: [rows[index] for index in sorted(rows)[:GRID_IMAGES]] for name, rows in shown.items()}
+    save_rows(first, out / "reconstruction.png")
     return report
 
 
-def save_pictures(folder: Path, pictures: Tensor, positions: list[int]) -> None:
-    """Write uint8 [B, 3, S, S] as PNGs named by their positions."""
-    for position, picture in zip(positions, pictures, strict=True):
-        with whole_file(folder / f"{position:06d}.png") as temporary:
+def save_pictures(folder: Path, pictures: Tensor, indices: list[int]) -> None:
+    """Write uint8 [B, 3, S, S] as PNGs named by their indices in the set."""
+    for index, picture in zip(indices, pictures, strict=True):
+        with whole_file(folder / f"{index:06d}.png") as temporary:
             Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(temporary)
 
 

@@ -10,7 +10,13 @@ import torch
 from PIL import Image
 
 from vugen_cli.metrics.encoders import Clip
-from vugen_cli.metrics.prompted_images import PromptedImages, by_prompt, resampled_means, score_entry
+from vugen_cli.metrics.prompted_images import (
+    Prompted,
+    PromptedImages,
+    by_prompt,
+    resampled_means,
+    score_entry,
+)
 
 WEIGHT = 2.5
 PREFIX = "A photo depicts "  # what the authors put before every caption
@@ -30,30 +36,21 @@ def clip_scores(pairs: PromptedImages, clip: Clip, progress: bool = True) -> lis
     Raises:
         VugenError: the set cannot be read.
     """
-    prompts: list[str] = []
-    cosines: list[np.ndarray] = []  # [B, 2]: with the prefix, without
-    cut: set[str] = set()
-    batch: list[tuple[str, torch.Tensor]] = []
 
-    def embed() -> None:
-        texts = [prompt for prompt, _ in batch]
-        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for _, image in batch]
+    def embed(batch: list[Prompted]) -> list[tuple[float, float, bool]]:
+        """Cosines with the prefix and without, and whether the prompt is longer than CLIP reads."""
+        texts = [prompt for _, prompt, _ in batch]
+        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for _, _, image in batch]
         seen = _unit(clip.encode_pictures(pictures))
         prefixed, too_long = clip.encode_texts([PREFIX + text for text in texts])
         plain, _ = clip.encode_texts(texts)
-        both = torch.stack([(seen * _unit(prefixed)).sum(1), (seen * _unit(plain)).sum(1)], dim=1)
-        cosines.append(both.cpu().numpy())
-        prompts.extend(texts)
-        cut.update(text for text, long in zip(texts, too_long.tolist(), strict=True) if long)
-        batch.clear()
+        both = ((seen * _unit(words)).sum(1).tolist() for words in (prefixed, plain))
+        return list(zip(*both, too_long.tolist(), strict=True))
 
-    for _, prompt, image in pairs.read("CLIPScore", progress):
-        batch.append((prompt, image))
-        if len(batch) == BATCH:
-            embed()
-    if batch:
-        embed()
-    values = np.concatenate(cosines)
+    judged = pairs.judged(embed, "CLIPScore", BATCH, progress)
+    prompts = [prompt for _, prompt, _ in judged]
+    cut = {prompt for _, prompt, (_, _, long) in judged if long}
+    values = np.array([cosines for _, _, (*cosines, _) in judged])
     scores, plain = WEIGHT * values[:, 0].clip(0), 100 * values[:, 1]
     how = {
         "clip": clip.name,

@@ -22,6 +22,7 @@ from vugen_cli.engine.sampling import Sampler
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.prompted_images import resampled_means, score_entry
 from vugen_cli.metrics.scores import versions
+from vugen_cli.processes import is_first
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.nano import DESCRIBE, mentions
 
@@ -107,7 +108,8 @@ def score_composition(
         guidance: instead of the sampler's own.
 
     Returns:
-        A report as of `scores.score_sets`: shares in percent, by group.
+        A report as of `scores.score_sets`: shares in percent, by group; {} on all but the first process of a
+        job.
 
     Raises:
         VugenError: the sampler was trained on something else, or its VLM cannot be asked.
@@ -120,7 +122,9 @@ def score_composition(
     groups = evaluation_scenes(each, sampler.card["image_size"], seed)
     samples = [sample for group in groups.values() for sample in group]
     prompts = [sample.captions[0] for sample in samples]
-    draw(sampler, prompts, 1, out, seed, guidance=guidance)
+    draw(sampler, prompts, 1, out, seed, guidance=guidance)  # by all processes of a job
+    if not is_first():
+        return {}
     drawn = [Image.open(out / f"{file_stem(prompt)}-0000.png") for prompt in prompts]
     real = [sample.image for sample in samples if isinstance(sample.image, Image.Image)]
     said = {

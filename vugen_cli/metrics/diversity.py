@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics.features import Extractor
+from vugen_cli.metrics.features import Extractor, extract
 from vugen_cli.metrics.prompted_images import PromptedImages, prompted_images, resampled_means, score_entry
 from vugen_cli.metrics.scores import versions
 from vugen_cli.pictures import save_grid
+from vugen_cli.processes import is_first
 
 SHOWN = 64  # pictures of one prompt in the grid
 
@@ -40,6 +41,8 @@ def score_diversity(
     *,
     reference: Path | None = None,
     count: int | None = None,
+    batch_size: int | None = None,
+    cache: Path | None = None,
     picture: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -50,26 +53,32 @@ def score_diversity(
         extractor: the features that are compared.
         reference: real images with captions; those with a caption in common are scored in the same way.
         count: only this many images.
+        batch_size: images a forward pass.
+        cache: folder of cached features (`features.cache_folder`), None for none.
         picture: a PNG to write, of the prompt with the most images.
         progress: show a bar on standard error.
 
     Returns:
-        A report as of `scores.score_sets`.
+        A report as of `scores.score_sets`; {} on all but the first process of a job.
 
     Raises:
         VugenError: the set has no prompts, or no prompt has two images.
     """
     drawn = prompted_images(images, count)
-    found = _by_prompt(drawn, extractor, progress)
-    real = _by_prompt(prompted_images(reference), extractor, progress) if reference else {}
+    found = _by_prompt(drawn, extractor, batch_size, cache, progress)
+    real = {}
+    if reference:
+        real = _by_prompt(prompted_images(reference), extractor, batch_size, cache, progress)
+    if not is_first():
+        return {}
     if not found:
         raise VugenError(
             f"--diversity: no prompt of {images} has two images; draw several: `vugen sample -n 16`"
         )
     if picture:
-        prompt = max(found, key=lambda prompt: len(found[prompt][0]))
-        save_grid(torch.stack(found[prompt][1][:SHOWN]), picture)
-    sizes = sorted({len(features) for features, _ in found.values()})
+        names, _ = max(found.values(), key=lambda group: len(group[0]))
+        save_grid(torch.from_numpy(drawn.images.pictures(names[:SHOWN])), picture)
+    sizes = sorted({len(features) for _, features in found.values()})
     entries = []
     for metric, name, measure in (
         ("pairwise_distance", "pairwise distance", pairwise_distance),
@@ -107,29 +116,34 @@ def score_diversity(
 
 
 def _by_prompt(
-    images: PromptedImages, extractor: Extractor, progress: bool
-) -> dict[str, tuple[np.ndarray, list[torch.Tensor]]]:
-    """Unit features float64 [n, d], and the pictures, of each prompt that has at least two images."""
-    prompts: list[str] = []
-    pictures: list[torch.Tensor] = []
-    features: list[torch.Tensor] = []
-    for _, prompt, image in images.read("diversity", progress):
-        prompts.append(prompt)
-        pictures.append(image)
-        # One at a time: images may differ in size, and a prompt's seeds are few.
-        features.append(extractor.features(image[None])["features"][0].double().cpu())
+    images: PromptedImages,
+    extractor: Extractor,
+    batch_size: int | None,
+    cache: Path | None,
+    progress: bool,
+) -> dict[str, tuple[list[str], np.ndarray]]:
+    """The names and the unit features, float64 [n, d], of the images of each prompt that has at least two."""
+    found, _ = extract(
+        images.images,
+        extractor,
+        ["features"],
+        batch_size=batch_size,
+        cache=cache,
+        role="diversity",
+        progress=progress,
+    )
+    if not is_first():
+        return {}
+    features = found["features"].astype(np.float64)
+    features /= np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
     groups: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(i)
+    names = images.images.good_names()
+    for i, name in enumerate(names):
+        groups.setdefault(images.prompts[name], []).append(i)
     return {
-        prompt: (
-            torch.nn.functional.normalize(torch.stack([features[i] for i in rows]), dim=1).numpy(),
-            [pictures[i] for i in rows],
-        )
-        for prompt, rows in groups.items()
-        if len(rows) > 1
+        prompt: ([names[i] for i in rows], features[rows]) for prompt, rows in groups.items() if len(rows) > 1
     }
 
 
-def _of_each(groups: dict[str, tuple[np.ndarray, list[torch.Tensor]]], measure: Any) -> np.ndarray:
-    return np.array([measure(features @ features.T) for features, _ in groups.values()])
+def _of_each(groups: dict[str, tuple[list[str], np.ndarray]], measure: Any) -> np.ndarray:
+    return np.array([measure(features @ features.T) for _, features in groups.values()])

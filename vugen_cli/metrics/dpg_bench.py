@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics.prompted_images import PromptedImages, by_prompt, resampled_means, score_entry
+from vugen_cli.metrics.prompted_images import (
+    Prompted,
+    PromptedImages,
+    by_prompt,
+    resampled_means,
+    score_entry,
+)
 from vugen_cli.metrics.vqa import SUFFIX, YesNoJudge
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -223,12 +229,16 @@ def _ask_all(
     progress: bool,
 ) -> tuple[list[str], list[float], dict[str, tuple[list[str], list[bool]]]]:
     """The item and score of each image; and by category, the item of each question asked and its answer."""
+
+    def answer(batch: list[Prompted]) -> list[dict[int, bool]]:
+        asked = [(image, item_of[prompt].questions) for _, prompt, image in batch]
+        return [{n: judge(image, each.text) > 0.5 for n, each in of.items()} for image, of in asked]
+
     seen: list[str] = []
     scores: list[float] = []
     shares: dict[str, tuple[list[str], list[bool]]] = {}
-    for _, prompt, image in pairs.read("DPG-Bench", progress):
+    for _, prompt, answers in pairs.judged(answer, "DPG-Bench", progress=progress):
         item = item_of[prompt]
-        answers = {number: judge(image, question.text) > 0.5 for number, question in item.questions.items()}
         seen.append(item.id)
         scores.append(count_answers(item, answers))
         for number, question in item.questions.items():

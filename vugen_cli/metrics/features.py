@@ -22,8 +22,9 @@ from tqdm import tqdm
 from vugen_cli.errors import VugenError
 from vugen_cli.files import user_cache, whole_file
 from vugen_cli.metrics.image_sets import ImageSet, batches
+from vugen_cli.processes import from_first, is_first, to_first, world_size
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,22 @@ def extract(
 
     Returns:
         The features [n, d] by name, and the set's record: `ImageSet.describe` and whether it was "cached".
+        In a job of several processes they share the work, and the first has it all.
 
     Raises:
         VugenError: the set cannot be read or features are not finite.
     """
     files: dict[str, Path] = {}
     found: dict[str, np.ndarray] = {}
-    if cache is not None:
+    if cache is not None and is_first():
         digest = images.digest(progress)
         files = {name: cache / f"{_key(digest, extractor, name)}.safetensors" for name in wanted}
         for name, file in files.items():
             if (entry := _read_cached(file, name)) is not None:
                 found[name], record = entry
-                images.count, images.bad = len(found[name]), record["bad"]
-    missing = [name for name in wanted if name not in found]
+                images.count = len(found[name])
+                images.left_out = {int(index): why for index, why in record["left_out"].items()}
+    missing = from_first([name for name in wanted if name not in found])
     if missing:
         found |= _extract(images, extractor, missing, batch_size or extractor.batch_size, role, progress)
         for name in files.keys() & missing:
@@ -102,21 +105,30 @@ def _extract(
     role: str,
     progress: bool,
 ) -> dict[str, np.ndarray]:
-    parts: list[tuple[list[int], dict[str, np.ndarray]]] = []
-    bar = tqdm(total=images.total, desc=role, unit="img", disable=None if progress else True)
+    indices: list[int] = []
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+    bar = tqdm(total=images.total, desc=role, unit="img", disable=None if progress and is_first() else True)
     with bar, torch.inference_mode(), _full_float32():
-        for positions, batch in batches(images, batch_size):
+        for of_batch, batch in batches(images, batch_size):
             outputs = extractor.features(torch.from_numpy(batch))
-            parts.append((positions, {name: _rows(outputs[name]) for name in wanted}))
-            bar.update(len(batch))
-    if not parts:
-        return {name: np.empty((0, 0), np.float32) for name in wanted}
+            indices += of_batch
+            for name in wanted:
+                parts[name].append(_rows(outputs[name]))
+            bar.update(len(batch) * world_size())
+    images.merge()
+    order = np.argsort(np.concatenate(to_first(np.array(indices, dtype=np.int64))))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
     result = {}
     for name in wanted:
-        first = parts[0][1][name]
-        result[name] = np.empty((images.count, first.shape[1]), first.dtype)
-        for positions, outputs in parts:
-            result[name][positions] = outputs.pop(name)
+        rows = [part for of_process in to_first(parts.pop(name)) for part in of_process]
+        first = rows[0] if rows else np.empty((0, 0), np.float32)
+        result[name] = np.empty((len(place), first.shape[1]), first.dtype)
+        begin = 0
+        while rows:  # let go of one by one: together they are as large as the result
+            part = rows.pop(0)
+            result[name][place[begin : begin + len(part)]] = part
+            begin += len(part)
     return result
 
 
@@ -164,7 +176,8 @@ def _read_cached(file: Path, name: str) -> tuple[np.ndarray, dict[str, Any]] | N
 
 def _write_cached(file: Path, name: str, rows: np.ndarray, images: ImageSet) -> None:
     """Keep features for the next time; a cache that cannot be written costs a line, not the score."""
-    record = {"bad": images.bad, "sha256": hashlib.sha256(rows.data).hexdigest(), "path": str(images.path)}
+    digest = hashlib.sha256(rows.data).hexdigest()
+    record = {"left_out": images.left_out, "sha256": digest, "path": str(images.path)}
     try:
         with whole_file(file) as temporary:
             save_file({name: rows}, temporary, {"vugen": json.dumps(record)})

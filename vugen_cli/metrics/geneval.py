@@ -18,7 +18,13 @@ from vugen_cli.metrics.detectors import Detector, Found
 from vugen_cli.metrics.encoders import Clip
 from vugen_cli.metrics.image_sets import read_jsonl
 from vugen_cli.metrics.manifold import SEED
-from vugen_cli.metrics.prompted_images import PromptedImages, by_prompt, resampled_means, score_entry
+from vugen_cli.metrics.prompted_images import (
+    Prompted,
+    PromptedImages,
+    by_prompt,
+    resampled_means,
+    score_entry,
+)
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 POSITIONS = ("left of", "right of", "above", "below")
@@ -255,10 +261,16 @@ def geneval_scores(
     prompts: dict[str, list[str]] = {}
     correct: dict[str, list[float]] = {}
     failures: list[dict[str, str]] = []
-    for name, prompt, image in pairs.read("GenEval", progress):
+
+    def find_fault(batch: list[Prompted]) -> list[str | None]:
+        rows = [(asked[prompt], image) for _, prompt, image in batch]
+        return [
+            failure(row, keep_objects(detector.find(image), row["tag"]), partial(name_colors, image))
+            for row, image in rows
+        ]
+
+    for name, prompt, reason in pairs.judged(find_fault, "GenEval", progress=progress):
         row = asked[prompt]
-        objects = keep_objects(detector.find(image), row["tag"])
-        reason = failure(row, objects, partial(name_colors, image))
         prompts.setdefault(row["tag"], []).append(prompt)
         correct.setdefault(row["tag"], []).append(float(reason is None))
         if reason:

@@ -12,7 +12,7 @@ import os
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,7 @@ from vugen_cli.data.images import MAX_PIXELS, decode
 from vugen_cli.data.loader import ShardedImages, read_manifest
 from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError
+from vugen_cli.processes import from_all, rank, world_size
 
 MAX_FILE_BYTES = 256 << 20  # one encoded image; a zip member may claim to unpack to anything
 
@@ -49,7 +50,7 @@ class ImageSet:
         split: the split of a prepared data set, None for other kinds.
         shape: (H, W) where the images are rows of an array and not encoded files.
         count: good images read so far, by the iteration now running or the last one.
-        bad: "name: reason" of each image left out so far.
+        left_out: "name: reason" of each image that could not be read so far, by its place in the set.
     """
 
     path: Path
@@ -60,7 +61,12 @@ class ImageSet:
     split: str | None = None
     shape: tuple[int, int] | None = None
     count: int = 0
-    bad: list[str] = field(default_factory=list)
+    left_out: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def bad(self) -> list[str]:
+        """ "name: reason" of each image left out so far, in the set's order."""
+        return [self.left_out[index] for index in sorted(self.left_out)]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield each good image as uint8 RGB [3, H, W], in the set's order.
@@ -68,40 +74,60 @@ class ImageSet:
         Raises:
             VugenError: a tar, zip or npz is truncated or not what its name says.
         """
-        return (image for _, image in self.named() if image is not None)
+        return (image for _, _, image in self.read() if image is not None)
 
-    def named(self) -> Iterator[tuple[str, np.ndarray | None]]:
-        """Yield every image's name with its pixels, None if it is bad; decoded ahead of need in threads.
+    def read(self, block: int | None = None) -> Iterator[tuple[int, str, np.ndarray | None]]:
+        """Yield every image's index, name and pixels, None if it is bad; decoded ahead of need in threads.
+
+        Args:
+            block: in a job of several processes, deal the set out to them in blocks of this many images; each
+                process then knows its own alone, until `merge`. None: every process reads all.
 
         Raises:
             VugenError: a tar, zip or npz is truncated or not what its name says.
         """
-        self.count, self.bad = 0, []
+        self.count, self.left_out = 0, {}
         workers = min(8, os.cpu_count() or 1)
-        items = self._limited()
-        waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
+        items: Iterator[tuple[int, _Item]] = enumerate(self._limited())
+        if block:
+            items = ((i, item) for i, item in items if i // block % world_size() == rank())
+        waiting: deque[tuple[int, str, Future[np.ndarray]]] = deque()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         try:
             while True:
-                for name, read in itertools.islice(items, 4 * workers - len(waiting)):
-                    waiting.append((name, pool.submit(self._pixels, read)))
+                for index, (name, get) in itertools.islice(items, 4 * workers - len(waiting)):
+                    waiting.append((index, name, pool.submit(self._pixels, get)))
                 if not waiting:
                     return
-                name, future = waiting.popleft()
+                index, name, future = waiting.popleft()
                 try:
                     image = future.result()
                 except _BAD as error:
-                    self.bad.append(f"{name}: {_one_line(error)}")
-                    yield name, None
+                    self.left_out[index] = f"{name}: {_one_line(error)}"
+                    yield index, name, None
                     continue
                 self.count += 1
-                yield name, image
+                yield index, name, image
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def merge(self) -> None:
+        """After a `read` in blocks: make `count` and `left_out` those of all processes, in every process."""
+        parts = from_all((self.count, self.left_out))
+        self.count = sum(count for count, _ in parts)
+        self.left_out = {index: why for _, part in parts for index, why in part.items()}
 
     def names(self) -> Iterator[str]:
         """Yield every image's name, readable or not; no image is read."""
         return (name for name, _ in self._limited())
+
+    def good_names(self) -> list[str]:
+        """The names of the images that were read: those that the last whole `read` did not leave out."""
+        return [name for index, name in enumerate(self.names()) if index not in self.left_out]
+
+    def pictures(self, names: Collection[str]) -> np.ndarray:
+        """The images of these names, all of one size, as uint8 [N, 3, H, W] in the set's order."""
+        return np.stack([self._pixels(get) for name, get in self._limited() if name in names])
 
     def digest(self, progress: bool = True) -> str:
         """SHA-256 over the name and the bytes of every image, in order; nothing is decoded.
@@ -164,26 +190,28 @@ def open_images(path: Path, limit: int | None = None, split: str | None = None) 
 
 
 def batches(images: ImageSet, batch_size: int) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yield the good images as uint8 [B, 3, H, W], B at most `batch_size`, with their positions in the set.
+    """Yield the good images as uint8 [B, 3, H, W], B at most `batch_size`, with their indices in the set.
 
-    Images are grouped by size, so their order may change; position i is the i-th good image. At most
-    `4 * batch_size` images wait for others of their size; when more would, the largest group goes out short.
+    The set is cut into blocks of `4 * batch_size`, and the images of a block are grouped by size, so their
+    order may change. The processes of a job take the blocks in turn; an image is batched with the same others
+    however many processes there are.
     """
-    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
-    for position, image in enumerate(images):
-        group = waiting.setdefault(image.shape, [])
-        group.append((position, image))
-        if len(group) < batch_size:
-            if sum(map(len, waiting.values())) < 4 * batch_size:
+    block = 4 * batch_size
+    for _, of_block in itertools.groupby(images.read(block), lambda item: item[0] // block):
+        groups: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        for index, _, image in of_block:
+            if image is None:
                 continue
-            group = max(waiting.values(), key=len)
-        yield _stack(waiting.pop(group[0][1].shape))
-    for group in waiting.values():
-        yield _stack(group)
+            group = groups.setdefault(image.shape, [])
+            group.append((index, image))
+            if len(group) == batch_size:
+                yield _stack(groups.pop(image.shape))
+        for group in groups.values():
+            yield _stack(group)
 
 
 def _stack(group: list[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray]:
-    return [position for position, _ in group], np.stack([image for _, image in group])
+    return [index for index, _ in group], np.stack([image for _, image in group])
 
 
 def npz_names(path: Path) -> set[str]:

@@ -15,6 +15,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.features import Extractor
 from vugen_cli.metrics.scores import score_sets
+from vugen_cli.processes import from_first, is_first
 
 Curve = list[dict[str, Any]]
 
@@ -83,18 +84,20 @@ def score_over_training(
             digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
             digest.update(path.read_bytes())
             key = digest.hexdigest()
-            if key not in known:
+            if from_first(key not in known):
                 samples = run / "over-training" / path.stem
                 sampler = load_sampler(path, vlm, device)
                 draw(sampler, _captions(data, count), 1, samples, seed)
-                score = score_sets(samples, data, extractor, ("fid",), count=count, cache=cache)["scores"][0]
+                report = score_sets(samples, data, extractor, ("fid",), count=count, cache=cache)
+                score = from_first(report and report["scores"][0])
                 known[key] = {
                     "key": key,
                     "step": card["step"],
                     "images": card["step"] * card["recipe"]["train_sampler"]["batch_size"],
                     **{name: score[name] for name in ("metric", "name", "value")},
                 }
-                write_json(listing, list(known.values()))
+                if is_first():
+                    write_json(listing, list(known.values()))
             curve.append(known[key])
         curves[str(run)] = curve
     return curves

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from itertools import zip_longest
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,9 +14,11 @@ from tqdm import tqdm
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.image_sets import ImageSet, open_images
 from vugen_cli.metrics.manifold import RESAMPLES, SEED, bootstrap_interval
+from vugen_cli.processes import from_all, is_first
 
 SSIM_WINDOW = 11  # Gaussian window of the paper: 11x11, sigma 1.5
 SSIM_SIGMA = 1.5
+BLOCK = 64  # pairs that a process of a job takes at a time
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -105,19 +108,25 @@ def score_pairs(
     hashes: dict[str, str] = {}
     if "lpips" in metrics:
         measures["lpips"], hashes = load_lpips(device)
-    values: dict[str, list[float]] = {metric: [] for metric in metrics}
-    pairs = zip_longest(ours.named(), theirs.named())
-    for a, b in tqdm(pairs, "pairs", ours.total, unit="pair", disable=None if progress else True):
+    found: list[tuple[int, dict[str, float]]] = []
+    pairs = zip_longest(ours.read(BLOCK), theirs.read(BLOCK))
+    bar = tqdm(pairs, "pairs", ours.total, unit="pair", disable=None if progress and is_first() else True)
+    for a, b in bar:
         _check_partners(ours, theirs, a, b)
-        if a[1] is None or b[1] is None:
+        (index, ours_name, one), (_, theirs_name, other) = a, b
+        if one is None or other is None:
             continue
-        if a[1].shape != b[1].shape:
+        if one.shape != other.shape:
             raise VugenError(
-                f"{a[0]} is {_size(a[1])} and its partner {b[0]} is {_size(b[1])}: pairs must be of one size."
+                f"{ours_name} is {_size(one)} and its partner {theirs_name} is {_size(other)}: pairs must be "
+                "of one size."
             )
-        x, y = (torch.from_numpy(pixels)[None].double() / 255 for pixels in (a[1], b[1]))
-        for metric in metrics:
-            values[metric].append(measures[metric](x, y).item())
+        x, y = (torch.from_numpy(pixels)[None].double() / 255 for pixels in (one, other))
+        found.append((index, {metric: measures[metric](x, y).item() for metric in metrics}))
+    ours.merge()
+    theirs.merge()
+    rows = [row for _, row in sorted((pair for part in from_all(found) for pair in part), key=itemgetter(0))]
+    values = {metric: [row[metric] for row in rows] for metric in metrics}
     if not all(values.values()):
         raise VugenError(f"no pair of {images} and {reference} is readable.")
     return {
@@ -149,14 +158,14 @@ def _check_partners(ours: ImageSet, theirs: ImageSet, a: Any, b: Any) -> None:
     if a is None or b is None:
         longer = theirs if a is None else ours
         raise VugenError(
-            f"{ours.path} and {theirs.path} do not pair up: only {longer.path} goes on at {(a or b)[0]}."
+            f"{ours.path} and {theirs.path} do not pair up: only {longer.path} goes on at {(a or b)[1]}."
         )
     named = {"folder", "samples", "zip"}
     if ours.kind in named and theirs.kind in named:
-        stems = [PurePosixPath(name).with_suffix("") for name, _ in (a, b)]
+        stems = [PurePosixPath(name).with_suffix("") for _, name, _ in (a, b)]
         if stems[0] != stems[1]:
             raise VugenError(
-                f"{ours.path} and {theirs.path} do not pair up: {a[0]} stands beside {b[0]}; give a pair the "
+                f"{ours.path} and {theirs.path} do not pair up: {a[1]} stands beside {b[1]}; give a pair the "
                 f"same name in both."
             )
 

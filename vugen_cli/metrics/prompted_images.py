@@ -1,9 +1,11 @@
 """Images with the prompts they were drawn for, and means over them with intervals that resample prompts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +16,10 @@ from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.image_sets import ImageSet, is_image, open_images, read_jsonl
 from vugen_cli.metrics.manifold import RESAMPLES, SEED
+from vugen_cli.processes import from_all, is_first, world_size
+
+Prompted = tuple[str, str, torch.Tensor]  # an image's name, its prompt, and uint8 RGB [3, H, W]
+Verdict = TypeVar("Verdict")
 
 
 @dataclass
@@ -32,36 +38,61 @@ class PromptedImages:
     source: str
     grid: bool = False
 
-    def read(self, task: str, progress: bool = True) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """Yield (name, prompt, uint8 RGB [3, H, W]) of each good image; of a grid, of each of its four.
+    def judged(
+        self,
+        judge: Callable[[list[Prompted]], Sequence[Verdict]],
+        task: str,
+        batch_size: int = 1,
+        progress: bool = True,
+    ) -> list[tuple[str, str, Verdict]]:
+        """(name, prompt, verdict) of each good image in the set's order; of a grid, of each of its four.
+
+        The processes of a job share the images out, and all have all verdicts.
 
         Args:
+            judge: what is asked about each batch of images, one verdict an image; small picklable things.
             task: what is done with them, for the progress bar.
+            batch_size: images (or grids) judged together.
             progress: show a bar on standard error.
 
         Raises:
             VugenError: as reading the set does; a grid has an odd side; no image is readable.
         """
+        found: list[tuple[int, list[tuple[str, str, Verdict]]]] = []
         bar = tqdm(
-            self.images.named(), task, self.images.total, unit="img", disable=None if progress else True
+            total=self.images.total, desc=task, unit="img", disable=None if progress and is_first() else True
         )
-        for name, pixels in bar:
-            if pixels is None:
-                continue
-            image = torch.from_numpy(pixels)
-            if not self.grid:
-                yield name, self.prompts[name], image
-                continue
-            height, width = image.shape[1] // 2, image.shape[2] // 2
-            if (2 * height, 2 * width) != tuple(image.shape[1:]):
-                raise VugenError(f"{name} of {self.images.path} is no 2x2 grid: a side is odd; drop --grid.")
-            for i in range(4):
-                top, left = i // 2 * height, i % 2 * width
-                part = image[:, top : top + height, left : left + width].contiguous()
-                yield f"{name}[{i}]", self.prompts[name], part
+        of_processes = itertools.groupby(self.images.read(batch_size), lambda item: item[0] // batch_size)
+        for place, items in of_processes:
+            batch = [
+                one for _, name, pixels in items if pixels is not None for one in self._parts(name, pixels)
+            ]
+            if batch:
+                verdicts = judge(batch)
+                rows = [(name, prompt, v) for (name, prompt, _), v in zip(batch, verdicts, strict=True)]
+                found.append((place, rows))
+            bar.update(batch_size * world_size())
+        bar.close()
+        self.images.merge()
         if not self.images.count:
             bad = self.images.bad
             raise VugenError(f"{self.images.path} has no readable image: the first is {bad[0]}.")
+        everywhere = sorted((part for parts in from_all(found) for part in parts), key=itemgetter(0))
+        return [row for _, rows in everywhere for row in rows]
+
+    def _parts(self, name: str, pixels: np.ndarray) -> list[Prompted]:
+        """The image, or the four of a grid."""
+        image, prompt = torch.from_numpy(pixels), self.prompts[name]
+        if not self.grid:
+            return [(name, prompt, image)]
+        height, width = image.shape[1] // 2, image.shape[2] // 2
+        if (2 * height, 2 * width) != tuple(image.shape[1:]):
+            raise VugenError(f"{name} of {self.images.path} is no 2x2 grid: a side is odd; drop --grid.")
+        corners = [(i // 2 * height, i % 2 * width) for i in range(4)]
+        return [
+            (f"{name}[{i}]", prompt, image[:, top : top + height, left : left + width].contiguous())
+            for i, (top, left) in enumerate(corners)
+        ]
 
     def describe(self) -> dict[str, Any]:
         """How many prompts there are and where they were found, as a record."""

@@ -20,6 +20,7 @@ from vugen_cli.metrics.frechet import (
     save_statistics,
 )
 from vugen_cli.metrics.image_sets import ImageSet, npz_names, open_images
+from vugen_cli.processes import is_first
 
 NAMES = {
     "fid": "FID",
@@ -142,7 +143,8 @@ def score_sets(
         {"scores": [{"metric", "name", "value", ...}], "features", "weights_sha256" or another hash,
         "resize", "images": {...}, "reference": {...} or None, "versions": {...}, "warning": str or None};
         JSON-able. A score may have "std", "standard_error", "interval" [low, high] at 95% and "parameters",
-        and has a "warning" of its own or None; its value is None where a set is too small for it.
+        and has a "warning" of its own or None; its value is None where a set is too small for it. {} on all
+        but the first process of a job, which share the extraction.
 
     Raises:
         VugenError: a set cannot be read, is too small for the only metric, or has statistics of another
@@ -171,6 +173,8 @@ def score_sets(
     elif set(metrics) != {"is"}:
         raise VugenError("only the Inception Score needs no reference: give --reference.")
     ours.read(batch_size, cache, progress)
+    if not is_first():
+        return {}
     if save_stats is not None and theirs is not None:
         spatial = theirs.gaussian("spatial") if "sfid" in metrics else None
         save_statistics(save_stats, theirs.gaussian("features"), spatial)

@@ -10,7 +10,13 @@ import numpy as np
 import torch
 
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics.prompted_images import PromptedImages, by_prompt, resampled_means, score_entry
+from vugen_cli.metrics.prompted_images import (
+    Prompted,
+    PromptedImages,
+    by_prompt,
+    resampled_means,
+    score_entry,
+)
 from vugen_cli.vlm.chat import question_inputs
 from vugen_cli.vlm.frozen import fingerprint, load_model
 
@@ -108,10 +114,12 @@ def vqa_scores(pairs: PromptedImages, judge: YesNoJudge, progress: bool = True) 
     Raises:
         VugenError: the set cannot be read or the VLM cannot be asked.
     """
-    prompts, values = [], []
-    for _, prompt, image in pairs.read("VQAScore", progress):
-        prompts.append(prompt)
-        values.append(judge(image, QUESTION.replace("{prompt}", prompt)))
+
+    def say(batch: list[Prompted]) -> list[float]:
+        return [judge(image, QUESTION.replace("{prompt}", prompt)) for _, prompt, image in batch]
+
+    judged = pairs.judged(say, "VQAScore", progress=progress)
+    prompts, values = [prompt for _, prompt, _ in judged], [value for _, _, value in judged]
     totals, counts = by_prompt(prompts, values)
     return [
         score_entry(

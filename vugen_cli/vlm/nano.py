@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
-from vugen_cli.engine.distributed import from_all, weight_of
+from vugen_cli.engine.distributed import weight_of
 from vugen_cli.engine.loop import RunOptions, Stage, train
 from vugen_cli.errors import VugenError
 from vugen_cli.files import write_json
 from vugen_cli.pictures import save_grid
-from vugen_cli.processes import is_first, rank, world_size
+from vugen_cli.processes import from_all, is_first, rank, world_size
 from vugen_cli.recipe import NanoVLM, Recipe
 from vugen_cli.vlm.chat import ask
-from vugen_cli.vlm.frozen import WORDS, words_of
+from vugen_cli.vlm.frozen import WORDS, fingerprint, load_model, words_of
 from vugen_cli.vlm.latents import projector_states
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<image>", "<user>", "<assistant>", "<unk>"]
@@ -144,28 +144,36 @@ class NanoTraining(nn.Module):
     """The model with the two heads that only training needs.
 
     Args:
-        model: from `build`.
+        model: from `build`, or a trained one.
         tokenizer: its tokenizer.
         sizes: the loss weights and the length of the vision-only start.
-        rarity: [vocabulary] weight of each token in the word loss; see `word_rarity`.
+        rarity: [vocabulary] weight of each token in the word loss; see `word_rarity`. None: the vision
+            encoder is trained already and stays bit for bit, and only the language loss is left.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, sizes: NanoVLM, rarity: Tensor):
+    def __init__(self, model: Any, tokenizer: Any, sizes: NanoVLM, rarity: Tensor | None):
         super().__init__()
+        self.ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
         self.model, self.tokenizer, self.sizes = model, tokenizer, sizes
+        self.register_buffer("rarity", rarity)
+        if rarity is None:
+            model.model.vision_tower.requires_grad_(False)
+            return
         width = sizes.vision_width
         self.words = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, len(tokenizer))
         )
         self.pixels = nn.Linear(width, 3 * sizes.patch**2)
-        self.register_buffer("rarity", rarity)
-        self.ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
 
     def loss(self, batch: Batch, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum of the pixel, word and (after `vision_steps`) language losses."""
+        """Weighted sum of the pixel, word and (after `vision_steps`) language losses; or the last alone."""
+        rng = np.random.default_rng(generator.initial_seed())
         images = batch.images.float() / 127.5 - 1
         with projector_states(self.model.model.multi_modal_projector) as seen:
             features = self.model.model.get_image_features(pixel_values=images).pooler_output
+        if self.rarity is None:
+            language = self._language_loss(torch.stack(list(features)), batch, rng)
+            return language, {"language": language}
         z = seen[0]
         patches = functional.pixel_unshuffle(images, self.sizes.patch).flatten(2).transpose(1, 2)
         values = {
@@ -174,7 +182,6 @@ class NanoTraining(nn.Module):
         }
         total = self.sizes.pixels_weight * values["pixels"] + self.sizes.words_weight * values["words"]
         if step >= self.sizes.vision_steps:
-            rng = np.random.default_rng(generator.initial_seed())
             values["language"] = self._language_loss(torch.stack(list(features)), batch, rng)
             total = total + values["language"]
         return total, values
@@ -308,41 +315,36 @@ def training_texts(images: ShardedImages, count: int = 5000) -> tuple[list[str],
 
 @torch.no_grad()
 def caption_accuracy(model: Any, processor: Any, images: ShardedImages, count: int = 500) -> dict[str, float]:
-    """How often a greedy caption names the subject and the setting of a single-subject scene.
+    """How often a greedy caption tells what a scene shows, as `metrics.composition` judges it.
 
     Args:
+        model: the VLM.
+        processor: its processor.
         images: a split of the OpenMoji set (its `meta` says what a scene shows).
         count: scenes to caption, at most, in each group.
 
     Returns:
-        `seen_subject`, `seen_setting`, `held_out_subject`, `held_out_setting` as fractions, and the counts;
-        empty when the data set does not say what its scenes show.
+        Fractions such as `seen_subject`, `held_out_setting` and `pair_subject` (both of two), and the number
+        of scenes in each group; empty when the data set does not say what its scenes show.
     """
-    right: Counter[str] = Counter()
-    total: Counter[str] = Counter()
-    pending: list[tuple[Tensor, dict[str, Any], str]] = []
+    from vugen_cli.metrics.composition import group_of, judge  # which needs this module
 
-    def caption_pending() -> None:
-        answers = ask(model, processor, torch.stack([image for image, _, _ in pending]), DESCRIBE)
-        for answer, (_, scene, group) in zip(answers, pending, strict=True):
-            total[group] += 1
-            right[f"{group}_subject"] += mentions(answer, scene["subjects"][0]["name"])
-            right[f"{group}_setting"] += mentions(answer, scene["setting"])
-        pending.clear()
-
+    groups: dict[str, list[tuple[Tensor, dict[str, Any]]]] = {}
     for pixels, meta in images.in_order():
-        scene = meta.get("scene")
-        if not scene or scene["kind"] != "single":
-            continue
-        group = "held_out" if scene["held_out"] else "seen"
-        if total[group] + sum(g == group for _, _, g in pending) < count:
-            pending.append((torch.from_numpy(pixels).permute(2, 0, 1), scene, group))
-        if len(pending) == 64:
-            caption_pending()
-    if pending:
-        caption_pending()
-    result = {name: count_right / total[name.rsplit("_", 1)[0]] for name, count_right in right.items()}
-    return result | {f"{group}_count": n for group, n in total.items()}
+        if scene := meta.get("scene"):
+            chosen = groups.setdefault(group_of(scene), [])
+            if len(chosen) < count:
+                chosen.append((torch.from_numpy(pixels).permute(2, 0, 1), scene))
+    scores: dict[str, float] = {}
+    for group, chosen in sorted(groups.items()):
+        verdicts = []
+        for begin in range(0, len(chosen), 64):
+            pictures, scenes = zip(*chosen[begin : begin + 64], strict=True)
+            answers = ask(model, processor, torch.stack(pictures), DESCRIBE)
+            verdicts += [judge(answer, scene) for answer, scene in zip(answers, scenes, strict=True)]
+        scores |= {f"{group}_{what}": sum(v[what] for v in verdicts) / len(verdicts) for what in verdicts[0]}
+        scores[f"{group}_scenes"] = len(verdicts)
+    return scores
 
 
 def mentions(text: str, words: str) -> bool:
@@ -376,9 +378,14 @@ def save_words(captions: Iterable[str], vlm: Path) -> None:
 
 
 def train_vlm(
-    recipe: Recipe, data: Path, out: Path, device: torch.device, options: RunOptions = RunOptions()
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    device: torch.device,
+    options: RunOptions = RunOptions(),
+    init: str | None = None,
 ) -> dict[str, float]:
-    """Train the nano VLM from scratch and save it as a Hugging Face directory.
+    """Train the nano VLM and save it as a Hugging Face directory.
 
     The run's states, metrics, curves and caption previews are kept in `<out>.run`.
 
@@ -388,18 +395,35 @@ def train_vlm(
         out: the directory to write.
         device: where to train.
         options: of the command line.
+        init: a VLM of this kind (or `nano`) whose projector and decoder are trained further; its vision
+            encoder stays bit for bit, so that reducers and pixel decoders trained on it still fit. None: a
+            new one.
 
     Returns:
         `caption_accuracy` on the `val` split if the set has one, else {}.
+
+    Raises:
+        VugenError: bad data or sizes, or `init` is not a VLM that this command made.
     """
     images = ShardedImages(data)
     captions, others = training_texts(images)
-    tokenizer = train_tokenizer(captions + others, recipe.nano_vlm.vocabulary)
     torch.manual_seed(recipe.seed)
-    model, processor = build(recipe.nano_vlm, images.size, tokenizer)
+    if init:
+        model, processor = load_model(init, "cpu")
+        tokenizer = processor.tokenizer
+        if not set(SPECIAL) <= set(tokenizer.get_vocab()):
+            raise VugenError(
+                f"--init {init}: not a VLM made by `vugen train-vlm`; larger ones are used as they are"
+            )
+        model.requires_grad_(True)
+    else:
+        tokenizer = train_tokenizer(captions + others, recipe.nano_vlm.vocabulary)
+        model, processor = build(recipe.nano_vlm, images.size, tokenizer)
+    begun = {"init": fingerprint(model)} if init else {}
     if device.type == "cpu":
         model.set_attn_implementation("eager")  # a quarter faster than SDPA's CPU kernels at these lengths
-    training = NanoTraining(model, tokenizer, recipe.nano_vlm, word_rarity(tokenizer, captions)).to(device)
+    rarity = None if init else word_rarity(tokenizer, captions)
+    training = NanoTraining(model, tokenizer, recipe.nano_vlm, rarity).to(device)
     has_val = "val" in images.manifest["splits"]
 
     def preview(path: Path) -> None:
@@ -409,7 +433,7 @@ def train_vlm(
 
     # Never mirrored: what is said of a scene may say left or right.
     stream = training_batches(images, recipe, recipe.train_vlm.batch_size, flip=False)
-    resolved = {
+    resolved = begun | {
         "recipe": recipe.model_dump(mode="json", include={"seed", "nano_vlm", "train_vlm"}),
         "data": dataset_card(data),
     }
