@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from vugen_cli.commands.options import data_of
+from vugen_cli.data import remote
 from vugen_cli.data.loader import ShardedImages, TrainingStream, batches
 from vugen_cli.data.remote import fetched
 from vugen_cli.errors import VugenError
@@ -128,3 +129,18 @@ def test_a_command_that_only_a_checkpoint_names_is_not_run() -> None:
         data_of(Recipe.model_validate(mixture), None, {"data": {"path": "x"}}, own_recipe=False)
     assert data_of(Recipe.model_validate(mixture), None, {"data": {"path": "x"}}, own_recipe=True) is None
     assert data_of(Recipe(), command, cards[0]) == command
+
+
+def test_a_path_is_never_a_command(tmp_path: Path) -> None:
+    """A checkpoint's data is opened as a Path by scores: a stranger's must not run."""
+    with pytest.raises(VugenError, match="no data set at pipe:touch"):
+        ShardedImages(Path(f"pipe:touch {tmp_path}/{{}}"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_command_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PIPE_PATIENCE", 0.3)
+    begin = time.monotonic()
+    with pytest.raises(VugenError, match="wrote nothing for"):
+        ShardedImages("pipe:sleep 30")
+    assert time.monotonic() - begin < 10

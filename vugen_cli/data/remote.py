@@ -6,6 +6,9 @@ no two data sets can be confused. Nothing is ever deleted from it.
 
 import fcntl
 import hashlib
+import io
+import os
+import select
 import shlex
 import shutil
 import subprocess
@@ -20,11 +23,12 @@ from vugen_cli.files import user_cache, whole_file
 
 PATIENCE = 10.0  # seconds without an answer or a byte after which a host counts as unreachable
 PIPE = "pipe:"
+PIPE_PATIENCE = 60.0  # seconds without a byte after which a command is given up: it may have to log in first
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a data set is given by URL or by a `pipe:` command."""
-    return str(path).startswith(PIPE) or "://" in str(path)
+    """Whether a data set is given by URL or by a `pipe:` command; a `Path` is never one."""
+    return isinstance(path, str) and (path.startswith(PIPE) or "://" in path)
 
 
 @contextmanager
@@ -44,7 +48,11 @@ def opened(base: str, name: str) -> Iterator[IO[bytes]]:
             words = [word.replace("{}", name) for word in shlex.split(base.removeprefix(PIPE))]
             with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
                 assert process.stdout
-                yield process.stdout
+                try:
+                    yield io.BufferedReader(_Patient(process.stdout.fileno()))
+                except BaseException:
+                    process.kill()
+                    raise
             if process.returncode:
                 raise OSError(f"the command ended with {process.returncode}")
         elif base.startswith(("http://", "https://")):
@@ -62,6 +70,21 @@ def opened(base: str, name: str) -> Iterator[IO[bytes]]:
     except Exception as error:  # as many kinds as fsspec has file systems
         reason = " ".join(str(error).split()) or type(error).__name__
         raise VugenError(f"cannot get {name} of {base}: {reason}") from error
+
+
+class _Patient(io.RawIOBase):
+    """Reads a command's output, for as long as there comes some."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not select.select([self.descriptor], [], [], PIPE_PATIENCE)[0]:
+            raise TimeoutError(f"the command wrote nothing for {PIPE_PATIENCE:.0f} seconds")
+        return os.readv(self.descriptor, [buffer])
 
 
 def shard_cache() -> Path:
