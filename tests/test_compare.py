@@ -7,6 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
+from vugen_cli.compare import read_samples
+from vugen_cli.errors import VugenError
 
 
 def run(*words: str | Path) -> str:
@@ -41,3 +43,12 @@ def test_what_cannot_be_compared_says_why(
     assert "no nowhere" in str(runner.invoke(app, ["compare", "nowhere"]).exception)
     assert "no samples.jsonl" in str(runner.invoke(app, ["compare", str(tmp_path)]).exception)
     assert "no prompt" in str(runner.invoke(app, ["compare", str(trained / "sampler.safetensors")]).exception)
+
+
+def test_a_listing_cannot_show_files_from_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(b"x")
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    (folder / "samples.jsonl").write_text('{"file": "../secret.png", "prompt": "a bear"}\n')
+    with pytest.raises(VugenError, match="outside its folder"):
+        read_samples(folder)

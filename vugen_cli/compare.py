@@ -9,7 +9,7 @@ from typing import Any
 
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file
-from vugen_cli.metrics.image_sets import read_jsonl
+from vugen_cli.metrics.image_sets import read_jsonl, sample_files
 
 PAGE = Path(__file__).with_name("compare.html")
 
@@ -20,11 +20,12 @@ def read_samples(folder: Path) -> list[Row]:
     """What `vugen sample` left in a folder.
 
     Raises:
-        VugenError: there is no `samples.jsonl`, or a picture is gone.
+        VugenError: there is no `samples.jsonl`, it is not what `vugen sample` writes, or a picture is gone.
     """
     listing = folder / "samples.jsonl"
     if not listing.is_file():
         raise VugenError(f"{folder} holds no samples.jsonl: give a folder that `vugen sample` wrote")
+    sample_files(folder)  # refuses names that lead out of the folder
     rows = [{**row, "path": folder / row["file"]} for row in read_jsonl(listing)]
     if gone := [row["file"] for row in rows if not row["path"].is_file()]:
         raise VugenError(f"{folder} lacks {gone[0]}, which its samples.jsonl lists: draw it again")

@@ -232,7 +232,7 @@ def _recognise(path: Path, split: str | None) -> ImageSet:
         if (path / "dataset.json").is_file():
             return _prepared(path, split)
         if (path / "samples.jsonl").is_file():
-            files = _sample_files(path)
+            files = sample_files(path)
             return ImageSet(path, "samples", len(files), None, lambda: _file_items(path, files))
         files = list(image_paths(path))
         if drawn := [name for name in files if _is_geneval(path, name)]:
@@ -274,7 +274,7 @@ def _prepared(directory: Path, split: str | None) -> ImageSet:
     return ImageSet(directory, "shards", len(stored), None, lambda: _tar_items(shards), split)
 
 
-def _sample_files(directory: Path) -> list[str]:
+def sample_files(directory: Path) -> list[str]:
     """The files that `samples.jsonl` lists, each once: what else a folder holds (a grid) is no sample."""
     listing = directory / "samples.jsonl"
     names: dict[str, None] = {}
