@@ -1,5 +1,6 @@
 """Every command shown in the README and in docs/ runs."""
 
+import importlib
 import os
 import re
 import shlex
@@ -115,3 +116,17 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), {})
     assert (tmp_path / "bear.png").is_file() and (tmp_path / "drawn/grid.png").is_file()
+
+
+def test_every_equation_names_a_function_that_is_there() -> None:
+    rows = re.findall(
+        r"^\| .* \| `([\w/]+\.py)` (`.*`) \|$", (ROOT / "docs/method.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 15
+    for file, names in rows:
+        module = importlib.import_module("vugen_cli." + file.removesuffix(".py").replace("/", "."))
+        for name in re.findall(r"`([\w.]+)`", names):
+            found = module
+            for part in name.split("."):
+                found = getattr(found, part)
+            assert callable(found)

@@ -37,6 +37,7 @@ PROMPTS = [
 ]
 GALLERY = 4  # images of each prompt that the bundled sampler draws
 PER_PROMPT = 12  # images of each prompt that are scored
+SCENES = {"train": 4000, "val": 500}
 # Sized for about five minutes on two CPU cores; the full recipe trains many times longer.
 SETTINGS = [
     "train_reducer.steps=260",
@@ -67,8 +68,8 @@ def run_demo(out: Path, device: torch.device) -> Path:
     data = out / "data"
     draw(load_sampler(bundle("sampler.safetensors"), device=device), PROMPTS, GALLERY, out / "gallery")
     _say(f"what the bundled sampler draws: {out / 'gallery/grid.png'}; now a new one is trained, for minutes")
-    _say("1/6 prepare: draw 4,000 scenes to train on and 500 to compare with")
-    for split, count in (("train", 4000), ("val", 500)):
+    _say(f"1/6 prepare: draw {SCENES['train']:,} scenes to train on and {SCENES['val']:,} to compare with")
+    for split, count in SCENES.items():
         write_dataset(OpenMojiScenes(count, split, 64), data, split, 64, workers=2)
 
     _say("2/6 train-reducer: what of the VLM's latents is kept, and how to draw it")
@@ -143,7 +144,8 @@ def report_page(
         (
             "Fréchet distance to held-out scenes",
             f"{scores['untrained']['value']:.2f} → {scores['samples']['value']:.2f}",
-            "before → after training; on VLM features, not FID; lower is better",
+            "before → after training; on VLM features, not FID; lower is better. "
+            + (scores["samples"]["warning"] or ""),
         ),
         ("Reconstruction", quality, f"PSNR of {count} held-out scenes; SSIM {reconstruction['ssim']:.3f}"),
         ("Time", f"{minutes:.1f} min", f"every stage, on this machine ({device_name(device)})"),
