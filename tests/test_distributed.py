@@ -71,6 +71,9 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
     wide += ["engine.compile=true", "engine.offload=true"]
     half = ["engine.strategy=fsdp", "train_sampler.precision=bfloat16"]
     score = ["score", "--features", "vlm", "--vlm", str(vlm_path), "--batch-size", "8", "--no-cache"]
+    brief = ["--steps", "3", "--batch-size", "8", "--set", "data.workers=0"]
+    brief += ["--set", "train_sampler.precision=float32"]
+    mixture = [f"data.mixture=[{{path: {scenes}, weight: 2}}, {{path: drawn}}]"]
     tar, other = str(scenes / "train-000000.tar"), str(scenes / "train-000001.tar")
     bundled = str(bundle("sampler.safetensors"))
     return [
@@ -81,6 +84,9 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
         ["train-sampler", *small, "--out", "f.safetensors", *sets(vlm_path, *wide)],
         ["train-sampler", *small, "--out", "h.safetensors", *sets(vlm_path, *half)],
         ["sample", "a bear", "two cats", "a tree", "-n", "2", "--sampler", "s.safetensors"],
+        ["prepare", "--latents", bundled, "--data", str(scenes), "--out", "latents"],
+        ["train-sampler", "--init", bundled, "--data", "latents", "--out", "c.safetensors", *brief],
+        ["train-reducer", "--out", "m.safetensors", *brief, *sets(vlm_path, *mixture)],
         ["inspect", "s.safetensors"],
         ["reconstruct", "--reducer", bundled, "--images", str(scenes), "--count", "20", "--out", "rec"],
         [*score, "--fid", "--kid", "--pr", "--images", tar, "--reference", str(scenes), "--out", "sets.json"],
@@ -130,6 +136,17 @@ def test_losses_do_not_depend_on_the_number_of_processes_or_the_strategy(
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_a_latent_cache_and_a_mixture_are_shared_out_too(
+    alone: Path, together: tuple[Path, str, str, int]
+) -> None:
+    one, two = (json.loads((f / "latents/dataset.json").read_text()) for f in (alone, together[0]))
+    counts = [[s["samples"] for s in manifest["splits"]["train"]["shards"]] for manifest in (one, two)]
+    assert counts[0] == counts[1] and sum(counts[0]) == 96
+    for stage in ("c", "m"):
+        losses = [[row["loss"] for row in metrics(f / f"{stage}.run")] for f in (alone, together[0])]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 3
 
 
 def test_sharded_layers_gathered_in_bfloat16_train_and_draw(
