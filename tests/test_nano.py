@@ -3,11 +3,14 @@
 from collections import Counter
 from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_overrides, vugen
+from typer.testing import CliRunner
 
+from vugen_cli.app import app
 from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream
 from vugen_cli.errors import VugenError
 from vugen_cli.vlm.frozen import bundle, load_vlm
@@ -18,6 +21,7 @@ from vugen_cli.vlm.nano import (
     conversation,
     mentions,
     other_caption,
+    save_vlm,
     train_tokenizer,
     training_texts,
     word_rarity,
@@ -117,6 +121,34 @@ def test_train_vlm_writes_a_model_that_loads(scenes: Path, vlm_path: Path, tmp_p
     z = load_vlm(str(tmp_path / "made")).encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert z.shape == (1, 8, 8, TINY.vision_width)
     assert (tmp_path / "made.run/curves.png").exists()
+
+
+def test_a_vlm_trained_further_keeps_what_reducers_were_trained_on(
+    scenes: Path, vlm_path: Path, tmp_path: Path
+) -> None:
+    captions, others = training_texts(ShardedImages(scenes))
+    tokenizer = train_tokenizer(captions + others, TINY.vocabulary)
+    for name, seed in (("made", 0), ("stranger", 1)):
+        torch.manual_seed(seed)
+        save_vlm(*build(TINY, 64, tokenizer), tmp_path / name)
+    run = CliRunner().invoke
+    tiny = [p for o in tiny_overrides(vlm_path)[1:] for p in ("--set", o)]
+    made, further, stranger = (str(tmp_path / name) for name in ("made", "further", "stranger"))
+    reducer, data = str(tmp_path / "r.safetensors"), ["--data", str(scenes), "--steps", "2"]
+    assert run(app, ["train-reducer", "--vlm", made, *data, "--out", reducer, *tiny]).exit_code == 0
+    result = run(app, ["train-vlm", "--init", made, *data, "--out", further, *tiny])
+    assert result.exit_code == 0, result.exception
+    before, after = load_vlm(made), load_vlm(further)
+    assert after.vision == before.vision and after.fingerprint != before.fingerprint
+    picture = torch.arange(3 * 64 * 64).reshape(1, 3, 64, 64).to(torch.uint8)
+    assert torch.equal(before.encode(picture), after.encode(picture))
+    sampler = ["train-sampler", "--reducer", reducer, *data, "--out", str(tmp_path / "s.safetensors"), *tiny]
+    result = run(app, [*sampler, "--vlm", further])
+    assert result.exit_code == 0, result.exception
+    assert "was trained on the VLM" in str(run(app, [*sampler, "--vlm", stranger]).exception)
+    foreign = str(families.build("smolvlm", tmp_path / "foreign"))
+    result = run(app, ["train-vlm", "--init", foreign, *data, "--out", str(tmp_path / "f"), *tiny])
+    assert "is not a VLM that `vugen train-vlm` made" in str(result.exception)
 
 
 def test_the_bundled_vlm_reads_held_out_scenes(scenes: Path) -> None:

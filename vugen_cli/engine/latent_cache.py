@@ -34,7 +34,7 @@ def latent_facts(autoencoder: Autoencoder, vlm: FrozenVLM, recipe: Recipe, card:
     of_vae = autoencoder.vae is not None and autoencoder.reducer.recipe.kind == "vae"
     return {
         "reducer": fingerprint(autoencoder.reducer),
-        "vlm": vlm.fingerprint,
+        "vlm": vlm.vision,
         "vae": fingerprint(autoencoder.vae.model) if of_vae and autoencoder.vae else None,
         "grid": card["latents"]["grid"],
         "channels": card["latents"]["channels"],

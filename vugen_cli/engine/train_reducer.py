@@ -182,7 +182,7 @@ def train_reducer(
         "stage": "reducer",
         "step": settings.steps,
         "recipe": recipe.model_dump(mode="json"),
-        "vlm": {"name": recipe.vlm, "fingerprint": vlm.fingerprint},
+        "vlm": vlm.card(),
         "data": images.card(),
         "latents": {
             "channels": module.reducer.channels,

@@ -90,7 +90,7 @@ def train_sampler(
         "stage": "sampler",
         "step": settings.steps,
         "recipe": recipe.model_dump(mode="json"),
-        "vlm": {"name": recipe.vlm, "fingerprint": vlm.fingerprint},
+        "vlm": vlm.card(),
         "data": images.card(),
     }
     begun = {"expert": fingerprint(expert)} if further else {}

@@ -66,6 +66,7 @@ class FrozenVLM:
         model, processor: the transformers objects.
         decoder: the language model's stack of layers.
         fingerprint: a hash over the names, shapes and values of the weights.
+        vision: the same over those that z depends on alone.
         words: every word of the captions it was trained on, where its directory lists them.
     """
 
@@ -76,6 +77,10 @@ class FrozenVLM:
         self.decoder: nn.Module = model.get_decoder().base_model  # without a vocabulary head
         self.device: torch.device = next(model.parameters()).device
         self.fingerprint = fingerprint(model)
+        behind = [self.decoder, model.get_output_embeddings()]  # what z does not pass through
+        if self.recipe.latents == "encoder":
+            behind.append(self.projector)
+        self.vision = fingerprint(model, [module for module in behind if module is not None])
         self.words: frozenset[str] | None = None
 
     @torch.no_grad()
@@ -211,14 +216,23 @@ class FrozenVLM:
             )
         return Prefix([layer.keys for layer in layers], [layer.values for layer in layers], mask)
 
+    def card(self) -> dict[str, str]:
+        """What a checkpoint notes of the VLM it was trained on, for `check`."""
+        return {"name": self.name, "fingerprint": self.fingerprint, "vision": self.vision}
+
     def check(self, card: dict[str, Any], checkpoint: str | Path, allow: bool = False) -> None:
         """Refuse a checkpoint that was trained on another VLM, unless that is allowed.
+
+        A reducer fits wherever z is the same: the language side may have been trained further.
 
         Raises:
             VugenError: the fingerprints differ; names both models.
         """
         trained = card["vlm"]
-        if trained["fingerprint"] != self.fingerprint and not allow:
+        same = trained["fingerprint"] == self.fingerprint
+        if card.get("stage") == "reducer":
+            same = same or trained.get("vision") == self.vision
+        if not (same or allow):
             raise VugenError(
                 f"{checkpoint} was trained on the VLM {trained['name']} ({trained['fingerprint'][:12]}), "
                 f"but this is {self.name} ({self.fingerprint[:12]}): pass the right one with --vlm, or "
@@ -226,8 +240,8 @@ class FrozenVLM:
             )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over every weight's name, shape and value.
+def fingerprint(model: nn.Module, without: Sequence[nn.Module] = ()) -> str:
+    """SHA-256 over every weight's name, shape and value, but for those of some of its modules.
 
     Values are rounded to bfloat16 first, so that a model has one fingerprint whatever precision it is loaded
     in; tensors are hashed in parallel threads.
@@ -243,8 +257,11 @@ def fingerprint(model: nn.Module) -> str:
             f"{name} {tuple(item[1].shape)}".encode() + hashlib.sha256(data).digest()
         ).digest()
 
+    left_out = {id(tensor) for module in without for tensor in module.state_dict(keep_vars=True).values()}
+    weights = sorted(model.state_dict(keep_vars=True).items())
     with ThreadPoolExecutor() as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, sorted(model.state_dict().items())))).hexdigest()
+        digests = pool.map(digest, [item for item in weights if id(item[1]) not in left_out])
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def words_of(text: str) -> list[str]:

@@ -411,7 +411,7 @@ def train_vlm(
     if init:
         model, processor = load_model(init, "cpu")
         tokenizer = processor.tokenizer
-        if not set(SPECIAL) <= set(tokenizer.get_vocab()):
+        if model.config.model_type != "llava" or not set(SPECIAL) <= set(tokenizer.get_vocab()):
             raise VugenError(
                 f"--init {init}: not a VLM made by `vugen train-vlm`; larger ones are used as they are"
             )
