@@ -413,7 +413,7 @@ def train_vlm(
         tokenizer = processor.tokenizer
         if model.config.model_type != "llava" or not set(SPECIAL) <= set(tokenizer.get_vocab()):
             raise VugenError(
-                f"--init {init}: not a VLM made by `vugen train-vlm`; larger ones are used as they are"
+                f"--init {init} is not a VLM that `vugen train-vlm` made: only those can be trained further"
             )
         model.requires_grad_(True)
     else:
