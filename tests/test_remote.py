@@ -15,7 +15,10 @@ from threading import Thread
 
 import pytest
 import torch
+from conftest import tiny_overrides
+from typer.testing import CliRunner
 
+from vugen_cli.app import app
 from vugen_cli.commands.options import data_of
 from vugen_cli.data import remote
 from vugen_cli.data.loader import ShardedImages, TrainingStream, batches
@@ -144,3 +147,11 @@ def test_a_command_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(VugenError, match="wrote nothing for"):
         ShardedImages("pipe:sleep 30")
     assert time.monotonic() - begin < 10
+
+
+def test_a_stage_trains_and_shows_previews_from_afar(address: str, vlm_path: Path, tmp_path: Path) -> None:
+    options = [p for o in tiny_overrides(vlm_path) for p in ("--set", o)]
+    words = ["train-reducer", "--data", address, "--out", str(tmp_path / "r.safetensors"), "--steps", "2"]
+    result = CliRunner().invoke(app, [*words, *options])
+    assert result.exit_code == 0, result.exception
+    assert (tmp_path / "r.run/preview-0000002.png").is_file()
