@@ -6,8 +6,8 @@
 Every row trains a reducer and a decoder (`--reducer-steps`), reconstructs held-out images, then trains a
 sampler (`--sampler-steps`) and scores its samples at each of `--score-at` steps: the paper's Figure 3, in
 small. A row that is finished is not repeated, a row that was stopped goes on, so the script can be killed at
-any time. `table.md` and `results.json` in --out are written again after each row, with the table of decoding
-in 1, 2, 4 and 8 steps and of a distilled decoder.
+any time, and `--rows` shares the rows out. `table.md` and `results.json` in --out are written again after
+each row, with the table of decoding in 1, 2, 4 and 8 steps and of a distilled decoder.
 """
 
 import argparse
@@ -54,11 +54,12 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=["linear", "mlp", "attention", "pca"])
     parser.add_argument("--widths", nargs="*", type=int, default=[4, 8, 16, 32])
     parser.add_argument("--decoders", nargs="*", default=["pdd", "ldm"])
+    parser.add_argument("--rows", nargs="*", help="only these, as linear-16-pdd; default: all combinations")
     parser.add_argument("--no-vae", action="store_true", help="leave out the VAE: no ldm and no baseline row")
     parser.add_argument("--reducer-steps", type=int, default=1300)
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--sampler-steps", type=int, default=2000)
-    parser.add_argument("--distill-steps", type=int, default=400)
+    parser.add_argument("--distill-steps", type=int, default=400, help="0: no student")
     parser.add_argument("--score-at", nargs="*", type=int, default=[500, 1000, 2000])
     parser.add_argument("--images", type=int, default=500, help="reconstructed, and sampled, for each score")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -66,26 +67,25 @@ def main() -> None:
     parser.add_argument("--device")
     options = parser.parse_args()
     device = pick_device(options.device)
-    vae = None
-    if not options.no_vae:
-        vae = options.out / "vae"
-        if not vae.is_dir():
-            recipe = make_recipe(options, Row("vae", (f"train_vae.steps={options.vae_steps}",)))
-            train_vae(recipe, options.data, vae, device)
-    results: list[dict[str, Any]] = []
-    for row in rows(options, vae):
+    vae = None if options.no_vae else options.out / "vae"
+    every = rows(options, vae)
+    wanted = [row for row in every if not options.rows or row.name in options.rows]
+    if vae and not vae.is_dir() and any("decoder.vae" in key for row in wanted for key in row.settings):
+        recipe = make_recipe(options, Row("vae", (f"train_vae.steps={options.vae_steps}",)))
+        train_vae(recipe, options.data, vae, device)
+    steps = ""
+    for row in wanted:
         done = options.out / f"{row.name}.json"
         if not done.is_file():
             write_json(done, measure(row, options, device))
-        results.append(json.loads(done.read_text()))
+        if row == wanted[-1] and options.distill_steps:
+            steps = "\n" + decoding_steps(wanted[0], options, device)
+        finished = [options.out / f"{row.name}.json" for row in every]
+        results = [json.loads(path.read_text()) for path in finished if path.is_file()]
         write_json(options.out / "results.json", results)
         with whole_file(options.out / "table.md") as temporary:
-            temporary.write_text(table(results, options))
-        print(table(results, options), flush=True)
-    steps = decoding_steps(rows(options, vae)[0], options, device)
-    with whole_file(options.out / "table.md") as temporary:
-        temporary.write_text(table(results, options) + "\n" + steps)
-    print(steps)
+            temporary.write_text(table(results, options) + steps)
+        print(table(results, options) + steps, flush=True)
 
 
 def rows(options: argparse.Namespace, vae: Path | None) -> list[Row]:
