@@ -71,6 +71,7 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
     wide += ["engine.compile=true", "engine.offload=true"]
     half = ["engine.strategy=fsdp", "train_sampler.precision=bfloat16"]
     score = ["score", "--features", "vlm", "--vlm", str(vlm_path), "--batch-size", "8", "--no-cache"]
+    cached = ["score", "--fid", "--features", "vlm", "--vlm", str(vlm_path), "--batch-size", "8"]
     brief = ["--steps", "3", "--batch-size", "8", "--set", "data.workers=0"]
     brief += ["--set", "train_sampler.precision=float32"]
     mixture = [f"data.mixture=[{{path: {scenes}, weight: 2}}, {{path: drawn}}]"]
@@ -90,6 +91,8 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
         ["inspect", "s.safetensors"],
         ["reconstruct", "--reducer", bundled, "--images", str(scenes), "--count", "20", "--out", "rec"],
         [*score, "--fid", "--kid", "--pr", "--images", tar, "--reference", str(scenes), "--out", "sets.json"],
+        [*cached, "--images", tar, "--reference", str(scenes), "--out", "first.json"],
+        [*cached, "--images", tar, "--reference", str(scenes), "--out", "cached.json"],
         [*score, "--psnr", "--images", tar, "--reference", other, "--out", "pairs.json"],
         ["score", "--vqa-score", "--images", tar, "--vlm", "nano", "--count", "9", "--out", "prompts.json"],
         [*score, "--diversity", "--images", "samples", "--out", "diversity.json"],
@@ -181,7 +184,8 @@ def test_shards_and_pictures_do_not_depend_on_the_number_of_processes(
 def test_scores_do_not_depend_on_the_number_of_processes(
     alone: Path, together: tuple[Path, str, str, int]
 ) -> None:
-    for name in ("sets.json", "pairs.json", "prompts.json", "composition.json"):
+    assert json.loads((together[0] / "cached.json").read_text())["images"]["cached"]
+    for name in ("sets.json", "cached.json", "pairs.json", "prompts.json", "composition.json"):
         one, two = (json.loads((folder / name).read_text()) for folder in (alone, together[0]))
         assert len(one["scores"]) == len(two["scores"]) > 0
         for a, b in zip(one["scores"], two["scores"], strict=True):
