@@ -42,6 +42,7 @@ def main() -> None:
         card["recipe"] = parse_recipe(card["recipe"], str(options.sampler), options.set).model_dump(
             mode="json"
         )
+        card["vlm"]["name"] = card["recipe"]["vlm"]  # for `--set vlm=nano`: in training it had another
         half = {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
         save_checkpoint(bundle("sampler.safetensors"), half, card)
     size = sum(f.stat().st_size for f in bundle("").rglob("*") if f.is_file()) / 1e6
