@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from vugen_cli.app import app
 from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream
+from vugen_cli.data.openmoji import OpenMojiScenes
+from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 from vugen_cli.vlm.frozen import bundle, load_vlm
 from vugen_cli.vlm.nano import (
@@ -151,15 +153,16 @@ def test_a_vlm_trained_further_keeps_what_reducers_were_trained_on(
     assert "is not a VLM that `vugen train-vlm` made" in str(result.exception)
 
 
-def test_the_bundled_vlm_reads_held_out_scenes(scenes: Path) -> None:
+def test_the_bundled_vlm_reads_held_out_scenes(tmp_path: Path) -> None:
     """`vugen score --composition` measures it in full; this one guards the bundle."""
     if not bundle("vlm").is_dir():
         pytest.skip("no bundle in this checkout")
+    write_dataset(OpenMojiScenes(120, "val", 64), tmp_path / "val", "val", 64, progress=False)
     vlm = load_vlm("nano")
-    scores = caption_accuracy(vlm.model, vlm.processor, ShardedImages(scenes, "val"))
-    assert scores["held_out_scenes"] + scores["seen_scenes"] >= 8
+    scores = caption_accuracy(vlm.model, vlm.processor, ShardedImages(tmp_path / "val", "val"))
     for group in ("seen", "held_out"):
-        assert scores[f"{group}_setting"] >= 0.9 and scores[f"{group}_subject"] >= 0.7
+        assert scores[f"{group}_scenes"] > 20
+        assert scores[f"{group}_setting"] >= 0.9 and scores[f"{group}_subject"] >= 0.85
 
 
 def test_prompts_differ_in_every_layer_of_the_bundled_vlm() -> None:
