@@ -135,6 +135,12 @@ def from_all(value: Any) -> list[Any]:
     return values
 
 
+def in_order(numbered: list[tuple[int, Any]]) -> list[Any]:
+    """What all processes have numbered, by its number, on every process; small picklable things."""
+    everywhere = [pair for part in from_all(numbered) for pair in part]
+    return [thing for _, thing in sorted(everywhere, key=lambda pair: pair[0])]
+
+
 def to_first(value: Any) -> list[Any]:
     """Every process's value, in their order, on the first process; on another only its own.
 

@@ -94,7 +94,8 @@ def extract(
         found |= _extract(images, extractor, missing, batch_size or extractor.batch_size, role, progress)
         for name in files.keys() & missing:
             _write_cached(files[name], name, found[name], images)
-    images.count, images.left_out = from_first((images.count, images.left_out))
+    else:  # only the first has read the cache
+        images.count, images.left_out = from_first((images.count, images.left_out))
     return found, {**images.describe(), "cached": not missing}
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection
 from itertools import zip_longest
-from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.image_sets import ImageSet, open_images
 from vugen_cli.metrics.manifold import RESAMPLES, SEED, bootstrap_interval
-from vugen_cli.processes import from_all, is_first
+from vugen_cli.processes import in_order, is_first
 
 SSIM_WINDOW = 11  # Gaussian window of the paper: 11x11, sigma 1.5
 SSIM_SIGMA = 1.5
@@ -125,7 +124,7 @@ def score_pairs(
         found.append((index, {metric: measures[metric](x, y).item() for metric in metrics}))
     ours.merge()
     theirs.merge()
-    rows = [row for _, row in sorted((pair for part in from_all(found) for pair in part), key=itemgetter(0))]
+    rows = in_order(found)
     values = {metric: [row[metric] for row in rows] for metric in metrics}
     if not all(values.values()):
         raise VugenError(f"no pair of {images} and {reference} is readable.")

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.image_sets import ImageSet, is_image, open_images, read_jsonl
 from vugen_cli.metrics.manifold import RESAMPLES, SEED
-from vugen_cli.processes import from_all, is_first, world_size
+from vugen_cli.processes import in_order, is_first, world_size
 
 Prompted = tuple[str, str, torch.Tensor]  # an image's name, its prompt, and uint8 RGB [3, H, W]
 Verdict = TypeVar("Verdict")
@@ -77,8 +76,7 @@ class PromptedImages:
         if not self.images.count:
             bad = self.images.bad
             raise VugenError(f"{self.images.path} has no readable image: the first is {bad[0]}.")
-        everywhere = sorted((part for parts in from_all(found) for part in parts), key=itemgetter(0))
-        return [row for _, rows in everywhere for row in rows]
+        return [row for rows in in_order(found) for row in rows]
 
     def _parts(self, name: str, pixels: np.ndarray) -> list[Prompted]:
         """The image, or the four of a grid."""

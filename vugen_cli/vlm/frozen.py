@@ -76,11 +76,19 @@ class FrozenVLM:
         self.projector = find_projector(model)
         self.decoder: nn.Module = model.get_decoder().base_model  # without a vocabulary head
         self.device: torch.device = next(model.parameters()).device
-        self.fingerprint = fingerprint(model)
+        digests = weight_digests(model)
+        self.fingerprint = _combined(digests)
         behind = [self.decoder, model.get_output_embeddings()]  # what z does not pass through
         if self.recipe.latents == "encoder":
             behind.append(self.projector)
-        self.vision = fingerprint(model, [module for module in behind if module is not None])
+        left_out = {
+            id(tensor)
+            for part in behind
+            if part is not None
+            for tensor in part.state_dict(keep_vars=True).values()
+        }
+        weights = model.state_dict(keep_vars=True)
+        self.vision = _combined({n: d for n, d in digests.items() if id(weights[n]) not in left_out})
         self.words: frozenset[str] | None = None
 
     @torch.no_grad()
@@ -240,11 +248,15 @@ class FrozenVLM:
             )
 
 
-def fingerprint(model: nn.Module, without: Sequence[nn.Module] = ()) -> str:
-    """SHA-256 over every weight's name, shape and value, but for those of some of its modules.
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every weight's name, shape and value, the same whatever precision it is loaded in."""
+    return _combined(weight_digests(model))
 
-    Values are rounded to bfloat16 first, so that a model has one fingerprint whatever precision it is loaded
-    in; tensors are hashed in parallel threads.
+
+def weight_digests(model: nn.Module) -> dict[str, bytes]:
+    """SHA-256 of each weight's name, shape and value, in the order of the names.
+
+    Values are rounded to bfloat16 first; tensors are hashed in parallel threads.
     """
 
     def digest(item: tuple[str, Tensor]) -> bytes:
@@ -257,11 +269,13 @@ def fingerprint(model: nn.Module, without: Sequence[nn.Module] = ()) -> str:
             f"{name} {tuple(item[1].shape)}".encode() + hashlib.sha256(data).digest()
         ).digest()
 
-    left_out = {id(tensor) for module in without for tensor in module.state_dict(keep_vars=True).values()}
-    weights = sorted(model.state_dict(keep_vars=True).items())
+    weights = sorted(model.state_dict().items())
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(digest, [item for item in weights if id(item[1]) not in left_out])
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+        return dict(zip((name for name, _ in weights), pool.map(digest, weights), strict=True))
+
+
+def _combined(digests: dict[str, bytes]) -> str:
+    return hashlib.sha256(b"".join(digests.values())).hexdigest()
 
 
 def words_of(text: str) -> list[str]:
