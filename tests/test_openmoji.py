@@ -66,6 +66,15 @@ def test_index_and_seed_alone_decide():
     assert digest(OpenMojiScenes(2, "val")) != digest(OpenMojiScenes(2, "train"))
 
 
+@pytest.mark.parametrize("pairs", [0.0, 0.25, 0.6, 1.0])
+def test_share_of_pairs(pairs):
+    scenes = [openmoji._describe("train", openmoji._stream("scene", f"0/{i}"), pairs) for i in range(600)]
+    kinds = Counter(scene["kind"] for scene in scenes)
+    assert abs(kinds["pair"] / 600 - pairs) < 0.06
+    assert abs(kinds["count"] / 600 - 0.2 * (1 - pairs)) < 0.06
+    assert (OpenMojiScenes(1, pairs=pairs).fingerprint == OpenMojiScenes(1).fingerprint) == (pairs == 0.25)
+
+
 @pytest.mark.parametrize("index", range(0, 24, 2))
 def test_larger_is_the_same_picture(index):
     small, large = OpenMojiScenes(24)[index], OpenMojiScenes(24, size=128)[index]
@@ -202,6 +211,8 @@ def test_bad_arguments():
         OpenMojiScenes(3, split="test")
     with pytest.raises(ValueError, match="size"):
         OpenMojiScenes(3, size=0)
+    with pytest.raises(ValueError, match="pairs"):
+        OpenMojiScenes(3, pairs=1.5)
     with pytest.raises(IndexError):
         OpenMojiScenes(3)[3]
     assert len(OpenMojiScenes(0)) == 0

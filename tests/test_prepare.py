@@ -413,6 +413,11 @@ def test_openmoji_through_the_command(tmp_path, monkeypatch, capsys):
     assert all("png" in members for members in samples_of(Path("data/openmoji")).values())
     with pytest.raises(VugenError, match="leave --source out"):
         prepare(Dataset.openmoji, source=tmp_path)
+    prepare(Dataset.openmoji, count=6, workers=1, pairs=1.0, out=Path("pairs"))
+    scenes = [json.loads(members["json"])["scene"] for members in samples_of(Path("pairs")).values()]
+    assert {scene["kind"] for scene in scenes} == {"pair"}
+    with pytest.raises(VugenError, match="--pairs goes with"):
+        prepare(Dataset.folder, source=tmp_path, pairs=0.5)
 
 
 def test_ctrl_c_through_the_command(monkeypatch, tmp_path):

@@ -51,6 +51,10 @@ def prepare(
     shard_size: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.  [default: all cores]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle, and of drawn scenes.")] = 0,
+    pairs: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="openmoji: share of the scenes with two subjects.  [default: 0.25]"),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail on the first picture that cannot be used.")
     ] = False,
@@ -104,6 +108,8 @@ def prepare(
         raise VugenError("give --dataset (images to prepare) or --latents (a checkpoint), one of the two")
     if latents is None and (data or flip is not None or vlm or device):
         raise VugenError("--data, --flip, --vlm and --device go with --latents")
+    if pairs is not None and dataset is not Dataset.openmoji:
+        raise VugenError("--pairs goes with --dataset openmoji")
     if dataset is None:
         assert latents is not None
         if source or count or strict or size:
@@ -115,7 +121,7 @@ def prepare(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         manifest = write_dataset(
-            open_source(dataset, source, split.value, size, count, seed),
+            open_source(dataset, source, split.value, size, count, seed, pairs),
             out,
             split=split.value,
             size=size,
@@ -175,7 +181,13 @@ def prepare_latents(
 
 
 def open_source(
-    dataset: Dataset, source: Path | None, split: str, size: int, count: int | None, seed: int
+    dataset: Dataset,
+    source: Path | None,
+    split: str,
+    size: int,
+    count: int | None,
+    seed: int,
+    pairs: float | None = None,
 ) -> "Source":
     """The source that `--dataset` and `--source` name.
 
@@ -185,11 +197,12 @@ def open_source(
     from vugen_cli.errors import VugenError
 
     if dataset is Dataset.openmoji:
-        from vugen_cli.data.openmoji import OpenMojiScenes
+        from vugen_cli.data.openmoji import PAIRS, OpenMojiScenes
 
         if source is not None:
             raise VugenError("--dataset openmoji draws its own pictures: leave --source out")
-        return OpenMojiScenes(count or {"train": 40_000, "val": 2_000}[split], split, size, seed)
+        count = count or {"train": 40_000, "val": 2_000}[split]
+        return OpenMojiScenes(count, split, size, seed, PAIRS if pairs is None else pairs)
     if dataset is Dataset.imagenet:
         from vugen_cli.data.imagenet import ImageNet, find_imagenet
 

@@ -176,7 +176,7 @@ OPPOSITES = {
 }
 _SUBJECT_NAMES = tuple(SUBJECTS)
 _SETTING_NAMES = tuple(SETTINGS)
-_KINDS = (("single", 0.60), ("count", 0.15), ("pair", 0.25))
+PAIRS = 0.25  # share of the scenes with two subjects; of the rest a fifth are counted
 _MARGIN = 8  # clear pixels around a sprite; a power of two
 
 
@@ -304,9 +304,10 @@ def _entry(name: str, rng: random.Random, count: int = 1) -> dict[str, Any]:
     return {"name": name, "count": count, "color": color if colored and SUBJECTS[name].tintable else None}
 
 
-def _describe(split: str, rng: random.Random) -> Scene:
+def _describe(split: str, rng: random.Random, pairs: float = PAIRS) -> Scene:
     """Choose what a scene shows: its kind by its share, a subject uniformly, then an allowed setting."""
-    kind = rng.choices([k for k, _ in _KINDS], [w for _, w in _KINDS])[0]
+    single = 0.8 * (1 - pairs)
+    kind = rng.choices(("single", "count", "pair"), (single, 1 - pairs - single, pairs))[0]
     wanted = split == "val" and rng.random() < 0.5
     count = rng.choice((2, 3)) if kind == "count" else 1
     names = [n for n in _SUBJECT_NAMES if kind != "count" or SUBJECTS[n].plural]
@@ -951,18 +952,21 @@ class OpenMojiScenes:
             show their first subject in a setting that training never showed it in.
         size: side of the pictures in pixels; it changes how sharp a scene is and nothing else.
         seed: which set of scenes.
+        pairs: share of the scenes with two subjects.
     """
 
     name = "openmoji"
     licence = "CC BY-SA 4.0 (OpenMoji, https://openmoji.org)"
     classes: Sequence[str] = _SUBJECT_NAMES
 
-    def __init__(self, count: int, split: str = "train", size: int = 64, seed: int = 0):
+    def __init__(self, count: int, split: str = "train", size: int = 64, seed: int = 0, pairs: float = PAIRS):
         if split not in ("train", "val"):
             raise ValueError(f"split must be 'train' or 'val', not {split!r}")
         if count < 0 or size < 8:
             raise ValueError(f"count must be 0 or more and size 8 or more, not {count} and {size}")
-        self.count, self.split, self.size, self.seed = count, split, size, seed
+        if not 0 <= pairs <= 1:
+            raise ValueError(f"pairs must be from 0 to 1, not {pairs}")
+        self.count, self.split, self.size, self.seed, self.pairs = count, split, size, seed, pairs
 
     @property
     def origin(self) -> str:
@@ -972,7 +976,8 @@ class OpenMojiScenes:
     @property
     def fingerprint(self) -> str:
         """Tells sets apart that were drawn by other code or from other pictures."""
-        return f"{self.origin}, drawing {DRAWING}, seed {self.seed}"
+        shares = "" if self.pairs == PAIRS else f", pairs {self.pairs}"
+        return f"{self.origin}, drawing {DRAWING}, seed {self.seed}{shares}"
 
     def __len__(self) -> int:
         return self.count
@@ -983,7 +988,7 @@ class OpenMojiScenes:
             raise IndexError(f"scene {index} of {self.count}")
         identity = f"{self.seed}/{self.split}/{index}"
         rng = _stream("scene", identity)
-        scene = _describe(self.split, rng)
+        scene = _describe(self.split, rng, self.pairs)
         captions, questions = _captions(scene, rng), _questions(scene, rng)
         return Sample(
             key=f"openmoji-{self.split}-{self.seed}-{index:07d}",
