@@ -5,9 +5,11 @@
 
 Every row trains a reducer and a decoder (`--reducer-steps`), reconstructs held-out images, then trains a
 sampler (`--sampler-steps`) and scores its samples at each of `--score-at` steps: the paper's Figure 3, in
-small. A row that is finished is not repeated, a row that was stopped goes on, so the script can be killed at
-any time, and `--rows` shares the rows out. `table.md` and `results.json` in --out are written again after
-each row, with the table of decoding in 1, 2, 4 and 8 steps and of a distilled decoder.
+small. Samples are compared with real images, and with the row's own reconstructions of real images: the
+second distance tells how well the latents are drawn, whatever the decoder blurs. A row that is finished is
+not repeated, a row that was stopped goes on, so the script can be killed at any time, and `--rows` shares the
+rows out. `table.md` and `results.json` in --out are written again after each row, with the table of decoding
+in 1, 2, 4 and 8 steps and of a distilled decoder.
 """
 
 import argparse
@@ -120,7 +122,7 @@ def measure(row: Row, options: argparse.Namespace, device: torch.device) -> dict
     reducer = base.with_suffix(".safetensors")
     if not reducer.is_file():
         train_reducer(recipe, options.data, reducer, device)
-    found = reconstruct(reducer, options.data, base / "rec", options.images, device=device)
+    found = reconstruct(reducer, options.data, base / "rec", options.images, device=device, save_images=True)
     result: dict[str, Any] = {
         "name": row.name,
         **{key: found[key] for key in ("psnr", "ssim", "frechet")},
@@ -128,19 +130,23 @@ def measure(row: Row, options: argparse.Namespace, device: torch.device) -> dict
         "decode_per_s": decoding_speed(reducer, device),
         "effective_rank": json.loads(reducer.with_suffix(".latents.json").read_text())["effective_rank"],
         "sampler": {},
+        "sampler_to_decoded": {},
     }
     if row.name == "identity-pdd":  # nobody samples there; it is the ceiling of what can be decoded
         return result
     for steps in sorted({*options.score_at, options.sampler_steps}):
         if steps <= options.sampler_steps:
-            result["sampler"][str(steps)] = sampler_score(recipe, reducer, steps, base, options, device)
+            distances = sampler_scores(recipe, reducer, steps, base, options, device)
+            result["sampler"][str(steps)], result["sampler_to_decoded"][str(steps)] = distances
     return result
 
 
-def sampler_score(
+def sampler_scores(
     recipe: Recipe, reducer: Path, steps: int, base: Path, options: argparse.Namespace, device: torch.device
-) -> float:
-    """Fréchet distance, on the VLM's features, of samples for held-out captions after some training steps.
+) -> list[float]:
+    """Fréchet distances, on the VLM's features, of samples for held-out captions after some training steps.
+
+    The first to real images, the second to the reconstructions of real images.
 
     Each length is a run of its own with its own falling learning rate: a fair point of the curve, not the
     middle of a longer run.
@@ -155,7 +161,9 @@ def sampler_score(
     each = max(1, options.images // len(prompts))
     folder = draw(sampler, prompts, each, base.with_name(path.stem))
     extractor = vlm_extractor(load_vlm(options.vlm, device), device)
-    return score_sets(folder, options.data, extractor, count=options.images)["scores"][0]["value"]
+    references = options.data, base / "rec" / "decoded"
+    reports = [score_sets(folder, reference, extractor, count=options.images) for reference in references]
+    return [report["scores"][0]["value"] for report in reports]
 
 
 def decoding_speed(checkpoint: Path, device: torch.device, steps: int | None = None) -> float:
@@ -203,7 +211,8 @@ def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """The Markdown table so far."""
     points = sorted({int(step) for result in results for step in result["sampler"]})
     head = ["reducer, c, decoder", "c", "rank", "PSNR", "SSIM", "rFD", "decode img/s"]
-    head += [f"FD at {step}" for step in points]
+    columns = ("sampler", "FD"), ("sampler_to_decoded", "to decoded")
+    head += [f"{title} at {step}" for _, title in columns for step in points]
     lines = [
         f"{options.data}: {options.reducer_steps} reducer steps x {options.batch_size} images, "
         f"{options.images} images scored, Fréchet distances on the VLM's features (not FID).",
@@ -214,7 +223,7 @@ def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
     for r in results:
         cells = [r["name"], str(r["channels"]), f"{r['effective_rank']:.1f}", f"{r['psnr']:.2f}"]
         cells += [f"{r['ssim']:.4f}", f"{r['frechet']:.3f}", f"{r['decode_per_s']:.1f}"]
-        cells += [f"{r['sampler'][str(p)]:.3f}" if str(p) in r["sampler"] else "" for p in points]
+        cells += [f"{r[key][str(p)]:.3f}" if str(p) in r[key] else "" for key, _ in columns for p in points]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
