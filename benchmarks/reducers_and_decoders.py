@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--no-vae", action="store_true", help="leave out the VAE: no ldm and no baseline row")
     parser.add_argument("--reducer-steps", type=int, default=1300)
     parser.add_argument("--vae-steps", type=int, default=2000)
-    parser.add_argument("--sampler-steps", type=int, default=2000)
+    parser.add_argument("--sampler-steps", type=int, default=2000, help="0: no sampler")
     parser.add_argument("--distill-steps", type=int, default=400, help="0: no student")
     parser.add_argument("--score-at", nargs="*", type=int, default=[500, 1000, 2000])
     parser.add_argument("--images", type=int, default=500, help="reconstructed, and sampled, for each score")
@@ -111,7 +111,7 @@ def make_recipe(options: argparse.Namespace, row: Row) -> Recipe:
     """The nano recipe with the budget, the row's settings and --set, in this order."""
     stages = ("train_reducer", "train_sampler", "train_vae")
     budget = [f"{s}.batch_size={options.batch_size}" for s in stages]
-    budget += [f"train_reducer.steps={options.reducer_steps}", f"train_sampler.steps={options.sampler_steps}"]
+    budget.append(f"train_reducer.steps={options.reducer_steps}")
     budget += [f"{s}.warmup=50" for s in stages] + [f"{s}.preview_every=1000000" for s in stages]
     return load_recipe("nano", [*budget, f"vlm={options.vlm}", *row.settings, *options.set])
 
@@ -135,7 +135,7 @@ def measure(row: Row, options: argparse.Namespace, device: torch.device) -> dict
     if row.name == "identity-pdd":  # nobody samples there; it is the ceiling of what can be decoded
         return result
     for steps in sorted({*options.score_at, options.sampler_steps}):
-        if steps <= options.sampler_steps:
+        if 0 < steps <= options.sampler_steps:
             distances = sampler_scores(recipe, reducer, steps, base, options, device)
             result["sampler"][str(steps)], result["sampler_to_decoded"][str(steps)] = distances
     return result

@@ -279,16 +279,18 @@ def _note_of(job: _Job, shard: int) -> Path:
 
 def _finished(job: _Job) -> dict[int, Record]:
     """The shards that an interrupted run of this plan finished: noted, and there in full length."""
-    records = {}
-    for shard in range(_shard_count(job)):
-        try:
-            record = json.loads(_note_of(job, shard).read_text(encoding="utf-8"))
-            whole = not record["samples"] or (job.out / record["name"]).stat().st_size == record["bytes"]
-        except (OSError, ValueError, KeyError):
-            continue
-        if whole and not (job.strict and record["skipped"]):
-            records[shard] = record
-    return records
+    records = {shard: finished_shard(job.out, _note_of(job, shard)) for shard in range(_shard_count(job))}
+    return {i: record for i, record in records.items() if record and not (job.strict and record["skipped"])}
+
+
+def finished_shard(out: Path, note: Path) -> Record | None:
+    """The record of a shard that an earlier run noted, if the shard is in `out` in full length."""
+    try:
+        record: Record = json.loads(note.read_text(encoding="utf-8"))
+        whole = not record["samples"] or (out / record["name"]).stat().st_size == record["bytes"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return record if whole else None
 
 
 def _forget_progress(out: Path, split: str) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import ShardedImages, dataset_card
-from vugen_cli.data.writer import FORMAT, add_member, locked
+from vugen_cli.data.writer import FORMAT, add_member, finished_shard, locked
 from vugen_cli.engine.train_reducer import Autoencoder, load_autoencoder
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
@@ -112,13 +112,13 @@ def write_latents(
             _claim(out, plan)
         wait_for_all("latents planned")
         for images, shard in shards[rank() :: world_size()]:
-            if _finished(out, images.names[shard]) is None:
-                record = _write_shard(out, images, shard, autoencoder, frozen, flip)
-                write_json(notes / f"{images.names[shard]}.json", record)
+            note = notes / f"{images.names[shard]}.json"
+            if finished_shard(out, note) is None:
+                write_json(note, _write_shard(out, images, shard, autoencoder, frozen, flip))
         wait_for_all("latents written")
         entries: dict[str, Any] = {}
         for name, images in splits.items():
-            records = [_finished(out, shard) for shard in images.names]
+            records = [finished_shard(out, notes / f"{shard}.json") for shard in images.names]
             if None in records:
                 raise VugenError(f"shards are missing from {out}: all processes of the job must share --out")
             entries[name] = {"count": len(images), "shards": records}
@@ -146,15 +146,6 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
     write_json(note, plan)
     for leftover in out.glob(".*.tar.*"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
-
-
-def _finished(out: Path, name: str) -> dict[str, Any] | None:
-    """The record of a shard that is noted and there in full length."""
-    try:
-        record: dict[str, Any] = json.loads((out / ".progress" / f"{name}.json").read_text())
-        return record if (out / name).stat().st_size == record["bytes"] else None
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 @torch.no_grad()

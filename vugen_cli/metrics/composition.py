@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from vugen_cli.data.openmoji import NUMBERS, OPPOSITES, SUBJECTS, OpenMojiScenes
 from vugen_cli.data.sample import Sample
@@ -32,7 +31,6 @@ GROUPS = {
     "pair": "two subjects",
     "count": "two or three of one subject",
 }
-BATCH = 64  # pictures captioned together
 
 
 def group_of(scene: dict[str, Any]) -> str:
@@ -175,9 +173,6 @@ def score_composition(
 
 
 def _captions(sampler: Sampler, pictures: Sequence[Image.Image], task: str) -> list[str]:
-    captions: list[str] = []
-    for begin in tqdm(range(0, len(pictures), BATCH), desc=task, unit="batch"):
-        batch = [np.asarray(picture.convert("RGB")) for picture in pictures[begin : begin + BATCH]]
-        images = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
-        captions += ask(sampler.vlm.model, sampler.vlm.processor, images, DESCRIBE)
-    return captions
+    stacked = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    images = torch.from_numpy(stacked).permute(0, 3, 1, 2)
+    return ask(sampler.vlm.model, sampler.vlm.processor, images, DESCRIBE, task=task)

@@ -4,8 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vugen_cli.errors import VugenError
+
+BATCH = 64  # images asked about together
 
 
 def question_inputs(model: Any, processor: Any, images: Tensor, question: str) -> Any:
@@ -33,14 +36,19 @@ def question_inputs(model: Any, processor: Any, images: Tensor, question: str) -
 
 
 @torch.no_grad()
-def ask(model: Any, processor: Any, images: Tensor, question: str, tokens: int = 32) -> list[str]:
-    """Greedy answers to one question about each image.
+def ask(
+    model: Any, processor: Any, images: Tensor, question: str, tokens: int = 32, task: str | None = None
+) -> list[str]:
+    """Greedy answers to one question about each image, in batches.
 
     Args:
         model, processor, images, question: see `question_inputs`.
         tokens: at most this many in an answer.
+        task: what a progress bar says; None: no bar.
     """
-    inputs = question_inputs(model, processor, images, question)
-    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    answers = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers: list[str] = []
+    for batch in tqdm(images.split(BATCH), desc=task, unit="batch", disable=task is None):
+        inputs = question_inputs(model, processor, batch, question)
+        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        answers += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]

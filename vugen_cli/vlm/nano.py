@@ -337,11 +337,9 @@ def caption_accuracy(model: Any, processor: Any, images: ShardedImages, count: i
                 chosen.append((torch.from_numpy(pixels).permute(2, 0, 1), scene))
     scores: dict[str, float] = {}
     for group, chosen in sorted(groups.items()):
-        verdicts = []
-        for begin in range(0, len(chosen), 64):
-            pictures, scenes = zip(*chosen[begin : begin + 64], strict=True)
-            answers = ask(model, processor, torch.stack(pictures), DESCRIBE)
-            verdicts += [judge(answer, scene) for answer, scene in zip(answers, scenes, strict=True)]
+        pictures, scenes = zip(*chosen, strict=True)
+        answers = ask(model, processor, torch.stack(pictures), DESCRIBE)
+        verdicts = [judge(answer, scene) for answer, scene in zip(answers, scenes, strict=True)]
         scores |= {f"{group}_{what}": sum(v[what] for v in verdicts) / len(verdicts) for what in verdicts[0]}
         scores[f"{group}_scenes"] = len(verdicts)
     return scores
