@@ -104,6 +104,19 @@ def test_steps_and_guidance_reach_the_sampler(pipe: VugenPipeline) -> None:
     assert not np.array_equal(plain, draw(pipe, PROMPTS[0], seed=0, guidance_scale=9.0))
 
 
+def test_guidance_is_at_work_within_its_interval_only(
+    pipe: VugenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def guided(interval: tuple[float, float], scale: float) -> np.ndarray:
+        changed = pipe.sampler.defaults.model_copy(update={"guidance_interval": interval})
+        monkeypatch.setattr(pipe.sampler, "defaults", changed)
+        return draw(pipe, PROMPTS[0], seed=0, guidance_scale=scale)  # velocities at times 0 and 0.5
+
+    plain, first, both = guided((0.0, 1.0), 1.0), guided((0.0, 0.5), 6.0), guided((0.0, 1.0), 6.0)
+    assert np.array_equal(guided((0.6, 1.0), 6.0), plain)
+    assert not np.array_equal(first, plain) and not np.array_equal(first, both)
+
+
 def test_wrong_use_ends_in_a_line(pipe: VugenPipeline, tmp_path: Path) -> None:
     with pytest.raises(VugenError, match="empty"):
         pipe(["a bear", " "])

@@ -37,6 +37,7 @@ def test_a_recipe_survives_its_own_card() -> None:
         ("redcer.channels=4", "did you mean `reducer`"),
         ("train_sampler.steps=-3", "train_sampler.steps"),
         ("sampling.solver=rk4", "sampling.solver"),
+        ("sampling.guidance_interval=[0.6, 0.2]", "0 <= first < second <= 1"),
         ("decoder.heads=7", "decoder.heads must divide"),
         ("steps", "expected key=value"),
         ("seed.x=1", "seed is a value, not a section"),

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from vugen_cli.errors import VugenError
 
@@ -198,7 +206,19 @@ class Sampling(Section):
 
     steps: PositiveInt = 25
     guidance: float = Field(3.0, ge=0)
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0),
+        description="times, from noise (0) to data (1), between which samples are guided (arXiv 2404.07724); "
+        "outside, the second pass of the expert is saved",
+    )
     solver: Literal["euler", "heun", "midpoint"] = "euler"
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _check_interval(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= interval[0] < interval[1] <= 1:
+            raise ValueError("must be two times with 0 <= first < second <= 1")
+        return interval
 
 
 class Training(Section):

@@ -141,16 +141,18 @@ class Sampler:
         return self.decoder.decode(latents, noise.to(latents.device)).cpu()
 
     def latents(self, prefix: Prefix, keys: list[tuple[int, str, int]], settings: dict[str, Any]) -> Tensor:
-        """Sample z̃ [B, h, w, c] with classifier-free guidance (arXiv 2207.12598) for a batch of prefixes."""
+        """Sample z̃ [B, h, w, c] for a batch of prefixes, with classifier-free guidance (arXiv 2207.12598)
+        within `guidance_interval` (arXiv 2404.07724).
+        """
         grid, channels = self.card["latents"]["grid"], self.card["latents"]["channels"]
         noise = torch.stack([seeded_noise((*grid, channels), *key, "latents") for key in keys]).to(
             self.vlm.device
         )
-        scale = settings["guidance"]
+        scale, (first, last) = settings["guidance"], settings["guidance_interval"]
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             conditional = self.expert(x, t, prefix)
-            if scale == 1:
+            if scale == 1 or not first <= float(t[0]) < last:
                 return conditional
             unconditional = self.expert(x, t, self.unconditional)
             return unconditional + scale * (conditional - unconditional)
