@@ -163,6 +163,7 @@ def test_the_bundled_vlm_reads_held_out_scenes(tmp_path: Path) -> None:
     for group in ("seen", "held_out"):
         assert scores[f"{group}_scenes"] > 20
         assert scores[f"{group}_setting"] >= 0.9 and scores[f"{group}_subject"] >= 0.85
+    assert scores["pair_scenes"] > 20 and scores["pair_subject"] >= 0.5  # both of two; 0.7 of 500
 
 
 def test_prompts_differ_in_every_layer_of_the_bundled_vlm() -> None:
