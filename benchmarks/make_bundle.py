@@ -43,6 +43,7 @@ def main() -> None:
             mode="json"
         )
         card["vlm"]["name"] = card["recipe"]["vlm"]  # for `--set vlm=nano`: in training it had another
+        card["data"]["path"] = "data/openmoji"  # where users have the held-out scenes it is compared with
         half = {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
         save_checkpoint(bundle("sampler.safetensors"), half, card)
     size = sum(f.stat().st_size for f in bundle("").rglob("*") if f.is_file()) / 1e6

@@ -14,6 +14,7 @@ from vugen_cli.app import app
 from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream
 from vugen_cli.data.openmoji import OpenMojiScenes
 from vugen_cli.data.writer import write_dataset
+from vugen_cli.engine.checkpoint import read_card
 from vugen_cli.errors import VugenError
 from vugen_cli.vlm.frozen import bundle, load_vlm
 from vugen_cli.vlm.nano import (
@@ -164,6 +165,12 @@ def test_the_bundled_vlm_reads_held_out_scenes(tmp_path: Path) -> None:
         assert scores[f"{group}_scenes"] > 20
         assert scores[f"{group}_setting"] >= 0.9 and scores[f"{group}_subject"] >= 0.85
     assert scores["pair_scenes"] > 20 and scores["pair_subject"] >= 0.5  # both of two; 0.7 of 500
+
+
+def test_the_bundled_sampler_is_compared_with_the_set_that_prepare_writes() -> None:
+    if not bundle("sampler.safetensors").is_file():
+        pytest.skip("no bundle in this checkout")
+    assert read_card(bundle("sampler.safetensors"))["data"]["path"] == "data/openmoji"
 
 
 def test_prompts_differ_in_every_layer_of_the_bundled_vlm() -> None:
