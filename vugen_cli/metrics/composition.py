@@ -123,7 +123,7 @@ def score_composition(
     draw(sampler, prompts, 1, out, seed, guidance=guidance)  # by all processes of a job
     if not is_first():
         return {}
-    drawn = [Image.open(out / f"{file_stem(prompt)}-0000.png") for prompt in prompts]
+    drawn = [Image.open(out / f"{file_stem(prompt)}-0000.png").convert("RGB") for prompt in prompts]
     real = [sample.image for sample in samples if isinstance(sample.image, Image.Image)]
     said = {
         "drawn": _captions(sampler, drawn, "judge"),
@@ -173,6 +173,6 @@ def score_composition(
 
 
 def _captions(sampler: Sampler, pictures: Sequence[Image.Image], task: str) -> list[str]:
-    stacked = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    stacked = np.stack([np.asarray(picture) for picture in pictures])
     images = torch.from_numpy(stacked).permute(0, 3, 1, 2)
     return ask(sampler.vlm.model, sampler.vlm.processor, images, DESCRIBE, task=task)
