@@ -149,10 +149,11 @@ class Sampler:
             self.vlm.device
         )
         scale, (first, last) = settings["guidance"], settings["guidance_interval"]
+        everywhere = (first, last) == (0, 1)  # else each step reads a time, and waits for a GPU
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             conditional = self.expert(x, t, prefix)
-            if scale == 1 or not first <= float(t[0]) < last:
+            if scale == 1 or not (everywhere or first <= float(t[0]) < last):
                 return conditional
             unconditional = self.expert(x, t, self.unconditional)
             return unconditional + scale * (conditional - unconditional)
