@@ -9,13 +9,14 @@ import torch
 from test_networks import wake
 from test_training import changed, metrics
 
-from vugen_cli.data.loader import ShardedImages
+from vugen_cli.data.loader import Batch, ShardedImages
 from vugen_cli.engine.checkpoint import load_checkpoint
 from vugen_cli.engine.distill import distill
+from vugen_cli.engine.perceptual import picture_losses
 from vugen_cli.engine.sampling import load_sampler
 from vugen_cli.engine.train_reducer import decode_images, held_out_images, load_autoencoder, train_reducer
 from vugen_cli.engine.train_sampler import train_sampler
-from vugen_cli.engine.train_vae import train_vae
+from vugen_cli.engine.train_vae import VAETraining, train_vae
 from vugen_cli.errors import VugenError
 from vugen_cli.models.latent_decoder import LatentDecoder
 from vugen_cli.models.vae import FrozenVAE, load_vae
@@ -51,6 +52,26 @@ def test_the_vae_learns_and_its_latents_are_normalised(vae: FrozenVAE, vae_path:
     assert latents.mean().abs() < 0.5 and 0.5 < latents.std() < 2
     assert vae.decode(latents).shape == (8, 3, 64, 64)
     assert not any(p.requires_grad for p in vae.model.parameters())
+
+
+def test_a_vae_can_learn_how_its_picture_looks_to_the_vlm_which_learns_nothing(
+    vlm: FrozenVLM, scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = changed(
+        tiny_recipe, "vae.widths=[8,8,8,16]", "vae.losses.perceptual=0.5",
+        "train_vae.steps=3", "train_vae.batch_size=2", "train_vae.precision=float32",
+    )  # fmt: skip
+    before = fingerprint(vlm.model)
+    training = VAETraining(recipe.vae, picture_losses(recipe.vae.losses, vlm, 64, CPU), vlm)
+    batch = Batch(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), ["", ""], [{}, {}], 0)
+    total, values = training.loss(batch, torch.Generator().manual_seed(0), 0)
+    expected = values["pixels"] + recipe.vae.kl * values["kl"] + 0.5 * values["perceptual"]
+    assert torch.allclose(total, expected)
+    values["perceptual"].backward()
+    assert all(p.grad is not None and p.grad.any() for p in training.model.encoder.conv_in.parameters())
+    assert all(p.grad is None for p in vlm.model.parameters()) and fingerprint(vlm.model) == before
+    train_vae(recipe, scenes, tmp_path / "vae", CPU)
+    assert all(row["perceptual"] > 0 for row in metrics(tmp_path / "vae.run"))
 
 
 @pytest.mark.parametrize("denoiser", ["unet", "dit"])

@@ -112,13 +112,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class DecoderLosses(Section):
-    """Weights of what the decoder learns from beside flow matching (weight 1); 0 leaves a term out."""
+class PictureLosses(Section):
+    """Weights of losses that look at pictures through other networks; 0 leaves one out."""
 
     perceptual: float = Field(
         0.0, ge=0, description="1 - cosine between what the VLM's own encoder sees in the two pictures"
     )
     lpips: float = Field(0.0, ge=0, description="LPIPS; its weights are taken from torch's hub folder")
+
+
+class DecoderLosses(PictureLosses):
+    """Weights of what the decoder learns from beside flow matching (weight 1); 0 leaves a term out."""
+
     repa: float = Field(0.0, ge=0, description="1 - cosine between the decoder's middle features and z")
 
 
@@ -169,6 +174,7 @@ class VAE(Section):
     )
     blocks: PositiveInt = Field(1, description="residual blocks a level")
     kl: float = Field(1e-3, ge=0, description="weight of KL beside the pixels' mean square error")
+    losses: PictureLosses = PictureLosses()
 
 
 class Expert(Section):

@@ -1,8 +1,8 @@
-"""What the pixel decoder learns from beside flow matching: how its clean prediction looks to other networks.
+"""What decoders learn from beside flow matching or pixels: how a picture looks to other networks.
 
-Flow matching averages over all pictures that a noised one may have been, which blurs what is uncertain. These
-losses compare the clean prediction with the picture in features where blur is expensive. None of the
-networks changes: gradients pass through them to the pixels only.
+Least squares averages over all pictures that a noised or coded one may have been, which blurs what is
+uncertain. These losses compare the predicted picture with the true one in features where blur is expensive.
+None of the networks changes: gradients pass through them to the pixels only.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.lpips import load_lpips
-from vugen_cli.recipe import DecoderLosses
+from vugen_cli.recipe import PictureLosses
 from vugen_cli.vlm.frozen import FrozenVLM
 from vugen_cli.vlm.latents import projector_states
 
@@ -21,13 +21,13 @@ PictureLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (predicted, true pix
 
 
 def picture_losses(
-    weights: DecoderLosses, vlm: FrozenVLM, size: int, device: torch.device
+    weights: PictureLosses, vlm: FrozenVLM | None, size: int, device: torch.device
 ) -> dict[str, tuple[float, PictureLoss]]:
     """The losses that a recipe asks for: name -> (weight, loss).
 
     Args:
         weights: a weight of 0 leaves its loss out.
-        vlm: whose encoder the perceptual loss looks through.
+        vlm: whose encoder the perceptual loss looks through; without that loss none is needed.
         size: pixels a side of the pictures.
         device: where they are.
 
@@ -36,6 +36,7 @@ def picture_losses(
     """
     losses: dict[str, tuple[float, PictureLoss]] = {}
     if weights.perceptual:
+        assert vlm
         see = VisionFeatures(vlm, size)
         losses["perceptual"] = (
             weights.perceptual,
@@ -79,8 +80,9 @@ class VisionFeatures:
         self.crop = crop.get("height") if getattr(processor, "do_center_crop", False) else None
         mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
         refused = VugenError(
-            f"decoder.losses.perceptual: the image processor of {vlm.name} does more than resize and "
-            "normalise, so its encoder gives no gradient to pixels; set decoder.losses.perceptual=0"
+            f"losses.perceptual: the image processor of {vlm.name} does more than resize and normalise, so "
+            "its encoder gives no gradient to pixels; set it to 0 (decoder.losses.perceptual, "
+            "vae.losses.perceptual)"
         )
         if not self.side or mean is None or std is None:
             raise refused

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
 from vugen_cli.engine.loop import RunOptions, Stage, train
+from vugen_cli.engine.perceptual import PictureLoss, picture_losses
 from vugen_cli.engine.train_reducer import STATISTICS_IMAGES, held_out_images, stored_images
 from vugen_cli.errors import VugenError
 from vugen_cli.models.pixel_decoder import to_pixels, to_uint8
@@ -16,6 +17,7 @@ from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import VAE, Recipe
 from vugen_cli.seeds import draw
+from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
 
 class VAETraining(nn.Module):
@@ -23,14 +25,21 @@ class VAETraining(nn.Module):
 
     Args:
         recipe: sizes and the weight of KL.
+        pictures: from `picture_losses`; they see the decoded picture.
+        vlm: whose z those losses compare with; None if none of them asks for it.
     """
 
-    def __init__(self, recipe: VAE):
+    def __init__(
+        self,
+        recipe: VAE,
+        pictures: dict[str, tuple[float, PictureLoss]] | None = None,
+        vlm: FrozenVLM | None = None,
+    ):
         super().__init__()
         from diffusers import AutoencoderKL
 
         levels = len(recipe.widths)
-        self.kl = recipe.kl
+        self.kl, self.pictures, self.vlm = recipe.kl, pictures or {}, vlm
         self.model: Any = AutoencoderKL(
             block_out_channels=tuple(recipe.widths),
             down_block_types=("DownEncoderBlock2D",) * levels,
@@ -41,7 +50,9 @@ class VAETraining(nn.Module):
         )
 
     def loss(self, batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean square error of the pixels, and KL of the posterior to a standard normal (arXiv 1312.6114)."""
+        """Mean square error of the pixels, KL of the posterior to a standard normal (arXiv 1312.6114), and
+        the recipe's picture losses, as latent diffusion's VAEs have (arXiv 2112.10752).
+        """
         pixels = to_pixels(batch.images)
         posterior = self.model.encode(pixels).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
@@ -51,7 +62,12 @@ class VAETraining(nn.Module):
             "pixels": (decoded.float() - pixels).square().mean(),
             "kl": 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean(),
         }
-        return values["pixels"] + self.kl * values["kl"], values
+        total = values["pixels"] + self.kl * values["kl"]
+        z = self.vlm.encode(batch.images) if self.vlm else pixels  # LPIPS reads no z
+        for name, (weight, picture_loss) in self.pictures.items():
+            values[name] = picture_loss(decoded, pixels, z)
+            total = total + weight * values[name]
+        return total, values
 
 
 def train_vae(
@@ -63,21 +79,23 @@ def train_vae(
     The run's states, metrics, curves and previews are kept in `<out>.run`.
 
     Args:
-        recipe: its `vae` and `train_vae` sections.
+        recipe: its `vae` and `train_vae` sections, and its `vlm` if `vae.losses` look through it.
         data: a prepared data set.
         out: the directory to write.
         device: where to train.
         options: of the command line.
 
     Raises:
-        VugenError: bad data or sizes; a loss that is not finite.
+        VugenError: bad data, sizes or VLM; a loss that is not finite.
     """
     images = ShardedImages(data)
     factor = 2 ** (len(recipe.vae.widths) - 1)
     if images.size % factor:
         raise VugenError(f"images of {images.size} px: this VAE needs a multiple of {factor}; see vae.widths")
+    vlm = load_vlm(recipe.vlm, device, recipe) if recipe.vae.losses.perceptual else None
+    pictures = picture_losses(recipe.vae.losses, vlm, images.size, device)
     torch.manual_seed(recipe.seed)
-    training = VAETraining(recipe.vae).to(device)
+    training = VAETraining(recipe.vae, pictures, vlm).to(device)
     shown = held_out_images(images, images.size)
 
     @torch.no_grad()
@@ -87,6 +105,7 @@ def train_vae(
 
     resolved = {
         "recipe": recipe.model_dump(mode="json", include={"seed", "data", "vae", "train_vae"}),
+        **({"vlm": vlm.card()} if vlm else {}),
         "data": dataset_card(data),
     }
     settings = recipe.train_vae
