@@ -81,8 +81,8 @@ class VisionFeatures:
         mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
         refused = VugenError(
             f"losses.perceptual: the image processor of {vlm.name} does more than resize and normalise, so "
-            "its encoder gives no gradient to pixels; set it to 0 (decoder.losses.perceptual, "
-            "vae.losses.perceptual)"
+            "its encoder gives no gradient to pixels; set decoder.losses.perceptual=0, or "
+            "vae.losses.perceptual=0 for train-vae"
         )
         if not self.side or mean is None or std is None:
             raise refused
