@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -41,6 +42,48 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise VugenError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """As `whole_file`, of a folder: what stood at `path` is replaced as a whole, or stays as it was.
+
+    Raises:
+        VugenError: the folder cannot be written or the disk is full.
+    """
+    path = Path(path).absolute()
+    temporary, earlier = (path.with_name(f".{path.name}.{what}") for what in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        shutil.rmtree(earlier, ignore_errors=True)
+        if path.exists():
+            path.rename(earlier)
+        temporary.rename(path)
+        shutil.rmtree(earlier, ignore_errors=True)
+    except OSError as error:
+        raise VugenError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_foreign(path: Path, run: Path) -> None:
+    """Training that ends in a folder replaces what stood there: only its own earlier result, never more.
+
+    Args:
+        path: the folder that will be written.
+        run: the folder of its run; while that is there, `path` is what the run wrote.
+
+    Raises:
+        VugenError: something else is at `path`.
+    """
+    if path.exists() and not run.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise VugenError(f"{path} is there already and no run here wrote it: choose another --out")
 
 
 def write_json(path: str | Path, value: Any) -> None:

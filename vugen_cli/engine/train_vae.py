@@ -1,6 +1,5 @@
 """A small `AutoencoderKL` from scratch, for the LDM decoder and the baseline where none can be had."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from vugen_cli.engine.loop import RunOptions, Stage, train
 from vugen_cli.engine.perceptual import PictureLoss, picture_losses
 from vugen_cli.engine.train_reducer import STATISTICS_IMAGES, held_out_images, stored_images
 from vugen_cli.errors import VugenError
+from vugen_cli.files import refuse_foreign, whole_folder
 from vugen_cli.models.pixel_decoder import to_pixels, to_uint8
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
@@ -86,8 +86,11 @@ def train_vae(
         options: of the command line.
 
     Raises:
-        VugenError: bad data, sizes or VLM; a loss that is not finite.
+        VugenError: bad data, sizes or VLM; something else is at `out`; a loss that is not finite.
     """
+    out = out.absolute()
+    run = out.with_name(out.name + ".run")
+    refuse_foreign(out, run)
     images = ShardedImages(data)
     factor = 2 ** (len(recipe.vae.widths) - 1)
     if images.size % factor:
@@ -110,13 +113,13 @@ def train_vae(
     }
     settings = recipe.train_vae
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip)
-    run = out.with_name(out.name + ".run")
     stage = Stage("vae", training, training.loss, preview, resolved)
     train(stage, stream, settings, recipe, run, device, options)
     mean, std = latent_statistics(training.model, images, device)
     training.model.register_to_config(scaling_factor=1 / std, shift_factor=mean)
     if is_first():
-        save_directory(training.model, out)
+        with whole_folder(out) as temporary:
+            training.model.save_pretrained(temporary)
     return out
 
 
@@ -130,17 +133,3 @@ def latent_statistics(model: Any, images: ShardedImages, device: torch.device) -
         total, squares = total + latents.sum().item(), squares + latents.square().sum().item()
     mean = total / count
     return mean, (squares / count - mean**2) ** 0.5
-
-
-def save_directory(model: Any, path: Path) -> None:
-    """Save a diffusers model as a directory, replacing an earlier one whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except OSError as error:
-        raise VugenError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -29,7 +29,7 @@ from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_b
 from vugen_cli.engine.distributed import weight_of
 from vugen_cli.engine.loop import RunOptions, Stage, train
 from vugen_cli.errors import VugenError
-from vugen_cli.files import write_json
+from vugen_cli.files import refuse_foreign, whole_folder, write_json
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import from_all, is_first, rank, world_size
 from vugen_cli.recipe import NanoVLM, Recipe
@@ -352,22 +352,11 @@ def mentions(text: str, words: str) -> bool:
 
 @torch.no_grad()
 def save_vlm(model: Any, processor: Any, path: str | Path) -> None:
-    """Save as a Hugging Face directory in half precision, replacing an earlier one whole."""
+    """Write a Hugging Face directory in half precision."""
     import copy
-    import shutil
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        copy.deepcopy(model).half().save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except OSError as error:
-        raise VugenError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    copy.deepcopy(model).half().save_pretrained(path)
+    processor.save_pretrained(path)
 
 
 def save_words(captions: Iterable[str], vlm: Path) -> None:
@@ -401,8 +390,11 @@ def train_vlm(
         `caption_accuracy` on the `val` split if the set has one, else {}.
 
     Raises:
-        VugenError: bad data or sizes, or `init` is not a VLM that this command made.
+        VugenError: bad data or sizes; something else is at `out`; `init` is not a VLM that this command made.
     """
+    out = out.absolute()
+    run = out.with_name(out.name + ".run")
+    refuse_foreign(out, run)
     images = ShardedImages(data)
     captions, others = training_texts(images)
     torch.manual_seed(recipe.seed)
@@ -436,10 +428,11 @@ def train_vlm(
         "data": dataset_card(data),
     }
     stage = Stage("vlm", training, training.loss, preview, resolved, partial=True)
-    train(stage, stream, recipe.train_vlm, recipe, out.with_name(out.name + ".run"), device, options)
+    train(stage, stream, recipe.train_vlm, recipe, run, device, options)
     model.set_attn_implementation("sdpa")
     if not is_first():
         return {}
-    save_vlm(model, processor, out)
-    save_words(captions, out)
+    with whole_folder(out) as temporary:
+        save_vlm(model, processor, temporary)
+        save_words(captions, temporary)
     return caption_accuracy(model, processor, ShardedImages(data, "val")) if has_val else {}
