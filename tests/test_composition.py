@@ -65,5 +65,21 @@ def test_the_command_draws_judges_and_sets_the_judge_beside(
     report = json.loads((tmp_path / "scores.json").read_text())
     names = {entry["metric"] for entry in report["scores"]}
     assert {"composition_seen_subject", "composition_pair_relation", "composition_count_count"} <= names
-    assert all(0 <= e["value"] <= 100 and "judge_on_real_scenes" in e["parameters"] for e in report["scores"])
+    shares = [entry for entry in report["scores"] if entry["metric"].startswith("composition")]
+    assert all(0 <= e["value"] <= 100 and "judge_on_real_scenes" in e["parameters"] for e in shares)
     assert len(list((tmp_path / "composition").glob("*.png"))) == 4 * 2 + 1
+
+
+def test_the_command_compares_the_set_with_real_scenes_and_those_with_others(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["score", "--composition", "--sampler", str(trained / "sampler.safetensors"), "--count", "4"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["reference"]["path"] == "composition/real" and report["reference"]["count"] == 16
+    distance = next(entry for entry in report["scores"] if entry["metric"] == "frechet_vlm")
+    assert 0 < distance["parameters"]["another_real_set"] < distance["value"]
+    folders = [tmp_path / "composition" / name for name in ("real", "real-other")]
+    real, other = ([path.read_bytes() for path in sorted(folder.glob("*.png"))] for folder in folders)
+    assert len(real) == len(other) == 16 and not set(real) & set(other)

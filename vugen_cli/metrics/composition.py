@@ -2,7 +2,8 @@
 
 The judge is the VLM of the sampler, which captions each picture; a caption says what it says, so nothing is
 suggested to it. No picture can be judged better than a real one, so the judge's own share of right captions
-on real scenes of the same prompts stands beside every share.
+on real scenes of the same prompts stands beside every share. The pictures as a set are compared with those
+real scenes too, and another set of real scenes beside them: no sampler can come closer.
 """
 
 import re
@@ -19,9 +20,10 @@ from vugen_cli.data.sample import Sample
 from vugen_cli.engine.draw import draw, file_stem
 from vugen_cli.engine.sampling import Sampler
 from vugen_cli.errors import VugenError
+from vugen_cli.metrics.encoders import vlm_extractor
 from vugen_cli.metrics.prompted_images import resampled_means, score_entry
-from vugen_cli.metrics.scores import versions
-from vugen_cli.processes import is_first
+from vugen_cli.metrics.scores import score_sets
+from vugen_cli.processes import is_first, wait_for_all
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.nano import DESCRIBE, mentions
 
@@ -96,18 +98,19 @@ def _spoken(name: str) -> str:
 def score_composition(
     sampler: Sampler, each: int, out: Path, seed: int = 0, guidance: float | None = None
 ) -> dict[str, Any]:
-    """Draw the prompts of `evaluation_scenes`, and judge the pictures and the real scenes.
+    """Draw the prompts of `evaluation_scenes`, judge the pictures and the real scenes, and compare both.
 
     Args:
         sampler: trained on OpenMoji scenes.
         each: prompts of a group.
-        out: folder for the pictures, as `vugen sample` writes them.
+        out: folder for the pictures, as `vugen sample` writes them; the real scenes of the same prompts go to
+            its `real`, those of another seed to its `real-other`.
         seed: of scenes and samples.
         guidance: instead of the sampler's own.
 
     Returns:
-        A report as of `scores.score_sets`: shares in percent, by group; {} on all but the first process of a
-        job.
+        A report as of `scores.score_sets`, of the pictures against the real scenes, with shares in percent by
+        group before its scores; {} on all but the first process of a job.
 
     Raises:
         VugenError: the sampler was trained on something else, or its VLM cannot be asked.
@@ -121,6 +124,7 @@ def score_composition(
     samples = [sample for group in groups.values() for sample in group]
     prompts = [sample.captions[0] for sample in samples]
     draw(sampler, prompts, 1, out, seed, guidance=guidance)  # by all processes of a job
+    report = _compare_with_real(sampler, groups, each, out, seed)
     if not is_first():
         return {}
     drawn = [Image.open(out / f"{file_stem(prompt)}-0000.png").convert("RGB") for prompt in prompts]
@@ -163,13 +167,34 @@ def score_composition(
                     else None,
                 )
             )
-    return {
-        "scores": entries,
-        "images": {"path": str(out), "kind": "samples", "count": len(drawn), "bad": []},
-        "reference": None,
-        "versions": versions(),
-        "warning": None,
-    }
+    return {**report, "scores": entries + report["scores"]}
+
+
+def _compare_with_real(
+    sampler: Sampler, groups: dict[str, list[Sample]], each: int, out: Path, seed: int
+) -> dict[str, Any]:
+    """The drawn set against the real one, with what another real set scores in every score's name."""
+    real, other = out / "real", out / "real-other"
+    if is_first():
+        _save_scenes(groups, real)
+        _save_scenes(evaluation_scenes(each, sampler.card["image_size"], seed + 1), other)
+    wait_for_all("real scenes")
+    extractor = vlm_extractor(sampler.vlm, sampler.vlm.device)
+    ours, theirs = (score_sets(path, real, extractor, ("fid", "pr", "dc")) for path in (out, other))
+    for entry, best in zip(ours.get("scores", []), theirs.get("scores", []), strict=True):
+        entry["name"] += f" (another real set: {best['value']:.4g})"
+        entry.setdefault("parameters", {})["another_real_set"] = best["value"]
+    return ours
+
+
+def _save_scenes(groups: dict[str, list[Sample]], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.png"):  # of an earlier call with more prompts
+        path.unlink()
+    samples = [sample for group in groups.values() for sample in group]
+    for number, sample in enumerate(samples):
+        assert isinstance(sample.image, Image.Image)
+        sample.image.save(folder / f"{number:05d}.png")
 
 
 def _captions(sampler: Sampler, pictures: Sequence[Image.Image], task: str) -> list[str]:
