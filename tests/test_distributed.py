@@ -19,23 +19,15 @@ from vugen_cli.vlm.frozen import bundle
 
 # Every command in one job: starting two processes takes longer than all that they do here.
 SCRIPT = """
+import json
 import sys
 from vugen_cli.app import app, main
 from vugen_cli.errors import VugenError
 from vugen_cli.processes import rank, wait_for_all
-import vugen_cli.processes as processes
 
-def run(*words):
-    # A job has one command and its points have names; this job has many.
-    processes.wait_for_all = lambda what: wait_for_all(f"{words}/{what}")
-    import vugen_cli.data.writer, vugen_cli.engine.draw
-    vugen_cli.data.writer.wait_for_all = vugen_cli.engine.draw.wait_for_all = processes.wait_for_all
-    app([*words], standalone_mode=False)
-    wait_for_all(f"{words} ended")  # the next command may read what the first process writes last
-
-import json
 for words in json.loads(open(sys.argv[1]).read()):
-    run(*words)
+    app(words, standalone_mode=False)
+    wait_for_all("command ended")  # the next one may read what the first process writes last
 
 # One process fails where the other waits for it.
 import vugen_cli.engine.train_reducer as stage

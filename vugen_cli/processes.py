@@ -7,6 +7,7 @@ command in every process. The first process writes files, pictures, bars and mes
 import atexit
 import os
 import sys
+from collections import Counter
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ LOST = (
 )
 PATIENCE = timedelta(minutes=30)  # how long a process waits for the others within a step
 _store: Any = None  # what the processes tell each other by; set by `join`
+_come_to: Counter[str] = Counter()  # how often this process has come to a point of `wait_for_all`
 
 
 def _number(name: str, alone: int) -> int:
@@ -107,11 +109,13 @@ def wait_for_all(what: str) -> None:
     """Return when every process of the job has come to this point, however long that takes.
 
     Args:
-        what: a name for the point; used once in a job.
+        what: a name for the point; every process comes to it equally often.
     """
     if world_size() > 1:
-        _store.set(f"{what}/{rank()}", "here")
-        _store.wait([f"{what}/{r}" for r in range(world_size())], timedelta(days=30))
+        _come_to[what] += 1
+        point = f"{what}/{_come_to[what]}"
+        _store.set(f"{point}/{rank()}", "here")
+        _store.wait([f"{point}/{r}" for r in range(world_size())], timedelta(days=30))
 
 
 def from_first(value: Any) -> Any:
