@@ -9,7 +9,7 @@ from test_training import changed, metrics
 
 from vugen_cli.engine.checkpoint import load_checkpoint
 from vugen_cli.engine.perceptual import Alignment, VisionFeatures, cosine_distance, picture_losses
-from vugen_cli.engine.train_reducer import Autoencoder, load_autoencoder, train_reducer
+from vugen_cli.engine.train_reducer import Autoencoder, load_autoencoder, reducer_loss, train_reducer
 from vugen_cli.errors import VugenError
 from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.recipe import PRESETS, Decoder, DecoderLosses, Recipe, load_recipe
@@ -148,7 +148,7 @@ def test_every_term_reaches_reducer_and_decoder_and_none_the_vlm(vlm: FrozenVLM,
     pictures = picture_losses(recipe.decoder.losses, vlm, 64, CPU)
 
     def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return module.loss(vlm.encode(images), images, recipe, torch.Generator().manual_seed(0), pictures)
+        return reducer_loss(module, vlm.encode(images), images, recipe, torch.Generator().manual_seed(0), pictures)
 
     total, values = loss()
     assert list(values) == ["flow", "perceptual", "repa", "l2"]

@@ -12,7 +12,7 @@ from vugen_cli.app import app
 from vugen_cli.engine.checkpoint import load_checkpoint, read_card
 from vugen_cli.engine.distill import distill
 from vugen_cli.engine.sampling import load_sampler
-from vugen_cli.engine.train_reducer import load_autoencoder, train_reducer
+from vugen_cli.engine.train_reducer import load_autoencoder, save_autoencoder, train_reducer
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe
 
@@ -26,7 +26,7 @@ def teacher(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     wake(module.decoder)
     torch.nn.init.normal_(module.decoder.outward.weight, std=0.15)
     out = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    module.save(out, card)
+    save_autoencoder(module, out, card)
     return out
 
 

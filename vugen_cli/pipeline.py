@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
-from vugen_cli.engine.sampling import Sampler, load_sampler
+from vugen_cli.engine.sampling import Sampler, load_sampler, save_sampler
 from vugen_cli.errors import VugenError
 from vugen_cli.files import write_json
 from vugen_cli.flow import Solver
@@ -62,7 +62,7 @@ class VugenPipeline(DiffusionPipeline):
             raise VugenError(f"cannot write {folder}: {error.strerror or error}") from error
         if vlm.words is not None:
             write_json(folder / "vlm" / WORDS, sorted(vlm.words))
-        self.sampler.save(folder / WEIGHTS)
+        save_sampler(self.sampler, folder / WEIGHTS)
         write_json(folder / self.config_name, {"_class_name": type(self).__name__, **self.config})
 
     @classmethod

@@ -15,7 +15,12 @@ from vugen_cli.data.loader import Batch, training_batches
 from vugen_cli.data.mixture import open_images
 from vugen_cli.engine.loop import RunOptions, Stage, differences, train
 from vugen_cli.engine.perceptual import picture_losses
-from vugen_cli.engine.train_reducer import decode_images, held_out_images, load_autoencoder
+from vugen_cli.engine.train_reducer import (
+    decode_images,
+    held_out_images,
+    load_autoencoder,
+    save_autoencoder,
+)
 from vugen_cli.errors import VugenError
 from vugen_cli.models.vae import VAEDecoder
 from vugen_cli.pictures import save_grid
@@ -109,5 +114,5 @@ def distill(
     train(Stage("decoder", student, loss, preview, resolved), stream, settings, recipe, run, device, options)
     autoencoder.decoder = student
     if is_first():
-        autoencoder.save(out, card)
+        save_autoencoder(autoencoder, out, card)
     return out

@@ -12,7 +12,7 @@ from torch import Tensor
 from vugen_cli.engine.checkpoint import part, with_prefix
 from vugen_cli.engine.compiling import compile_layers
 from vugen_cli.engine.distributed import blocks
-from vugen_cli.engine.train_reducer import Autoencoder, load_autoencoder, load_decoder, load_weights
+from vugen_cli.engine.train_reducer import Autoencoder, load_autoencoder, save_autoencoder, load_decoder, load_weights
 from vugen_cli.flow import Solver, solve
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.latent_decoder import ImageDecoder
@@ -58,10 +58,6 @@ class Sampler:
     def decoder(self) -> ImageDecoder:
         """The pixel decoder."""
         return self.autoencoder.decoder
-
-    def save(self, path: Path) -> None:
-        """Write the checkpoint that `load_sampler` reads: every weight in float32, as it draws here."""
-        self.autoencoder.save(path, self.card, with_prefix(self.expert.state_dict(), "expert"))
 
     def to(self, device: torch.device) -> None:
         """Move every network to a device."""
@@ -191,6 +187,13 @@ def load_sampler(
     expert = new_expert(frozen, card["latents"], recipe)
     load_weights(expert, part(tensors, "expert"), path)
     return Sampler(frozen, expert.eval().requires_grad_(False), autoencoder, card, path)
+
+
+def save_sampler(sampler: Sampler, path: Path) -> None:
+    """Write the checkpoint that `load_sampler` reads: every weight in float32, as it draws here."""
+    save_autoencoder(
+        sampler.autoencoder, path, sampler.card, with_prefix(sampler.expert.state_dict(), "expert")
+    )
 
 
 def new_expert(vlm: FrozenVLM, latents: dict[str, Any], recipe: Expert) -> GenerationExpert:

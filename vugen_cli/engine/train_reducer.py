@@ -71,56 +71,60 @@ class Autoencoder(nn.Module):
         """z̃ of images, uint8 [B, 3, S, S] -> [B, h, w, c]."""
         return self.reducer(self.z(vlm, images))
 
-    def save(self, path: Path, card: dict[str, Any], others: dict[str, Tensor] | None = None) -> None:
-        """Write a checkpoint with all that decoding needs, a VAE included, and with other tensors."""
-        weights = {k: v for k, v in self.state_dict().items() if not k.startswith("alignment.")}
-        tensors = with_prefix(weights, "autoencoder") | (others or {})
-        if self.vae:
-            tensors |= with_prefix(self.vae.model.state_dict(), "vae")
-            card = {**card, "vae": self.vae.card()}
-        save_checkpoint(path, tensors, card)
 
-    def loss(
-        self,
-        z: Tensor,
-        images: Tensor,
-        recipe: Recipe,
-        generator: torch.Generator,
-        pictures: dict[str, tuple[float, PictureLoss]],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Flow matching of the pixels given z̃, and the recipe's other terms; the total, and each by name.
+def save_autoencoder(
+    autoencoder: Autoencoder, path: Path, card: dict[str, Any], others: dict[str, Tensor] | None = None
+) -> None:
+    """Write a checkpoint with all that decoding needs, a VAE included, and with other tensors."""
+    weights = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith("alignment.")}
+    tensors = with_prefix(weights, "autoencoder") | (others or {})
+    if autoencoder.vae:
+        tensors |= with_prefix(autoencoder.vae.model.state_dict(), "vae")
+        card = {**card, "vae": autoencoder.vae.card()}
+    save_checkpoint(path, tensors, card)
 
-        Args:
-            z: [B, h, w, d] of the images.
-            images: uint8 [B, 3, S, S].
-            recipe: its weights.
-            generator: draws times and noise.
-            pictures: from `picture_losses`; they see the clean prediction.
-        """
-        latents, penalty = self.reducer.noisy(z, recipe.decoder.noise, generator)
-        assert not isinstance(self.decoder, VAEDecoder)
-        t = draw_times(len(images), recipe.flow.time, recipe.decoder.shift, generator)
-        target = self.decoder.target(images)
-        middle: list[Tensor] | None = [] if self.alignment else None
-        clean = []
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            v = self.decoder(x, t, latents, middle)
-            clean.append(x + (1 - t)[:, None, None, None] * v)
-            return v
+def reducer_loss(
+    module: Autoencoder,
+    z: Tensor,
+    images: Tensor,
+    recipe: Recipe,
+    generator: torch.Generator,
+    pictures: dict[str, tuple[float, PictureLoss]],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Flow matching of the pixels given z̃, and the recipe's other terms; the total, and each by name.
 
-        total = flow = flow_matching_loss(velocity, target, t, generator)
-        values = {"flow": flow}
-        for name, (weight, picture_loss) in pictures.items():
-            values[name] = picture_loss(clean[0], target, z)
-            total = total + weight * values[name]
-        if self.alignment and middle:
-            values["repa"] = self.alignment(middle[0], z)
-            total = total + recipe.decoder.losses.repa * values["repa"]
-        if recipe.reducer.normalise in ("kl", "l2"):
-            values[recipe.reducer.normalise] = penalty
-            total = total + recipe.reducer.penalty * penalty
-        return total, values if len(values) > 1 else {}
+    Args:
+        z: [B, h, w, d] of the images.
+        images: uint8 [B, 3, S, S].
+        recipe: its weights.
+        generator: draws times and noise.
+        pictures: from `picture_losses`; they see the clean prediction.
+    """
+    latents, penalty = module.reducer.noisy(z, recipe.decoder.noise, generator)
+    assert not isinstance(module.decoder, VAEDecoder)
+    t = draw_times(len(images), recipe.flow.time, recipe.decoder.shift, generator)
+    target = module.decoder.target(images)
+    middle: list[Tensor] | None = [] if module.alignment else None
+    clean = []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        v = module.decoder(x, t, latents, middle)
+        clean.append(x + (1 - t)[:, None, None, None] * v)
+        return v
+
+    total = flow = flow_matching_loss(velocity, target, t, generator)
+    values = {"flow": flow}
+    for name, (weight, picture_loss) in pictures.items():
+        values[name] = picture_loss(clean[0], target, z)
+        total = total + weight * values[name]
+    if module.alignment and middle:
+        values["repa"] = module.alignment(middle[0], z)
+        total = total + recipe.decoder.losses.repa * values["repa"]
+    if recipe.reducer.normalise in ("kl", "l2"):
+        values[recipe.reducer.normalise] = penalty
+        total = total + recipe.reducer.penalty * penalty
+    return total, values if len(values) > 1 else {}
 
 
 def train_reducer(
@@ -176,7 +180,7 @@ def train_reducer(
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         z = module.z(vlm, batch.images)
         lap("frozen VLM")
-        return module.loss(z, batch.images, recipe, generator, pictures)
+        return reducer_loss(module, z, batch.images, recipe, generator, pictures)
 
     card = {
         "stage": "reducer",
@@ -223,7 +227,7 @@ def train_reducer(
 
         def save(path: Path, step: int) -> None:  # with the latents' running statistics
             if is_first():
-                module.save(path, {**card, "step": step})
+                save_autoencoder(module, path, {**card, "step": step})
 
         stage = Stage("reducer", module, loss, preview, resolved, save=save)
         train(stage, stream, settings, recipe, run, device, options)
@@ -233,7 +237,7 @@ def train_reducer(
         report = describe_latents(map(module.reducer, z_of(REPORT_IMAGES)))
     if is_first():
         save_latent_report(report, out)
-        module.save(out, card)
+        save_autoencoder(module, out, card)
     return out
 
 
