@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vugen_cli.engine.loop import pick_device, wants_bfloat16
+from vugen_cli.engine.device import pick_device, wants_bfloat16
 from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.recipe import Decoder
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vugen_cli.models.generation_expert import GenerationExpert
-from vugen_cli.vlm.frozen import Prefix
+from vugen_cli.vlm.prefix import Prefix
 
 TRAINING = ("cached", "joint", "joint, prompt frozen", "cached, prompt under autograd")
 SAMPLING = ("sample cached", "sample joint")

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from vugen_cli.engine.checkpoint import read_card
-from vugen_cli.engine.latent_cache import write_latents
-from vugen_cli.engine.loop import pick_device
-from vugen_cli.engine.train_sampler import train_sampler
+from vugen_cli.checkpoint import read_card
+from vugen_cli.engine.device import pick_device
+from vugen_cli.files import bundle
 from vugen_cli.recipe import parse_recipe
-from vugen_cli.vlm.frozen import bundle
+from vugen_cli.stages.latent_cache import write_latents
+from vugen_cli.stages.train_sampler import train_sampler
 
 
 def main() -> None:

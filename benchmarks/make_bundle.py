@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from vugen_cli.engine.checkpoint import load_checkpoint, save_checkpoint, with_prefix
-from vugen_cli.engine.train_reducer import load_autoencoder, load_decoder
+from vugen_cli.checkpoint import load_checkpoint, save_checkpoint, with_prefix
+from vugen_cli.files import bundle
 from vugen_cli.recipe import parse_recipe
-from vugen_cli.vlm.frozen import bundle
+from vugen_cli.sampling.trained import load_autoencoder, load_decoder
 
 
 def main() -> None:

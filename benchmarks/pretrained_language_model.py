@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from vugen_cli.engine.sampling import load_sampler
-from vugen_cli.engine.train_reducer import train_reducer
-from vugen_cli.engine.train_sampler import train_sampler
-from vugen_cli.metrics.understanding import weight_hash
 from vugen_cli.recipe import load_recipe
+from vugen_cli.sampling.trained import load_sampler
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.stages.train_sampler import train_sampler
+from vugen_cli.studies.understanding import weight_hash
 from vugen_cli.vlm.frozen import load_vlm
 
 

@@ -22,18 +22,18 @@ from typing import Any
 import torch
 
 from vugen_cli.data.loader import ShardedImages
-from vugen_cli.engine.distill import distill
-from vugen_cli.engine.draw import draw
-from vugen_cli.engine.loop import pick_device
-from vugen_cli.engine.reconstruct import reconstruct
-from vugen_cli.engine.sampling import load_sampler
-from vugen_cli.engine.train_reducer import load_autoencoder, train_reducer
-from vugen_cli.engine.train_sampler import train_sampler
-from vugen_cli.engine.train_vae import train_vae
+from vugen_cli.engine.device import pick_device
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.encoders import vlm_extractor
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.recipe import Recipe, load_recipe, parse_recipe
+from vugen_cli.sampling.draw import draw
+from vugen_cli.sampling.trained import load_autoencoder, load_sampler
+from vugen_cli.stages.distill import distill
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.stages.train_sampler import train_sampler
+from vugen_cli.stages.train_vae import train_vae
+from vugen_cli.studies.reconstruct import reconstruct
 from vugen_cli.vlm.frozen import load_vlm
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from vugen_cli.engine import loop
-from vugen_cli.engine.train_reducer import train_reducer
-from vugen_cli.engine.train_sampler import train_sampler
 from vugen_cli.recipe import load_recipe
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.stages.train_sampler import train_sampler
 
 
 def main() -> None:

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from vugen_cli.commands.score import load_extractor
-from vugen_cli.data.openmoji import OpenMojiScenes
+from vugen_cli.metrics.encoders import load_extractor
 from vugen_cli.metrics.features import Extractor
-from vugen_cli.metrics.frechet import Moments, frechet_distance
+from vugen_cli.metrics.frechet import frechet_distance
 from vugen_cli.metrics.image_sets import open_images
 from vugen_cli.metrics.scores import score_sets
+from vugen_cli.moments import Moments
+from vugen_cli.nano.scenes import OpenMojiScenes
 
 
 def blur(image: Image.Image, radius: float) -> Image.Image:

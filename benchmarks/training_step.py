@@ -23,13 +23,13 @@ import torch
 from torch import nn
 
 from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream
-from vugen_cli.engine import train_reducer, train_sampler
-from vugen_cli.engine.loop import wants_bfloat16
-from vugen_cli.engine.train_reducer import Autoencoder
+from vugen_cli.engine.device import wants_bfloat16
 from vugen_cli.flow import flow_matching_loss
+from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.pixel_decoder import to_pixels
 from vugen_cli.recipe import Recipe, load_recipe
+from vugen_cli.stages import train_reducer, train_sampler
 from vugen_cli.vlm.frozen import load_vlm
 
 BATCH, TURN, TURNS = 32, 4, 5  # images, steps in a turn, turns of each; the first turn warms up

@@ -13,11 +13,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from vugen_cli.data.openmoji import OpenMojiScenes
 from vugen_cli.data.writer import write_dataset
+from vugen_cli.nano.scenes import OpenMojiScenes
+from vugen_cli.nano.vlm import build, save_vlm, train_tokenizer
 from vugen_cli.recipe import NanoVLM, Recipe, load_recipe
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
-from vugen_cli.vlm.nano import build, save_vlm, train_tokenizer
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -87,8 +87,8 @@ def tiny_overrides(vlm_path: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def trained(scenes: Path, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `reducer.safetensors` and `sampler.safetensors` of four steps each."""
-    from vugen_cli.engine.train_reducer import train_reducer
-    from vugen_cli.engine.train_sampler import train_sampler
+    from vugen_cli.stages.train_reducer import train_reducer
+    from vugen_cli.stages.train_sampler import train_sampler
 
     out = tmp_path_factory.mktemp("trained")
     device = torch.device("cpu")

@@ -11,8 +11,8 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from vugen_cli.data.openmoji import OpenMojiScenes
-from vugen_cli.vlm.nano import train_tokenizer
+from vugen_cli.nano.scenes import OpenMojiScenes
+from vugen_cli.nano.vlm import train_tokenizer
 
 SPECIAL = {
     "image_token": "<image>",

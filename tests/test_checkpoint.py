@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vugen_cli.engine.checkpoint import load_checkpoint, part, read_card, save_checkpoint, with_prefix
+from vugen_cli.checkpoint import load_checkpoint, part, read_card, save_checkpoint, with_prefix
 from vugen_cli.errors import VugenError
 
 TENSORS = {"a.w": torch.randn(3, 4), "a.b": torch.arange(3), "b.h": torch.randn(2).half()}

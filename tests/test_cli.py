@@ -120,7 +120,7 @@ def test_the_newest_sampler_here_is_taken_and_scored_against_its_reference(
 
 
 def vugen_card(path: Path) -> str:
-    from vugen_cli.engine.checkpoint import read_card
+    from vugen_cli.checkpoint import read_card
 
     return json.dumps(read_card(path))
 

@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
-from vugen_cli.compare import read_samples
 from vugen_cli.errors import VugenError
+from vugen_cli.studies.compare import read_samples
 
 
 def run(*words: str | Path) -> str:

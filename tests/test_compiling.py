@@ -10,12 +10,12 @@ from torch._dynamo.utils import counters
 
 from vugen_cli.engine.compiling import STEPS_THAT_PAY, compile_forward, compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, recompute
-from vugen_cli.engine.sampling import load_sampler
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import flow_matching_loss
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.recipe import Engine, Recipe
+from vugen_cli.sampling.trained import load_sampler
 from vugen_cli.vlm.frozen import FrozenVLM
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

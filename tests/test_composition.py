@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
-from vugen_cli.metrics.composition import GROUPS, evaluation_scenes, group_of, judge
+from vugen_cli.nano.composition import evaluation_scenes
+from vugen_cli.nano.judge import GROUPS, group_of, judge
 
 
 def scene(kind: str, *subjects: tuple[str, int], relation: str | None = None) -> dict[str, Any]:

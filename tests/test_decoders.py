@@ -7,12 +7,14 @@ import torch
 from test_networks import SMALL, wake
 from test_training import changed, metrics
 
-from vugen_cli.engine.checkpoint import load_checkpoint
-from vugen_cli.engine.perceptual import Alignment, VisionFeatures, cosine_distance, picture_losses
-from vugen_cli.engine.train_reducer import Autoencoder, load_autoencoder, reducer_loss, train_reducer
+from vugen_cli.checkpoint import load_checkpoint
 from vugen_cli.errors import VugenError
+from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.recipe import PRESETS, Decoder, DecoderLosses, Recipe, load_recipe
+from vugen_cli.sampling.trained import load_autoencoder
+from vugen_cli.stages.losses import Alignment, VisionFeatures, cosine_distance, picture_losses, reducer_loss
+from vugen_cli.stages.train_reducer import train_reducer
 from vugen_cli.vlm.frozen import FrozenVLM
 
 CPU = torch.device("cpu")
@@ -148,7 +150,9 @@ def test_every_term_reaches_reducer_and_decoder_and_none_the_vlm(vlm: FrozenVLM,
     pictures = picture_losses(recipe.decoder.losses, vlm, 64, CPU)
 
     def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return reducer_loss(module, vlm.encode(images), images, recipe, torch.Generator().manual_seed(0), pictures)
+        return reducer_loss(
+            module, vlm.encode(images), images, recipe, torch.Generator().manual_seed(0), pictures
+        )
 
     total, values = loss()
     assert list(values) == ["flow", "perceptual", "repa", "l2"]

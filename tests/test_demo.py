@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vugen_cli import demo
 from vugen_cli.app import app
-from vugen_cli.vlm.frozen import bundle
+from vugen_cli.files import bundle
+from vugen_cli.nano import demo
 
 
 def test_the_demo_leaves_a_page_whose_pictures_are_there_and_repeats_no_training(

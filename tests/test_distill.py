@@ -9,12 +9,12 @@ from test_training import changed, metrics
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
-from vugen_cli.engine.checkpoint import load_checkpoint, read_card
-from vugen_cli.engine.distill import distill
-from vugen_cli.engine.sampling import load_sampler
-from vugen_cli.engine.train_reducer import load_autoencoder, save_autoencoder, train_reducer
+from vugen_cli.checkpoint import load_checkpoint, read_card
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe
+from vugen_cli.sampling.trained import load_autoencoder, load_sampler, save_autoencoder
+from vugen_cli.stages.distill import distill
+from vugen_cli.stages.train_reducer import train_reducer
 
 CPU = torch.device("cpu")
 

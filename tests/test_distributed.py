@@ -13,9 +13,9 @@ import torch
 from conftest import TINY, tiny_overrides
 from test_training import metrics, wait_for
 
-from vugen_cli.engine.checkpoint import load_checkpoint
+from vugen_cli.checkpoint import load_checkpoint
+from vugen_cli.files import bundle
 from vugen_cli.seeds import BatchGenerator, draw
-from vugen_cli.vlm.frozen import bundle
 
 # Every command in one job: starting two processes takes longer than all that they do here.
 SCRIPT = """

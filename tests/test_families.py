@@ -8,14 +8,14 @@ import torch
 from conftest import tiny_overrides, vugen
 from safetensors import safe_open
 
-from vugen_cli.engine.checkpoint import read_card
-from vugen_cli.engine.sampling import load_sampler
-from vugen_cli.engine.train_reducer import train_reducer
-from vugen_cli.engine.train_sampler import train_sampler
+from vugen_cli.checkpoint import read_card
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics.understanding import weight_hash
 from vugen_cli.models.generation_expert import GenerationExpert, image_positions
 from vugen_cli.recipe import Recipe, load_recipe
+from vugen_cli.sampling.trained import load_sampler
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.stages.train_sampler import train_sampler
+from vugen_cli.studies.understanding import weight_hash
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 from vugen_cli.vlm.latents import raster_index
@@ -256,7 +256,7 @@ def test_understanding_is_shown_to_be_preserved(trained: Path, tmp_path: Path) -
 
 
 def test_a_changed_weight_changes_the_hash_and_the_logits(vlm_path: Path) -> None:
-    from vugen_cli.metrics.understanding import _understand
+    from vugen_cli.studies.understanding import _understand
 
     before = load_vlm(str(vlm_path))
     after = load_vlm(str(vlm_path))

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.frechet import (
-    Moments,
     Statistics,
     frechet_distance,
     frechet_standard_error,
@@ -20,6 +19,7 @@ from vugen_cli.metrics.frechet import (
     save_statistics,
 )
 from vugen_cli.metrics.pairs import psnr, ssim
+from vugen_cli.moments import Moments
 
 
 def features(n, d, seed, rank=None):

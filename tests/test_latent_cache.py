@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import tiny_overrides, vugen
 
+from vugen_cli.checkpoint import read_card
 from vugen_cli.data.loader import ShardedImages, TrainingStream, batches
-from vugen_cli.engine.checkpoint import read_card
-from vugen_cli.engine.latent_cache import write_latents
-from vugen_cli.engine.train_reducer import load_autoencoder
-from vugen_cli.engine.train_sampler import train_sampler
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe, load_recipe
+from vugen_cli.sampling.trained import load_autoencoder
+from vugen_cli.stages.latent_cache import write_latents
+from vugen_cli.stages.train_sampler import train_sampler
 from vugen_cli.vlm.frozen import FrozenVLM
 
 CPU = torch.device("cpu")

@@ -9,19 +9,19 @@ import torch
 from test_networks import wake
 from test_training import changed, metrics
 
-from vugen_cli.data.loader import Batch, ShardedImages
-from vugen_cli.engine.checkpoint import load_checkpoint
-from vugen_cli.engine.distill import distill
-from vugen_cli.engine.perceptual import picture_losses
-from vugen_cli.engine.sampling import load_sampler
-from vugen_cli.engine.train_reducer import decode_images, held_out_images, load_autoencoder, train_reducer
-from vugen_cli.engine.train_sampler import train_sampler
-from vugen_cli.engine.train_vae import VAETraining, train_vae
+from vugen_cli.checkpoint import fingerprint, load_checkpoint
+from vugen_cli.data.loader import Batch, ShardedImages, held_out_images
 from vugen_cli.errors import VugenError
 from vugen_cli.models.latent_decoder import LatentDecoder
-from vugen_cli.models.vae import FrozenVAE, load_vae
+from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import Decoder, Recipe, load_recipe
-from vugen_cli.vlm.frozen import FrozenVLM, fingerprint
+from vugen_cli.sampling.trained import decode_images, load_autoencoder, load_sampler, load_vae
+from vugen_cli.stages.distill import distill
+from vugen_cli.stages.losses import picture_losses
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.stages.train_sampler import train_sampler
+from vugen_cli.stages.train_vae import VAETraining, train_vae
+from vugen_cli.vlm.frozen import FrozenVLM
 
 CPU = torch.device("cpu")
 SIZES = {"channels": [8, 16], "heads": 2, "middle_layers": 2, "patch": 2}

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from vugen_cli.data.loader import Batch, ShardedImages, ShuffledOrder, TrainingStream, batches, read_manifest
-from vugen_cli.data.openmoji import OpenMojiScenes
+from vugen_cli.data.loader import Batch, ShardedImages, ShuffledOrder, TrainingStream, batches
+from vugen_cli.data.manifest import read_manifest
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
+from vugen_cli.nano.scenes import OpenMojiScenes
 
 
 def take(stream: TrainingStream, count: int, workers: int = 0) -> list[Batch]:

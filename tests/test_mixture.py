@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from vugen_cli.checkpoint import read_card
 from vugen_cli.data.loader import ShardedImages, TrainingStream, batches
 from vugen_cli.data.mixture import BLOCK, MixedImages, block_shares
-from vugen_cli.data.openmoji import OpenMojiScenes
 from vugen_cli.data.writer import write_dataset
-from vugen_cli.engine.checkpoint import read_card
-from vugen_cli.engine.train_reducer import train_reducer
-from vugen_cli.engine.train_sampler import train_sampler
 from vugen_cli.errors import VugenError
+from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.recipe import MixtureSource, Recipe
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.stages.train_sampler import train_sampler
 
 
 @pytest.fixture(scope="module")

@@ -11,24 +11,17 @@ from conftest import TINY, tiny_overrides, vugen
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
+from vugen_cli.checkpoint import read_card
 from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream
-from vugen_cli.data.openmoji import OpenMojiScenes
 from vugen_cli.data.writer import write_dataset
-from vugen_cli.engine.checkpoint import read_card
 from vugen_cli.errors import VugenError
-from vugen_cli.vlm.frozen import bundle, load_vlm
-from vugen_cli.vlm.nano import (
-    NanoTraining,
-    build,
-    caption_accuracy,
-    conversation,
-    mentions,
-    other_caption,
-    save_vlm,
-    train_tokenizer,
-    training_texts,
-    word_rarity,
-)
+from vugen_cli.files import bundle
+from vugen_cli.nano.conversations import conversation, other_caption, training_texts, word_rarity
+from vugen_cli.nano.judge import caption_accuracy, mentions
+from vugen_cli.nano.scenes import OpenMojiScenes
+from vugen_cli.nano.train_vlm import NanoTraining
+from vugen_cli.nano.vlm import build, save_vlm, train_tokenizer
+from vugen_cli.vlm.frozen import load_vlm
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vugen_cli.data import openmoji
-from vugen_cli.data.openmoji import (
-    SETTINGS,
-    SUBJECTS,
-    OpenMojiScenes,
-    canonical_caption,
-    held_out,
-)
+from vugen_cli.nano import painting as openmoji
+from vugen_cli.nano.scenes import OpenMojiScenes, canonical_caption, held_out
+from vugen_cli.nano.vocabulary import SETTINGS, SUBJECTS
 
 
 def describe(split: str, count: int, seed: int = 0) -> list[dict]:

@@ -10,12 +10,12 @@ from test_training import changed
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
-from vugen_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+from vugen_cli.checkpoint import load_checkpoint, save_checkpoint
 from vugen_cli.engine.loop import StopSignals
-from vugen_cli.engine.sampling import load_sampler
-from vugen_cli.engine.train_sampler import train_sampler
 from vugen_cli.errors import Stopped
 from vugen_cli.recipe import Recipe
+from vugen_cli.sampling.trained import load_sampler
+from vugen_cli.stages.train_sampler import train_sampler
 
 
 def test_kept_checkpoints_are_scored_once_and_the_last_is_the_sampler(
@@ -41,7 +41,7 @@ def test_kept_checkpoints_are_scored_once_and_the_last_is_the_sampler(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a scored checkpoint was drawn again")
 
-    monkeypatch.setattr("vugen_cli.metrics.over_training.draw", never)
+    monkeypatch.setattr("vugen_cli.studies.over_training.draw", never)
     assert CliRunner().invoke(app, command).exit_code == 0
     tensors, card = load_checkpoint(kept[0])
     save_checkpoint(kept[0], {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, card)

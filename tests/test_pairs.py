@@ -68,7 +68,7 @@ def test_sets_that_do_not_pair_up(tmp_path):
 
 
 def test_reconstructions_pair_up_with_their_originals(trained, scenes, tmp_path):
-    from vugen_cli.engine.reconstruct import reconstruct
+    from vugen_cli.studies.reconstruct import reconstruct
 
     report = reconstruct(trained / "reducer.safetensors", scenes, tmp_path, count=3, save_images=True)
     found, _ = scores(tmp_path / "decoded", tmp_path / "originals")

@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vugen_cli.commands.score import score
-from vugen_cli.data.openmoji import OpenMojiScenes
-from vugen_cli.engine.draw import collect_prompts
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics import geneval
 from vugen_cli.metrics.clip_score import clip_scores, seed_variance
@@ -28,10 +26,12 @@ from vugen_cli.metrics.image_sets import open_images
 from vugen_cli.metrics.prompt_scores import score_prompts
 from vugen_cli.metrics.prompted_images import prompted_images, resampled_means
 from vugen_cli.metrics.vqa import SUFFIX, YesNoJudge, vqa_scores
+from vugen_cli.nano.scenes import OpenMojiScenes
+from vugen_cli.nano.vlm import build, save_vlm, train_tokenizer
+from vugen_cli.sampling.draw import collect_prompts
 from vugen_cli.torchvision_repair import repair_torchvision
 from vugen_cli.vlm.chat import question_inputs
 from vugen_cli.vlm.frozen import load_vlm
-from vugen_cli.vlm.nano import build, save_vlm, train_tokenizer
 
 app = typer.Typer()
 app.command()(score)

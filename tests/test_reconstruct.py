@@ -11,11 +11,11 @@ from test_training import changed
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
-from vugen_cli.engine.reconstruct import reconstruct, save_rows
-from vugen_cli.engine.train_reducer import train_reducer
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.features import Extractor
 from vugen_cli.recipe import Recipe
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.studies.reconstruct import reconstruct, save_rows
 
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ def test_the_figures_are_those_of_known_pictures(
         return {"features": value}
 
     extractor = Extractor("vlm", "brightness", "none", {}, brightness)
-    monkeypatch.setattr("vugen_cli.engine.reconstruct.vlm_extractor", lambda *_: extractor)
+    monkeypatch.setattr("vugen_cli.studies.reconstruct.vlm_extractor", lambda *_: extractor)
     report = reconstruct(trained / "reducer.safetensors", scenes, tmp_path, 16)
     original, decoded = (np.concatenate(seen[i::2]) for i in (0, 1))
     gap = (original.mean() - decoded.mean()) ** 2

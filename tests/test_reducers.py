@@ -9,12 +9,13 @@ import pytest
 import torch
 from test_training import changed
 
-from vugen_cli.engine.latent_report import describe_latents, effective_rank
-from vugen_cli.engine.train_reducer import load_autoencoder, train_reducer
 from vugen_cli.errors import VugenError
 from vugen_cli.models.reducer import Reducer, merge
 from vugen_cli.recipe import Recipe, load_recipe
 from vugen_cli.recipe import Reducer as ReducerRecipe
+from vugen_cli.sampling.trained import load_autoencoder
+from vugen_cli.stages.latent_report import describe_latents, effective_rank
+from vugen_cli.stages.train_reducer import train_reducer
 
 CPU = torch.device("cpu")
 KINDS = ("linear", "mlp", "attention", "pca", "identity")

@@ -19,13 +19,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vugen_cli.commands import score as score_command
-from vugen_cli.commands.score import newest_samples, recorded_reference, recorded_vlm, score
+from vugen_cli.commands.score import score
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics import inception
 from vugen_cli.metrics.encoders import vlm_extractor
 from vugen_cli.metrics.features import Extractor
 from vugen_cli.metrics.frechet import load_statistics
 from vugen_cli.metrics.inception import find_weights, inception_extractor
+from vugen_cli.metrics.last_samples import newest_samples, recorded_reference, recorded_vlm
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.torchvision_repair import repair_torchvision
 
@@ -426,7 +427,7 @@ def test_reference_from_the_samplers_card(tmp_path, monkeypatch):
     sampler = tmp_path / "sampler.safetensors"
     sampler.touch()
     samples = write_samples(tmp_path / "samples", sampler=str(sampler))
-    from vugen_cli.engine import checkpoint
+    from vugen_cli import checkpoint
 
     monkeypatch.setattr(checkpoint, "read_card", lambda path: {"data": {"path": str(data)}})
     assert recorded_reference(samples) == data

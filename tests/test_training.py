@@ -15,23 +15,18 @@ from conftest import save_random_vlm, tiny_overrides
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
+from vugen_cli.checkpoint import load_checkpoint, read_card, save_checkpoint
 from vugen_cli.data.loader import ShardedImages
-from vugen_cli.engine.checkpoint import load_checkpoint, read_card, save_checkpoint
-from vugen_cli.engine.loop import (
-    Average,
-    RunOptions,
-    StateWriter,
-    cpu_flags,
-    differences,
-    is_free,
-    learning_rate,
-    pick_device,
-    wants_bfloat16,
-)
-from vugen_cli.engine.train_reducer import load_autoencoder, train_reducer
-from vugen_cli.engine.train_sampler import train_sampler
+from vugen_cli.engine.average import Average
+from vugen_cli.engine.device import cpu_flags, pick_device, wants_bfloat16
+from vugen_cli.engine.loop import learning_rate
+from vugen_cli.engine.stage import RunOptions
+from vugen_cli.engine.state import StateWriter, differences, is_free
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe, Training, load_recipe
+from vugen_cli.sampling.trained import load_autoencoder
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.stages.train_sampler import train_sampler
 from vugen_cli.vlm.frozen import load_vlm
 
 CPU = torch.device("cpu")

@@ -12,11 +12,11 @@ import torch
 from test_training import changed, metrics
 
 from vugen_cli.engine import profiling
-from vugen_cli.engine.loop import RunOptions
-from vugen_cli.engine.train_reducer import train_reducer
-from vugen_cli.engine.train_sampler import train_sampler
+from vugen_cli.engine.stage import RunOptions
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.stages.train_sampler import train_sampler
 
 CPU = torch.device("cpu")
 

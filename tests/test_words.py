@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from vugen_cli.app import app
 from vugen_cli.errors import VugenError
+from vugen_cli.nano.vlm import save_words
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
-from vugen_cli.vlm.nano import save_words
 
 
 def test_a_prompt_of_unknown_words_is_drawn_and_names_them(

@@ -6,22 +6,23 @@ The Python API, which is what the commands call: `load_sampler`, `sample`, `reco
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from vugen_cli.engine.draw import draw as sample
-    from vugen_cli.engine.reconstruct import reconstruct
-    from vugen_cli.engine.sampling import load_sampler
-    from vugen_cli.metrics.scores import score_sets as score
-    from vugen_cli.pipeline import VugenPipeline
+from vugen_cli.version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["VugenPipeline", "load_sampler", "reconstruct", "sample", "score"]
+if TYPE_CHECKING:
+    from vugen_cli.metrics.scores import score_sets as score
+    from vugen_cli.sampling.draw import draw as sample
+    from vugen_cli.sampling.pipeline import VugenPipeline
+    from vugen_cli.sampling.trained import load_sampler
+    from vugen_cli.studies.reconstruct import reconstruct
+
+__all__ = ["VugenPipeline", "__version__", "load_sampler", "reconstruct", "sample", "score"]
 
 _WHERE = {
-    "load_sampler": ("vugen_cli.engine.sampling", "load_sampler"),
-    "sample": ("vugen_cli.engine.draw", "draw"),
-    "reconstruct": ("vugen_cli.engine.reconstruct", "reconstruct"),
+    "load_sampler": ("vugen_cli.sampling.trained", "load_sampler"),
+    "sample": ("vugen_cli.sampling.draw", "draw"),
+    "reconstruct": ("vugen_cli.studies.reconstruct", "reconstruct"),
     "score": ("vugen_cli.metrics.scores", "score_sets"),
-    "VugenPipeline": ("vugen_cli.pipeline", "VugenPipeline"),
+    "VugenPipeline": ("vugen_cli.sampling.pipeline", "VugenPipeline"),
 }
 
 

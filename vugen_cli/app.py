@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli import __version__, processes
+from vugen_cli import processes
 from vugen_cli.commands.chat import chat
 from vugen_cli.commands.compare import compare
 from vugen_cli.commands.demo import demo
@@ -22,6 +22,7 @@ from vugen_cli.commands.train_sampler import train_sampler
 from vugen_cli.commands.train_vae import train_vae
 from vugen_cli.commands.train_vlm import train_vlm
 from vugen_cli.errors import Stopped, VugenError
+from vugen_cli.version import __version__
 
 app = typer.Typer(
     name="vugen",

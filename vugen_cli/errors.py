@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read, and what a foreign one has to say."""
 
 
 class VugenError(Exception):
@@ -15,3 +15,8 @@ class TooFewImages(VugenError):
 
 class Stopped(Exception):
     """A signal asked a run to stop; its state has been saved and the message says how to go on."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign exception says, on one line of at most 300 characters; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -103,3 +103,8 @@ def user_cache() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "vugen"
+
+
+def bundle(name: str) -> Path:
+    """Where a part of the bundled nano line lies in the installed package: `vlm`, `sampler.safetensors`."""
+    return Path(__file__).parent / "bundles" / "nano" / name

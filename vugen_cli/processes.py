@@ -11,7 +11,7 @@ from collections import Counter
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -72,8 +72,7 @@ def meet() -> None:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
         raise VugenError(
-            f"process {rank()} of {world_size()} cannot reach the others at {where}: "
-            f"{(str(error).strip() or 'no reason given').splitlines()[0]}"
+            f"process {rank()} of {world_size()} cannot reach the others at {where}: {first_line(error)}"
         ) from error
     # torchrun keeps one store over its restarts: what processes that are gone said in it must not be read.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -35,8 +35,8 @@ def chat(
     import torch
 
     from vugen_cli.data.images import decode
-    from vugen_cli.engine.loop import pick_device
-    from vugen_cli.engine.sampling import load_sampler
+    from vugen_cli.engine.device import pick_device
+    from vugen_cli.sampling.trained import load_sampler
     from vugen_cli.vlm.chat import ask
     from vugen_cli.vlm.frozen import load_vlm
 

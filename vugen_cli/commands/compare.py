@@ -33,10 +33,10 @@ def compare(
       vugen compare sampler.safetensors baseline.safetensors --prompt "a bear in a forest"
       vugen compare samples-monday samples-tuesday --out week.html
     """
-    from vugen_cli.compare import folder_name, names_of, read_samples, write_comparison
-    from vugen_cli.engine.draw import collect_prompts, draw
-    from vugen_cli.engine.loop import pick_device
-    from vugen_cli.engine.sampling import load_sampler
+    from vugen_cli.engine.device import pick_device
+    from vugen_cli.sampling.draw import collect_prompts, draw
+    from vugen_cli.sampling.trained import load_sampler
+    from vugen_cli.studies.compare import folder_name, names_of, read_samples, write_comparison
 
     if missing := [path for path in sources if not path.exists()]:
         raise VugenError(f"no {missing[0]}: give sampler checkpoints or folders of samples")

@@ -21,8 +21,8 @@ def demo(
     Example:
       vugen demo
     """
-    from vugen_cli.demo import run_demo
-    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.engine.device import pick_device
+    from vugen_cli.nano.demo import run_demo
 
     report = run_demo(out, pick_device(device))
     typer.echo(f"open {report} for the pictures; the figures are in {out / 'scores.json'}")

@@ -16,8 +16,8 @@ def inspect(
       vugen inspect sampler.safetensors
       vugen inspect data/openmoji
     """
-    from vugen_cli.data.loader import read_manifest
-    from vugen_cli.engine.checkpoint import read_card
+    from vugen_cli.checkpoint import read_card
+    from vugen_cli.data.manifest import read_manifest
 
     if not file.is_dir():
         _show(read_card(file))

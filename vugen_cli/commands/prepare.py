@@ -153,11 +153,11 @@ def prepare_latents(
     flip: bool | None,
 ) -> None:
     """Write the latent cache of a data set."""
-    from vugen_cli.engine.checkpoint import read_card
-    from vugen_cli.engine.latent_cache import write_latents
-    from vugen_cli.engine.loop import pick_device
+    from vugen_cli.checkpoint import read_card
+    from vugen_cli.engine.device import pick_device
     from vugen_cli.errors import VugenError
     from vugen_cli.processes import meet
+    from vugen_cli.stages.latent_cache import write_latents
 
     meet()
     known = read_card(checkpoint)["data"]
@@ -197,7 +197,7 @@ def open_source(
     from vugen_cli.errors import VugenError
 
     if dataset is Dataset.openmoji:
-        from vugen_cli.data.openmoji import PAIRS, OpenMojiScenes
+        from vugen_cli.nano.scenes import PAIRS, OpenMojiScenes
 
         if source is not None:
             raise VugenError("--dataset openmoji draws its own pictures: leave --source out")

@@ -44,9 +44,9 @@ def reconstruct(
       vugen reconstruct --images photos/ --out rec
       vugen reconstruct --images data/openmoji --full identity.safetensors
     """
-    from vugen_cli.engine.loop import pick_device
-    from vugen_cli.engine.reconstruct import reconstruct as run
+    from vugen_cli.engine.device import pick_device
     from vugen_cli.processes import is_first, join
+    from vugen_cli.studies.reconstruct import reconstruct as run
 
     where = join(pick_device(device))
     report = run(reducer, images, out, count, steps, seed, vlm, where, allow_vlm_mismatch, save_images, full)

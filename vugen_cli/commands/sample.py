@@ -66,10 +66,10 @@ def sample(
       vugen sample "a cat on a beach" "two apples in the snow" --guidance 4 --seed 7
       vugen sample --prompts prompts.txt --sampler sampler.safetensors --out drawn
     """
-    from vugen_cli.engine.draw import collect_prompts, draw, pick_sampler
-    from vugen_cli.engine.loop import pick_device
-    from vugen_cli.engine.sampling import load_sampler
+    from vugen_cli.engine.device import pick_device
     from vugen_cli.processes import is_first, join
+    from vugen_cli.sampling.draw import collect_prompts, draw, pick_sampler
+    from vugen_cli.sampling.trained import load_sampler
 
     texts = collect_prompts(prompts or [], prompts_file)
     loaded = load_sampler(pick_sampler(sampler), vlm, join(pick_device(device)), allow_vlm_mismatch, decoder)

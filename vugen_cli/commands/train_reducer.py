@@ -54,9 +54,10 @@ def train_reducer(
       vugen train-reducer --reducer reducer.safetensors --set decoder.preset=B --out better.safetensors
       vugen train-reducer --distill reducer.safetensors --set decoder.steps=8 --out one-step.safetensors
     """
+    from vugen_cli.checkpoint import read_card
     from vugen_cli.commands.options import data_of, require_safetensors, sampler_recipe, training_recipe
-    from vugen_cli.engine.checkpoint import read_card
-    from vugen_cli.engine.loop import RunOptions, pick_device
+    from vugen_cli.engine.device import pick_device
+    from vugen_cli.engine.stage import RunOptions
     from vugen_cli.processes import join
 
     require_safetensors(out)
@@ -75,11 +76,11 @@ def train_reducer(
         source = data_of(resolved, data)
     where, options = join(pick_device(device)), RunOptions(profile, change_recipe)
     if distill:
-        from vugen_cli.engine.distill import distill as teach
+        from vugen_cli.stages.distill import distill as teach
 
         teach(resolved, distill, source, out, where, options)
     else:
-        from vugen_cli.engine.train_reducer import train_reducer as run
+        from vugen_cli.stages.train_reducer import train_reducer as run
 
         run(resolved, source, out, where, reducer, options)
     if given:

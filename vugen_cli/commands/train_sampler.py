@@ -51,11 +51,12 @@ def train_sampler(
       vugen train-sampler --reducer ckpt.safetensors --data data/coco --out coco.safetensors --steps 20000
       vugen train-sampler --init sampler.safetensors --data data/mine --out mine.safetensors --steps 2000
     """
+    from vugen_cli.checkpoint import read_card
     from vugen_cli.commands.options import data_of, require_safetensors, sampler_recipe
-    from vugen_cli.engine.checkpoint import read_card
-    from vugen_cli.engine.loop import RunOptions, pick_device
-    from vugen_cli.engine.train_sampler import train_sampler as run
+    from vugen_cli.engine.device import pick_device
+    from vugen_cli.engine.stage import RunOptions
     from vugen_cli.processes import join
+    from vugen_cli.stages.train_sampler import train_sampler as run
 
     require_safetensors(out)
     if init and reducer:

@@ -37,9 +37,10 @@ def train_vae(
       vugen train-reducer --data data/openmoji --set decoder.kind=ldm --set decoder.vae=vae
     """
     from vugen_cli.commands.options import training_recipe
-    from vugen_cli.engine.loop import RunOptions, pick_device
-    from vugen_cli.engine.train_vae import train_vae as run
+    from vugen_cli.engine.device import pick_device
+    from vugen_cli.engine.stage import RunOptions
     from vugen_cli.processes import join
+    from vugen_cli.stages.train_vae import train_vae as run
 
     resolved = training_recipe(recipe, "train_vae", steps, batch_size, set_)
     run(resolved, data, out, join(pick_device(device)), RunOptions(profile, change_recipe))

@@ -45,9 +45,10 @@ def train_vlm(
       vugen train-vlm --init nano --data data/openmoji --out better --steps 4000
     """
     from vugen_cli.commands.options import training_recipe
-    from vugen_cli.engine.loop import RunOptions, pick_device
+    from vugen_cli.engine.device import pick_device
+    from vugen_cli.engine.stage import RunOptions
+    from vugen_cli.nano import train_vlm as nano
     from vugen_cli.processes import join
-    from vugen_cli.vlm import nano
 
     resolved = training_recipe(recipe, "train_vlm", steps, batch_size, set_)
     options = RunOptions(profile, change_recipe)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vugen_cli.data.folder import image_paths, split_folder
-from vugen_cli.data.sample import Sample
-from vugen_cli.data.writer import hash_of
+from vugen_cli.data.sample import Sample, hash_of
 from vugen_cli.errors import VugenError
 
 PATH_COLUMNS = ("path", "file", "image", "filename", "file_name", "filepath", "image_path")

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vugen_cli.data.folder import check_folder, given_source
-from vugen_cli.data.sample import Sample
-from vugen_cli.data.writer import hash_of
+from vugen_cli.data.sample import Sample, hash_of
 from vugen_cli.errors import VugenError
 
 _YEARS = ("2017", "2014")

@@ -5,8 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vugen_cli.data.sample import Sample
-from vugen_cli.data.writer import hash_of
+from vugen_cli.data.sample import Sample, hash_of
 from vugen_cli.errors import VugenError
 
 IMAGE_SUFFIXES = frozenset(

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vugen_cli.data.captions import CAPTION_COLUMNS
-from vugen_cli.data.sample import Sample
-from vugen_cli.data.writer import hash_of
+from vugen_cli.data.sample import Sample, hash_of
 from vugen_cli.errors import VugenError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from vugen_cli.data.folder import IMAGE_SUFFIXES, given_source
-from vugen_cli.data.sample import Sample
+from vugen_cli.data.sample import Sample, hash_of
 from vugen_cli.data.shards import read_at, tar_members
-from vugen_cli.data.writer import hash_of
 from vugen_cli.errors import VugenError
 
 _WNID = re.compile(r"n\d{8}")

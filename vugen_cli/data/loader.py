@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vugen_cli.data.images import adm_crop
-from vugen_cli.data.remote import fetched, is_remote, opened, shard_cache
+from vugen_cli.data.manifest import dataset_card, read_manifest
+from vugen_cli.data.remote import fetched, is_remote, shard_cache
 from vugen_cli.errors import VugenError
 from vugen_cli.processes import rank, world_size
 from vugen_cli.recipe import Recipe
@@ -56,53 +57,6 @@ class Batch:
         """Called by the DataLoader so that the copy to the GPU need not wait."""
         self.images = self.images.pin_memory()
         return self
-
-
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The `dataset.json` of a prepared data set.
-
-    Raises:
-        VugenError: the directory or its manifest is missing or damaged.
-    """
-    if is_remote(path):
-        with opened(str(path), "dataset.json") as stream:
-            text = stream.read()
-        try:
-            manifest: dict[str, Any] = json.loads(text)
-            manifest["splits"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise VugenError(f"dataset.json of {path} is damaged ({error})") from error
-        return manifest
-    directory = Path(path)
-    file = directory / "dataset.json"
-    if not directory.exists():
-        raise VugenError(f"no data set at {directory}: make one with `vugen prepare --out {directory}`")
-    if not file.is_file():
-        raise VugenError(
-            f"{directory} has no dataset.json: prepare it first, for example "
-            f"`vugen prepare --dataset webdataset --source {directory} --out data/mine`"
-        )
-    try:
-        manifest = json.loads(file.read_text())
-        manifest["splits"]
-    except (ValueError, KeyError) as error:
-        raise VugenError(f"{file} is damaged ({error}): run `vugen prepare` again") from error
-    return manifest
-
-
-def dataset_card(path: str | Path) -> dict[str, Any]:
-    """What checkpoints remember of a data set: where it is and what it holds."""
-    manifest = read_manifest(path)
-    if "latents" in manifest:  # a cache leads back to its images
-        card: dict[str, Any] = manifest["data"]
-        return card
-    return {
-        "path": str(path),
-        "dataset": manifest["dataset"],
-        "size": manifest["size"],
-        "licence": manifest.get("licence"),
-        "counts": {split: facts["count"] for split, facts in manifest["splits"].items()},
-    }
 
 
 class ShardedImages:
@@ -440,3 +394,23 @@ def batches(stream: TrainingStream, workers: int) -> Iterator[Batch]:
         pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)
+
+
+def stored_images(
+    images: ShardedImages, count: int, size: int | None = None, batch_size: int = 64
+) -> Iterator[Tensor]:
+    """The first `count` images of a split in batches, uint8 [B, 3, S, S]; `size` resizes as training does."""
+    pending: list[Tensor] = []
+    for pixels, _ in images.in_order(count):
+        pending.append(torch.from_numpy(adm_crop(pixels, size or images.size)).permute(2, 0, 1))
+        if len(pending) == batch_size:
+            yield torch.stack(pending)
+            pending.clear()
+    if pending:
+        yield torch.stack(pending)
+
+
+def held_out_images(images: ShardedImages, size: int) -> Tensor:
+    """The pictures of a preview, uint8 [8, 3, size, size]: the first of the `val` split."""
+    held_out = [adm_crop(pixels, size) for pixels, _ in images.held_out().in_order(8)]
+    return torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from vugen_cli.data.loader import ShardedImages, ShuffledOrder, dataset_card
+from vugen_cli.data.loader import ShardedImages, ShuffledOrder
+from vugen_cli.data.manifest import dataset_card
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import MixtureSource, Recipe
 

@@ -1,5 +1,7 @@
 """What a source hands to the shard writer."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -45,3 +47,8 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+def hash_of(parts: Any) -> str:
+    """A short hash over a JSON-able value, for the `fingerprint` of a source."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

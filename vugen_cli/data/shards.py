@@ -12,8 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from vugen_cli.data.folder import IMAGE_SUFFIXES, split_folder
-from vugen_cli.data.sample import Sample
-from vugen_cli.data.writer import hash_of
+from vugen_cli.data.sample import Sample, hash_of
 from vugen_cli.errors import VugenError
 
 _CAPTION_KEYS = ("caption", "captions", "text")

@@ -31,14 +31,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vugen_cli import __version__
 from vugen_cli.data.images import adm_crop, decode, encode, is_lossless
-from vugen_cli.data.sample import Sample, Source
+from vugen_cli.data.manifest import Record, add_split, read_written, this_tool
+from vugen_cli.data.sample import Sample, Source, hash_of
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.processes import is_first, rank, wait_for_all, world_size
 
-FORMAT = 1
 """Version of the layout; raised when the same plan would give other bytes."""
 
 LOSSLESS_UP_TO = 128
@@ -46,7 +45,6 @@ LOSSLESS_UP_TO = 128
 
 _STAGES = ("planned", "written", "prepared")  # at which the processes of a job wait for each other
 
-Record = dict[str, Any]
 """What is noted of a finished shard: name, samples, bytes, sha256, skipped, captions."""
 
 
@@ -127,7 +125,7 @@ def write_dataset(
     if not is_first():
         return _help(job, workers)
     with locked(out):
-        manifest = _read_manifest(out)
+        manifest = read_written(out)
         if split in manifest.get("splits", {}):
             manifest = _repair(job, plan, manifest, progress)
             for stage in _STAGES:
@@ -145,7 +143,7 @@ def write_dataset(
                 "that all processes of the job share; run the same command again to write them"
             )
         records = [finished[shard] for shard in sorted(finished)]
-        manifest = _add_split(manifest, source, split, plan, records)
+        manifest = add_split(manifest, source, split, plan, records)
         if not manifest["splits"][split]["count"]:
             _forget_progress(out, split)  # so that a run after the cause is mended reads the pictures again
             raise VugenError(_all_skipped(source, manifest["splits"][split]["skipped"]))
@@ -162,7 +160,7 @@ def _help(job: _Job, workers: int) -> dict[str, Any]:
         _write_shards(job, workers, progress=False)
     wait_for_all("written")
     wait_for_all("prepared")
-    return _read_manifest(job.out)
+    return read_written(job.out)
 
 
 # --- the plan and what earlier runs left behind
@@ -171,11 +169,6 @@ def _help(job: _Job, workers: int) -> dict[str, Any]:
 def _listing(source: Source) -> str:
     given = getattr(source, "fingerprint", None)
     return given or hash_of([source.name, source.origin, len(source), *source.classes])
-
-
-def hash_of(parts: Any) -> str:
-    """A short hash over a JSON-able value, for the `fingerprint` of a source."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -198,26 +191,6 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _read_manifest(out: Path) -> dict[str, Any]:
-    """The manifest of an earlier run, or an empty one."""
-    path = out / "dataset.json"
-    if not path.exists():
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise VugenError(
-                f"{path} has format {manifest['format']}, this version writes {FORMAT}: choose another --out"
-            )
-        for entry in manifest["splits"].values():
-            entry["shards"], entry["listing"], entry["skipped"]
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VugenError(
-            f"{path} is no manifest of vugen prepare ({error!r}): choose another --out"
-        ) from error
 
 
 def _check_other_splits(out: Path, manifest: dict[str, Any], plan: dict[str, Any]) -> None:
@@ -249,20 +222,16 @@ def _claim(out: Path, split: str, plan: dict[str, Any]) -> None:
         except (OSError, ValueError) as error:
             raise VugenError(f"{note} is damaged ({error}): delete {out} and prepare again") from error
         # Another version of the tool or of what it draws with may give other bytes: do not mix them.
-        _check_plan(out, found, {**plan, "tool": _tool()}, f"half-finished {split} split")
+        _check_plan(out, found, {**plan, "tool": this_tool()}, f"half-finished {split} split")
     elif foreign := sorted(out.glob(f"{split}-*.tar")):
         raise VugenError(
             f"{out} already holds {foreign[0].name}, which no dataset.json there describes: choose another "
             f"--out, or delete the shards"
         )
     else:
-        write_json(note, {**plan, "tool": _tool()})
+        write_json(note, {**plan, "tool": this_tool()})
     for leftover in out.glob(f".{split}-*.tar.*"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
-
-
-def _tool() -> str:
-    return f"vugen-cli {__version__}"
 
 
 def _shard_name(split: str, shard: int) -> str:
@@ -515,51 +484,6 @@ def _count(totals: dict[str, int], captions: list[str]) -> None:
 
 
 # --- the manifest
-
-
-def _add_split(
-    manifest: dict[str, Any], source: Source, split: str, plan: dict[str, Any], records: list[Record]
-) -> dict[str, Any]:
-    """The manifest with a split added to those it has."""
-    totals = dict.fromkeys(("images", "captions", "words", "words_max", "characters_max"), 0)
-    for record in records:
-        for key, value in record["captions"].items():
-            totals[key] = max(totals[key], value) if key.endswith("_max") else totals[key] + value
-    skipped = [item for record in records for item in record["skipped"]]
-    entry = {
-        "count": totals["images"],
-        "items": plan["items"],
-        "seed": plan["seed"],
-        "shard_size": plan["shard_size"],
-        "listing": plan["listing"],
-        "source": source.origin,
-        "shards": [
-            {k: r[k] for k in ("name", "samples", "bytes", "sha256")} for r in records if r["samples"]
-        ],
-        "skipped_count": len(skipped),
-        "skipped": skipped,
-        "captions": {
-            "count": totals["captions"],
-            "per_image": round(totals["captions"] / max(totals["images"], 1), 3),
-            "words_mean": round(totals["words"] / max(totals["captions"], 1), 3),
-            "words_max": totals["words_max"],
-            "characters_max": totals["characters_max"],
-        },
-    }
-    splits = dict(sorted({**manifest.get("splits", {}), split: entry}.items()))
-    known = manifest.get("classes", [])
-    # Labels index this list: it stays as the source gives it, ImageNet's two cranes included, or grows.
-    new = [name for name in source.classes if name not in known] if known else source.classes
-    return {
-        "format": FORMAT,
-        "dataset": source.name,
-        "size": plan["size"],
-        "splits": splits,
-        "classes": [*known, *new],
-        "source": next(iter(splits.values()))["source"],
-        "licence": source.licence,
-        "tool": _tool(),
-    }
 
 
 def _all_skipped(source: Source, skipped: list[dict[str, str]]) -> str:

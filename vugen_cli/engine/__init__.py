@@ -1,1 +1,1 @@
-"""The one shared engine: checkpoints, the training loop, sampling."""
+"""The one shared engine: the loop, processes, state, precision, logs. It knows no stage."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.recipe import Engine
 
 # On a CPU, compiling the expert's layers takes about 30 s and makes its steps 1.4 times as fast.
@@ -55,7 +55,7 @@ def compile_forward(
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
                 if must:
                     raise VugenError(
                         f"torch.compile fails here ({reason}): it needs a C++ compiler such as g++; or go "

@@ -20,7 +20,7 @@ from vugen_cli.recipe import Engine
 
 if TYPE_CHECKING:
     from vugen_cli.data.loader import Batch
-    from vugen_cli.engine.loop import Stage
+    from vugen_cli.engine.stage import Stage
 
 
 class Loss(nn.Module):

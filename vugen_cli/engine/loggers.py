@@ -1,5 +1,6 @@
 """Where a run's numbers go beside `metrics.jsonl`: TensorBoard, Weights & Biases, Trackio; each an extra."""
 
+import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 
 PROJECT = "vugen"
 
@@ -46,7 +47,7 @@ class Loggers:
                     f'pip install "vugen-cli[{name}]", or leave it out of the recipe'
                 ) from error
             except Exception as error:  # each service has its own kinds: not logged in, no network, bad name
-                raise VugenError(f"log: {name} cannot be begun: {_first_line(error)}") from error
+                raise VugenError(f"log: {name} cannot be begun: {first_line(error)}") from error
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Add a step's numbers to every log."""
@@ -54,7 +55,7 @@ class Loggers:
             try:
                 logger.add(values, step)
             except Exception as error:
-                tqdm.write(f"log: {logger.name} failed and is left out from here on: {_first_line(error)}")
+                tqdm.write(f"log: {logger.name} failed and is left out from here on: {first_line(error)}")
                 self.open.remove(logger)
 
     def close(self) -> None:
@@ -63,7 +64,7 @@ class Loggers:
             try:
                 logger.close()
             except Exception as error:
-                tqdm.write(f"log: {logger.name} could not be ended: {_first_line(error)}")
+                tqdm.write(f"log: {logger.name} could not be ended: {first_line(error)}")
 
 
 def _tensorboard(run: Path, first: int, _config: dict[str, Any]) -> Logger:
@@ -105,5 +106,35 @@ OPEN: dict[str, Callable[[Path, int, dict[str, Any]], Logger]] = {
 }
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+class MetricsLog:
+    """`metrics.jsonl`: one line a step, and the logs that the recipe names.
+
+    A resumed run drops the lines of steps it will do again.
+    """
+
+    def __init__(self, run: Path, first: int, names: Sequence[str], config: dict[str, Any]):
+        self.others = Loggers(names, run, first, config)
+        path = run / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] < first:
+                        kept.append(line)
+                except ValueError:
+                    continue  # the line being written when the run was killed
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+
+    def add(self, **values: float) -> None:
+        """Append one step."""
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        self.file.write(json.dumps(rounded) + "\n")
+        self.others.add(int(rounded.pop("step")), rounded)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.others.close()

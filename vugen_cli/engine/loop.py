@@ -7,16 +7,11 @@ weights as one that never stopped.
 """
 
 import contextlib
-import json
 import math
-import resource
 import signal
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,60 +21,20 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from vugen_cli.data.loader import Batch
-from vugen_cli.engine.checkpoint import check_checkpoint, load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.engine.average import Average
 from vugen_cli.engine.curves import plot_curves
-from vugen_cli.engine.distributed import Spread, gathered, local, put, shards_vlm, total
-from vugen_cli.engine.loggers import Loggers
+from vugen_cli.engine.device import memory, wants_bfloat16
+from vugen_cli.engine.distributed import Spread, shards_vlm, total
+from vugen_cli.engine.loggers import MetricsLog
 from vugen_cli.engine.profiling import STEPS as PROFILED
 from vugen_cli.engine.profiling import Profile, lap
+from vugen_cli.engine.stage import RunOptions, Stage
+from vugen_cli.engine.state import StateWriter, resume, save_state
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.files import write_json
-from vugen_cli.processes import from_all, from_first, is_first, local_rank, local_world_size, rank, world_size
+from vugen_cli.processes import from_all, is_first, rank, world_size
 from vugen_cli.recipe import Recipe, Training
 from vugen_cli.seeds import BatchGenerator
-
-# What a resumed run may change: it may be made longer, and data and VLM may lie elsewhere (what they hold is
-# compared).
-FREE = ("steps", "checkpoint_every", "preview_every", "keep_every", "workers", "data.path", "vlm.name")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What a command line says of a run beside its recipe.
-
-    Attributes:
-        profile: watch a few steps, write `trace.json.gz` and print where their time went.
-        change_recipe: go on with a saved run though its recipe, data or VLM has changed.
-    """
-
-    profile: bool = False
-    change_recipe: bool = False
-
-
-@dataclass
-class Stage:
-    """What makes one stage different from another.
-
-    Attributes:
-        name: `vlm`, `reducer` or `sampler`.
-        module: holds every trained weight, and only those.
-        loss: (batch, generator, step) -> (scalar loss, named scalars to log). Called under autocast.
-        preview: path of the PNG to write -> None; called while the module has its averaged weights.
-        resolved: the recipe, data and VLM of the run as plain values; a resumed run must match them.
-        layers: of the module, to be sharded one by one; none: every process keeps the whole module.
-        partial: whether some steps leave some weights without a gradient.
-        save: (path, step) -> None: write the stage's checkpoint; called while the module has its averaged
-            weights, on every process.
-    """
-
-    name: str
-    module: nn.Module
-    loss: Callable[[Batch, torch.Generator, int], tuple[Tensor, dict[str, Tensor]]]
-    preview: Callable[[Path], None]
-    resolved: dict[str, Any]
-    layers: Sequence[nn.Module] = ()
-    partial: bool = False
-    save: Callable[[Path, int], None] | None = None
 
 
 def train(
@@ -252,51 +207,6 @@ def preview(stage: Stage, path: Path, together: bool) -> None:
             stage.preview(Path(folder) / path.name)
 
 
-def memory(device: torch.device) -> float:
-    """The most memory this process has held so far, in GB: the GPU's, or its own without one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-class Average:
-    """An exponential moving average of a module's trained weights, in float32."""
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
-        self.module = module
-        self.weights = {n: p.detach().clone().float() for n, p in module.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the module's weights; early steps count more, so the average forgets the start."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(
-            [local(w) for w in self.weights.values()],
-            [local(p.detach()).float() for p in self.module.parameters()],
-            1 - decay,
-        )
-
-    @torch.no_grad()
-    def copy_into_module(self) -> None:
-        """Replace the module's weights by the average."""
-        for name, parameter in self.module.named_parameters():
-            parameter.copy_(self.weights[name])
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """A context in which the module has the averaged weights."""
-        kept = [p.detach().clone() for p in self.module.parameters()]
-        self.copy_into_module()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, weights in zip(self.module.parameters(), kept, strict=True):
-                    parameter.copy_(weights)
-
-
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; biases, norms and embeddings of one dimension do not."""
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -313,233 +223,7 @@ def learning_rate(step: int, settings: Training) -> float:
     return settings.lr * up * down
 
 
-def wants_bfloat16(precision: str, device: torch.device) -> bool:
-    """`auto` means bfloat16 wherever the hardware multiplies it natively."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and "avx512_bf16" in cpu_flags()
-
-
-def cpu_flags() -> set[str]:
-    """Instruction sets of this processor, as Linux names them; empty elsewhere."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return set(line.partition(":")[2].split())
-    except OSError:
-        pass
-    return set()
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The device asked for, else a GPU if there is one (each process of a job has its own), else the CPU.
-
-    Raises:
-        VugenError: there is no such device here.
-    """
-    if name and name.startswith("cuda") and not torch.cuda.is_available():
-        raise VugenError(
-            f"--device {name}: this machine has no usable GPU; leave --device out to run on the CPU"
-        )
-    if name in (None, "cuda") and torch.cuda.is_available():
-        if local_rank() >= torch.cuda.device_count():
-            raise VugenError(
-                f"{local_world_size()} processes on a machine with {torch.cuda.device_count()} GPUs: start "
-                f"one a GPU (torchrun --nproc-per-node {torch.cuda.device_count()})"
-            )
-        name = f"cuda:{local_rank()}"
-    try:
-        device = torch.device(name or "cpu")
-        torch.empty(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except Exception as error:  # each backend that is missing raises its own kind
-        raise VugenError(f"--device {name}: {str(error).strip().splitlines()[0]}") from error
-    return device
-
-
 # --- state: what a killed run goes on from ---
-
-
-class StateWriter:
-    """Writes states in a thread, one at a time, and keeps the two newest; training goes on meanwhile.
-
-    Leaving the context waits for the one being written, so that a run that ends has it on disk.
-    """
-
-    def __init__(self, run: Path):
-        self.run = run
-        self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
-
-    def write(self, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
-        """Begin to write a state of tensors that nobody will change.
-
-        Raises:
-            VugenError, OSError: the state before could not be written.
-        """
-        self.wait()
-        self.thread = threading.Thread(target=self._write, args=(tensors, card))
-        self.thread.start()
-
-    def _write(self, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
-        try:
-            save_checkpoint(self.run / f"state-{card['step']:07d}.safetensors", tensors, card)
-            for old in sorted(self.run.glob("state-*.safetensors"))[:-2]:
-                old.unlink()
-        except BaseException as error:
-            self.error = error
-
-    def wait(self) -> None:
-        """Return when nothing is being written any more; then as `check`."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-        self.check()
-
-    def check(self) -> None:
-        """Raise what went wrong in the thread, if anything has."""
-        if self.error:
-            raise self.error
-
-    def __enter__(self) -> "StateWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, Stopped):
-            self.wait()
-        elif self.thread:
-            self.thread.join()
-
-
-def save_state(
-    writer: StateWriter, stage: Stage, average: Average, optimizer: torch.optim.Optimizer, step: int
-) -> None:
-    """Save weights, average and optimiser after `step` steps, whole however they are spread."""
-    names = {id(p): n for n, p in stage.module.named_parameters()}
-    tensors = with_prefix(dict(stage.module.named_parameters()), "module")
-    tensors |= with_prefix(dict(stage.module.named_buffers()), "buffer")
-    tensors |= with_prefix(average.weights, "average")
-    for parameter, moments in optimizer.state.items():
-        tensors |= with_prefix(moments, f"optimizer.{names[id(parameter)]}")
-    tensors = gathered(tensors)
-    if is_first():
-        writer.write(tensors, {"stage": f"{stage.name}-state", "step": step, "resolved": stage.resolved})
-
-
-def newest_state(run: Path) -> Path | None:
-    """The newest state of a run that is whole, if there is one; says so where it passes over one."""
-    for path in sorted(run.glob("state-*.safetensors"), reverse=True):
-        try:
-            check_checkpoint(path)
-            return path
-        except VugenError as error:
-            tqdm.write(f"{error}; trying the state before it")
-    return None
-
-
-def resume(
-    run: Path, stage: Stage, average: Average, optimizer: torch.optim.Optimizer, change_recipe: bool = False
-) -> int:
-    """Load the newest whole state of a run and return its step, or 0 when there is none.
-
-    Args:
-        run: its folder; with `change_recipe`, what has changed is added to `changes.jsonl` there.
-        stage, average, optimizer: what is filled.
-        change_recipe: take a state that was saved under another recipe, data set or VLM.
-
-    Raises:
-        VugenError: that is not allowed, or the networks have other sizes.
-    """
-    path = from_first(newest_state(run) if is_first() else None)
-    if path is None:
-        return 0
-    tensors, card = load_checkpoint(path)
-    changed = [c for c in differences(card["resolved"], stage.resolved) if not is_free(c.partition(":")[0])]
-    if changed and not change_recipe:
-        raise VugenError(
-            f"{run} holds a run with other settings ({'; '.join(changed)}): give --out another name, "
-            f"delete {run} to start over, or pass --change-recipe to go on with the new ones"
-        )
-    parts = {
-        "module": dict(stage.module.named_parameters()),
-        "buffer": dict(stage.module.named_buffers()),
-        "average": average.weights,
-    }
-    for prefix, into in parts.items():
-        saved = part(tensors, prefix)
-        for name, tensor in into.items():
-            if name not in saved or saved[name].shape != tensor.shape:
-                raise VugenError(
-                    f"{path} has no {name} of shape {list(tensor.shape)}: the networks have changed "
-                    f"({'; '.join(changed)}); give --out another name"
-                )
-            put(tensor, saved[name])
-    for name, parameter in stage.module.named_parameters():
-        optimizer.state[parameter] = {
-            # laid out in memory like the parameter: the fused optimiser walks both together
-            key: tensor if key == "step" else put(torch.empty_like(parameter, requires_grad=False), tensor)
-            for key, tensor in part(tensors, f"optimizer.{name}").items()
-        }
-    step = int(card["step"])
-    if changed and is_first():
-        with open(run / "changes.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, "changes": changed}, ensure_ascii=False) + "\n")
-        tqdm.write(f"going on at step {step} with a changed recipe: {'; '.join(changed)}")
-    return step
-
-
-def is_free(key: str) -> bool:
-    """Whether a resumed run may have another value under a key of `Stage.resolved`."""
-    return key in FREE or key.rpartition(".")[2] in FREE
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys whose values differ, as `key: old -> new`."""
-    changed = []
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changed += differences(a, b, f"{prefix}{key}.")
-        elif json.dumps(a) != json.dumps(b):
-            changed.append(f"{prefix}{key}: {a} -> {b}")
-    return changed
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one line a step, and the logs that the recipe names.
-
-    A resumed run drops the lines of steps it will do again.
-    """
-
-    def __init__(self, run: Path, first: int, names: Sequence[str], config: dict[str, Any]):
-        self.others = Loggers(names, run, first, config)
-        path = run / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] < first:
-                        kept.append(line)
-                except ValueError:
-                    continue  # the line being written when the run was killed
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
-
-    def add(self, **values: float) -> None:
-        """Append one step."""
-        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-        self.file.write(json.dumps(rounded) + "\n")
-        self.others.add(int(rounded.pop("step")), rounded)
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.others.close()
 
 
 class StopSignals:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vugen_cli.errors import VugenError
+from vugen_cli.checkpoint import fingerprint
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.torchvision_repair import repair_torchvision
-from vugen_cli.vlm.frozen import fingerprint
 
 MOST = 100  # objects of an image that a segmenter gives, as mmdet's Mask2Former does
 SEGMENTERS = ("mask2former", "maskformer")
@@ -95,7 +95,7 @@ def load_detector(directory: Path, device: torch.device | str = "cpu") -> Detect
     except VugenError:
         raise
     except Exception as error:  # a foreign directory can fail in as many ways as there are model classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = first_line(error)
         raise VugenError(f"--detector {directory} could not be loaded: {reason}") from error
     if report["missing_keys"]:  # transformers would leave these at random
         raise VugenError(

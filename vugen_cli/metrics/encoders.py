@@ -4,17 +4,20 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from PIL import Image
 
-from vugen_cli.errors import VugenError
+from vugen_cli.checkpoint import fingerprint
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.metrics.features import Extractor
+from vugen_cli.metrics.last_samples import recorded_vlm
 from vugen_cli.torchvision_repair import repair_torchvision
-from vugen_cli.vlm.frozen import fingerprint
 
 
 def vlm_extractor(vlm: Any, device: torch.device | str) -> Extractor:
@@ -87,7 +90,7 @@ class Clip:
         try:
             return open_clip.get_tokenizer(self.architecture)
         except Exception as error:  # some are fetched, and a download fails in many ways
-            raise VugenError(f"--clip {self.name}: no tokenizer ({_first_line(error)}).") from error
+            raise VugenError(f"--clip {self.name}: no tokenizer ({first_line(error)}).") from error
 
 
 def load_clip(model: str, device: torch.device | str = "cpu") -> Clip:
@@ -125,7 +128,7 @@ def load_clip(model: str, device: torch.device | str = "cpu") -> Clip:
             architecture, pretrained=pretrained, device=device, weights_only=True
         )
     except Exception as error:  # a foreign file can fail in as many ways as a download
-        raise VugenError(f"--clip {model} could not be loaded: {_first_line(error)}") from error
+        raise VugenError(f"--clip {model} could not be loaded: {first_line(error)}") from error
     network.eval().requires_grad_(False)
     resize = _settings("open_clip's preprocessing", open_clip.get_model_preprocess_cfg(network))
     return Clip(model, architecture, network, preprocess, resize, fingerprint(network), device)
@@ -183,7 +186,7 @@ def dinov2_extractor(directory: Path, device: torch.device | str = "cpu") -> Ext
     except VugenError:
         raise
     except Exception as error:  # a foreign directory can fail in as many ways as there are model classes
-        raise VugenError(f"--dinov2 {directory} could not be loaded: {_first_line(error)}") from error
+        raise VugenError(f"--dinov2 {directory} could not be loaded: {first_line(error)}") from error
     if report["missing_keys"]:  # transformers would leave these at random
         raise VugenError(f"--dinov2 {directory} lacks weights, such as {sorted(report['missing_keys'])[0]}.")
     network.eval().requires_grad_(False).to(device)
@@ -207,5 +210,56 @@ def _settings(name: str, settings: dict[str, Any]) -> str:
     return f"{name} (settings {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+class Features(StrEnum):
+    """The network that images are compared by."""
+
+    inception = "inception"
+    vlm = "vlm"
+    clip = "clip"
+    dinov2 = "dinov2"
+
+
+def load_extractor(
+    features: Features | None,
+    vlm: str | None,
+    clip: str | None,
+    dinov2: Path | None,
+    inception_weights: Path | None,
+    images: Path,
+    device: Any,
+) -> "Extractor":
+    """The feature extractor that the options name, on `device` (a torch.device).
+
+    Raises:
+        VugenError: the options contradict each other, or its weights cannot be had.
+    """
+    from vugen_cli.metrics.inception import inception_extractor
+
+    # A network's own option says which features are meant; --features is needed only to take its default.
+    options = {
+        Features.vlm: ("--vlm", vlm),
+        Features.clip: ("--clip", clip),
+        Features.dinov2: ("--dinov2", dinov2),
+        Features.inception: ("--inception-weights", inception_weights),
+    }
+    given = [kind for kind, (_, value) in options.items() if value is not None]
+    features = features or (given[0] if given else Features.inception)
+    if others := [options[kind][0] for kind in given if kind is not features]:
+        raise VugenError(f"{' and '.join(others)} goes with other features than {features.value}: drop one.")
+    if features is Features.inception:
+        return inception_extractor(inception_weights, device)
+    if features is Features.clip:
+        if clip is None:
+            raise VugenError("--features clip: say which with --clip MODEL:PRETRAINED or --clip MODEL:FILE.")
+        return clip_extractor(clip, device)
+    if features is Features.dinov2:
+        if dinov2 is None:
+            raise VugenError("--features dinov2: say where it is with --dinov2 DIRECTORY.")
+        return dinov2_extractor(dinov2, device)
+
+    from vugen_cli.vlm.frozen import load_vlm
+
+    if vlm is None:
+        vlm = recorded_vlm(images)
+        typer.echo(f"Features of the VLM {vlm}.")
+    return vlm_extractor(load_vlm(vlm, device=device), device)

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from vugen_cli.data.folder import IMAGE_SUFFIXES, image_paths
 from vugen_cli.data.images import MAX_PIXELS, decode
-from vugen_cli.data.loader import ShardedImages, read_manifest
+from vugen_cli.data.loader import ShardedImages
+from vugen_cli.data.manifest import read_manifest
 from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError
 from vugen_cli.processes import from_all, rank, world_size

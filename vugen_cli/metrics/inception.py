@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import whole_file
 from vugen_cli.metrics.features import Extractor
 from vugen_cli.torchvision_repair import repair_torchvision
@@ -150,7 +150,7 @@ def _network(path: Path, data: bytes) -> torch.nn.Module:
         )
     # torch.load and load_state_dict raise a dozen kinds on a file that is something else.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise VugenError(
             f"{path} holds no weights of the FID Inception network ({reason}): "
             f"give the file {WEIGHTS_NAME} of torch-fidelity."

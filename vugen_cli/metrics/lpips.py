@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.torchvision_repair import repair_torchvision
 
 # torchvision's weights of VGG16, and the weights of its five layers as torch-fidelity carries them.
@@ -51,7 +51,7 @@ def load_lpips(
         vgg.load_state_dict({k.removeprefix(prefix): v for k, v in states[0].items() if k.startswith(prefix)})
         weights = [states[1][f"lin{i}.model.1.weight"].to(device) for i in range(len(LAYERS))]
     except Exception as error:  # torch.load and load_state_dict raise a dozen kinds on another file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         raise VugenError(f"{paths[0]} or {paths[1].name} holds no weights of LPIPS: {reason}.") from error
     vgg.to(device)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))

@@ -157,7 +157,7 @@ def _geneval_prompt(directory: Path, name: str) -> Any:
 
 def _line_beside(image: Path) -> str | None:
     text = image.with_suffix(".txt")
-    return _first_line(text.read_bytes()) if text.is_file() else None
+    return _line_of(text.read_bytes()) if text.is_file() else None
 
 
 def _lines_in_tars(images: ImageSet) -> dict[str, str | None]:
@@ -175,14 +175,14 @@ def _lines_in_tars(images: ImageSet) -> dict[str, str | None]:
             if is_image(name):
                 members[name] = key
             elif name.lower().endswith(".txt"):
-                texts[key] = _first_line(read_at(tar, offset, size))
+                texts[key] = _line_of(read_at(tar, offset, size))
         prompts |= {f"{tar.name}/{name}": texts.get(key) for name, key in members.items()}
         if images.limit is not None and len(prompts) >= images.limit:
             break
     return prompts
 
 
-def _first_line(text: bytes) -> str | None:
+def _line_of(text: bytes) -> str | None:
     lines = text.decode("utf-8-sig", "replace").strip().splitlines()
     return lines[0] if lines else None
 

@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from vugen_cli import __version__
 from vugen_cli.errors import TooFewImages, VugenError
 from vugen_cli.metrics import inception_score, kernel, manifold
 from vugen_cli.metrics.features import Extractor, extract
 from vugen_cli.metrics.frechet import (
-    Moments,
     Statistics,
     frechet_distance,
     frechet_standard_error,
@@ -20,7 +18,9 @@ from vugen_cli.metrics.frechet import (
     save_statistics,
 )
 from vugen_cli.metrics.image_sets import ImageSet, npz_names, open_images
+from vugen_cli.moments import Moments
 from vugen_cli.processes import is_first
+from vugen_cli.version import __version__
 
 NAMES = {
     "fid": "FID",

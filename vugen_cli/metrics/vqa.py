@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vugen_cli.checkpoint import fingerprint
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.prompted_images import (
     Prompted,
@@ -18,7 +19,7 @@ from vugen_cli.metrics.prompted_images import (
     score_entry,
 )
 from vugen_cli.vlm.chat import question_inputs
-from vugen_cli.vlm.frozen import fingerprint, load_model
+from vugen_cli.vlm.frozen import load_model
 
 SUFFIX = " Please answer yes or no."
 NANO = "nano was not trained on such questions and answers at random: take a larger model with --vlm."

@@ -1,3 +1,5 @@
-"""The networks of the method: reducer, pixel decoder, generation expert."""
+"""The networks of the method: reducer, pixel decoders, generation expert. They know no files and no ranks."""
 
-import vugen_cli.vlm  # noqa: F401 - its torchvision repair must come before transformers is imported
+from vugen_cli.torchvision_repair import repair_torchvision
+
+repair_torchvision()  # before the first import of transformers, which imports torchvision

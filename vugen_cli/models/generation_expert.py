@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from vugen_cli.errors import VugenError
 from vugen_cli.models.embeddings import TimeEmbedding, grid_positions
-from vugen_cli.vlm.frozen import Prefix
+from vugen_cli.vlm.prefix import Prefix
 
 
 class PrefixCache(DynamicCache):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vugen_cli.flow import Solver, solve
-from vugen_cli.models.pixel_decoder import PixelDecoder, to_uint8
-from vugen_cli.models.vae import FrozenVAE, VAEDecoder
+from vugen_cli.models.pixel_decoder import to_uint8
+from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import Decoder as DecoderRecipe
 
 
@@ -105,6 +105,3 @@ class LatentDecoder(nn.Module):
         """Images of some latents, uint8 [B, 3, H, W]; arguments as `PixelDecoder.decode`."""
         end = self.integrate(latents, noise, steps or self.recipe.steps, solver or self.recipe.solver)
         return to_uint8(self.vae.decode(end))
-
-
-ImageDecoder = PixelDecoder | LatentDecoder | VAEDecoder

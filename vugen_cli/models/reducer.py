@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics.frechet import Moments
 from vugen_cli.models.embeddings import grid_positions
+from vugen_cli.moments import Moments
 from vugen_cli.recipe import Reducer as ReducerRecipe
 from vugen_cli.seeds import draw
 

@@ -1,19 +1,17 @@
 """A frozen diffusers `AutoencoderKL`: where the LDM decoder diffuses, and the paper's baseline latents."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vugen_cli.errors import VugenError
+from vugen_cli.checkpoint import fingerprint
 from vugen_cli.flow import Solver
 from vugen_cli.models.pixel_decoder import to_pixels, to_uint8
 from vugen_cli.models.reducer import Reducer
 from vugen_cli.recipe import Decoder as DecoderRecipe
-from vugen_cli.vlm.frozen import fingerprint, reach_hub
 
 
 class FrozenVAE:
@@ -52,62 +50,6 @@ class FrozenVAE:
         """What a checkpoint's card says of it; enough to build it again."""
         config = json.loads(self.model.to_json_string())
         return {"name": self.name, "fingerprint": fingerprint(self.model), "config": config}
-
-
-def load_vae(name: str, device: torch.device) -> FrozenVAE:
-    """Load an `AutoencoderKL`.
-
-    Args:
-        name: a diffusers directory (of the VAE, or of a pipeline with a `vae` folder) or a hub id.
-        device: where to put it.
-
-    Raises:
-        VugenError: there is none, the hub cannot be reached, or it is another kind of model.
-    """
-    from diffusers import AutoencoderKL
-
-    path = Path(name)
-    if path.is_dir() and (path / "vae" / "config.json").is_file():
-        path = path / "vae"
-    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise VugenError(
-            f"decoder.vae: no VAE at {name}: give a diffusers directory or a hub id (owner/name)"
-        )
-    try:
-        local = path.is_dir() or not reach_hub(name)
-    except VugenError as error:
-        raise VugenError(f"decoder.vae: {str(error).removeprefix('the VLM ')}") from error
-    try:
-        source = str(path) if path.is_dir() else name
-        config = AutoencoderKL.load_config(source, local_files_only=local)
-        if config.get("_class_name") != "AutoencoderKL":
-            raise ValueError(f"it is a {config.get('_class_name', 'directory without a model')}")
-        model = AutoencoderKL.from_pretrained(
-            source,
-            local_files_only=local,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,  # True asks for accelerate, which we do without
-        )
-    except Exception as error:  # a foreign directory can fail in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise VugenError(f"decoder.vae: {name} could not be loaded as an AutoencoderKL: {reason}") from error
-    return FrozenVAE(model.to(device), name)
-
-
-def stored_vae(card: dict[str, Any], weights: dict[str, Tensor], device: torch.device) -> FrozenVAE:
-    """The VAE that a checkpoint holds.
-
-    Args:
-        card: from `FrozenVAE.card`.
-        weights: its state dict.
-        device: where to put it.
-    """
-    from diffusers import AutoencoderKL
-
-    model = AutoencoderKL.from_config(card["config"])
-    model.load_state_dict(weights)
-    return FrozenVAE(model.to(device), card["name"])
 
 
 class VAEDecoder(nn.Module):

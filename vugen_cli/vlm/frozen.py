@@ -3,12 +3,9 @@
 Nothing here changes a weight: parameters do not require gradients and every pass runs without autograd.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,45 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vugen_cli.errors import VugenError
+from vugen_cli.checkpoint import combined_digest, weight_digests
+from vugen_cli.errors import VugenError, first_line
+from vugen_cli.files import bundle
+from vugen_cli.hub import reach_hub
 from vugen_cli.recipe import Recipe, parse_recipe
 from vugen_cli.vlm.latents import find_projector, read_latents, to_grid, vision_inputs
+from vugen_cli.vlm.prefix import Prefix
 
 WORDS = "words.json"  # in the directory of a VLM that lists the words of its captions
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values
-
-
-@dataclass
-class Prefix:
-    """What the generation expert reads of a batch of prompts.
-
-    Attributes:
-        keys: one tensor [B, kv_heads, T, head_dim] for each layer, rotary positions applied.
-        values: likewise.
-        mask: bool [B, T], False where a shorter prompt is padded.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    mask: Tensor
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each prompt [B]; the first free position."""
-        return self.mask.sum(1)
-
-    @staticmethod
-    def join(prefixes: "list[Prefix]") -> "Prefix":
-        """Several prefixes of the same padded length as one batch."""
-        return Prefix(
-            [torch.cat(keys) for keys in zip(*(p.keys for p in prefixes), strict=True)],
-            [torch.cat(values) for values in zip(*(p.values for p in prefixes), strict=True)],
-            torch.cat([p.mask for p in prefixes]),
-        )
-
-    def rows(self, index: Tensor) -> "Prefix":
-        """The prefixes of some rows, in that order."""
-        return Prefix([k[index] for k in self.keys], [v[index] for v in self.values], self.mask[index])
 
 
 class FrozenVLM:
@@ -77,7 +45,7 @@ class FrozenVLM:
         self.decoder: nn.Module = model.get_decoder().base_model  # without a vocabulary head
         self.device: torch.device = next(model.parameters()).device
         digests = weight_digests(model)
-        self.fingerprint = _combined(digests)
+        self.fingerprint = combined_digest(digests)
         behind = [self.decoder, model.get_output_embeddings()]  # what z does not pass through
         if self.recipe.latents == "encoder":
             behind.append(self.projector)
@@ -88,7 +56,7 @@ class FrozenVLM:
             for tensor in part.state_dict(keep_vars=True).values()
         }
         weights = model.state_dict(keep_vars=True)
-        self.vision = _combined({n: d for n, d in digests.items() if id(weights[n]) not in left_out})
+        self.vision = combined_digest({n: d for n, d in digests.items() if id(weights[n]) not in left_out})
         self.words: frozenset[str] | None = None
 
     @torch.no_grad()
@@ -114,7 +82,7 @@ class FrozenVLM:
             tokens = read_latents(self.model, self.projector, inputs, self.recipe.latents, size is not None)
         except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
             where = f" at {size} px (recipe key vlm_size)" if size else ""
-            raise VugenError(f"{self.name} cannot read images{where}: {_first_line(error)}") from error
+            raise VugenError(f"{self.name} cannot read images{where}: {first_line(error)}") from error
         return to_grid(tokens, inputs, len(images), self.model).float()
 
     def unknown_words(self, prompt: str) -> list[str]:
@@ -212,7 +180,7 @@ class FrozenVLM:
             )
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             kinds = set(getattr(self.decoder.config, "layer_types", None) or []) - ATTENTION
-            why = f"layers of {', '.join(sorted(kinds))}" if kinds else _first_line(error)
+            why = f"layers of {', '.join(sorted(kinds))}" if kinds else first_line(error)
             raise VugenError(
                 f"{self.name} cannot be used: its decoder does not keep keys and values of a prompt ({why})"
             ) from error
@@ -248,44 +216,9 @@ class FrozenVLM:
             )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over every weight's name, shape and value, the same whatever precision it is loaded in."""
-    return _combined(weight_digests(model))
-
-
-def weight_digests(model: nn.Module) -> dict[str, bytes]:
-    """SHA-256 of each weight's name, shape and value, in the order of the names.
-
-    Values are rounded to bfloat16 first; tensors are hashed in parallel threads.
-    """
-
-    def digest(item: tuple[str, Tensor]) -> bytes:
-        name, tensor = item
-        tensor = tensor.detach()
-        if tensor.is_floating_point():
-            tensor = tensor.to(torch.bfloat16)
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-        return hashlib.sha256(
-            f"{name} {tuple(item[1].shape)}".encode() + hashlib.sha256(data).digest()
-        ).digest()
-
-    weights = sorted(model.state_dict().items())
-    with ThreadPoolExecutor() as pool:
-        return dict(zip((name for name, _ in weights), pool.map(digest, weights), strict=True))
-
-
-def _combined(digests: dict[str, bytes]) -> str:
-    return hashlib.sha256(b"".join(digests.values())).hexdigest()
-
-
 def words_of(text: str) -> list[str]:
     """The words of a text in order, in lower case."""
     return re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text.lower())
-
-
-def bundle(name: str) -> Path:
-    """Where a part of the bundled nano line lies in the installed package: `vlm`, `sampler.safetensors`."""
-    return Path(__file__).parent.parent / "bundles" / "nano" / name
 
 
 def load_vlm(name: str, device: torch.device | str | None = None, recipe: Recipe | None = None) -> FrozenVLM:
@@ -348,7 +281,7 @@ def load_model(
         )
     except Exception as error:  # a foreign directory can fail in as many ways as there are model classes
         raise VugenError(
-            f"{name} could not be loaded as a vision-language model: {_first_line(error)}"
+            f"{name} could not be loaded as a vision-language model: {first_line(error)}"
         ) from error
     return model.to(device or "cpu"), processor
 
@@ -389,37 +322,7 @@ def _load_processor(source: str, local: bool) -> Any:
         return AutoProcessor.from_pretrained(source, **options)
     except Exception as error:  # as many kinds as there are processors; the parts say what is really missing
         return SimpleNamespace(
-            missing=_first_line(error),
+            missing=first_line(error),
             image_processor=AutoImageProcessor.from_pretrained(source, **options),
             tokenizer=AutoTokenizer.from_pretrained(source, **options),
         )
-
-
-def reach_hub(name: str, seconds: float = 5.0) -> bool:
-    """Whether the hub answers, for a hub id that is to be loaded.
-
-    Left alone, the hub library retries an unreachable host for minutes.
-
-    Raises:
-        VugenError: the hub does not answer and the model was not downloaded before.
-    """
-    from urllib.request import Request, urlopen
-
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
-    except OSError as error:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return False
-        raise VugenError(
-            f"the VLM {name} is not a local directory and the hub cannot be reached ({_first_line(error)}): "
-            "download it elsewhere and pass its directory, or check the network"
-        ) from error
-    return True
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

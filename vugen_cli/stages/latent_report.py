@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vugen_cli.files import whole_file, write_json
-from vugen_cli.metrics.frechet import Moments
+from vugen_cli.moments import Moments
 
 REACH, BIN = 8.0, 0.05  # the histograms' range in standard deviations, and the width of a bin
 PANELS = 16  # channels whose histogram is drawn

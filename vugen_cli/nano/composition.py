@@ -6,7 +6,6 @@ on real scenes of the same prompts stands beside every share. The pictures as a 
 real scenes too, and another set of real scenes beside them: no sampler can come closer.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vugen_cli.data.openmoji import NUMBERS, OPPOSITES, SUBJECTS, OpenMojiScenes
 from vugen_cli.data.sample import Sample
-from vugen_cli.engine.draw import draw, file_stem
-from vugen_cli.engine.sampling import Sampler
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.encoders import vlm_extractor
 from vugen_cli.metrics.prompted_images import resampled_means, score_entry
 from vugen_cli.metrics.scores import score_sets
+from vugen_cli.nano.conversations import DESCRIBE
+from vugen_cli.nano.judge import GROUPS, group_of, judge
+from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.processes import is_first, wait_for_all
+from vugen_cli.sampling.draw import draw, file_stem
+from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.vlm.chat import ask
-from vugen_cli.vlm.nano import DESCRIBE, mentions
-
-GROUPS = {
-    "seen": "one subject, pairs seen in training",
-    "held_out": "one subject, held-out pairs",
-    "pair": "two subjects",
-    "count": "two or three of one subject",
-}
-
-
-def group_of(scene: dict[str, Any]) -> str:
-    """The group of `GROUPS` that a scene belongs to."""
-    if scene["kind"] == "single":
-        return "held_out" if scene["held_out"] else "seen"
-    return str(scene["kind"])
 
 
 def evaluation_scenes(each: int, size: int = 64, seed: int = 0) -> dict[str, list[Sample]]:
@@ -63,36 +49,6 @@ def evaluation_scenes(each: int, size: int = 64, seed: int = 0) -> dict[str, lis
         if all(len(found) == each for found in groups.values()):
             break
     return {group: list(found.values()) for group, found in groups.items()}
-
-
-def judge(caption: str, scene: dict[str, Any]) -> dict[str, bool]:
-    """What a caption gets right of a scene: `subject` (both of two), `setting`, `relation`, `count`.
-
-    Words count as whole words; colours do not matter. A relation may be told from either side.
-    """
-    subjects = scene["subjects"]
-    spoken = [_spoken(subject["name"]) for subject in subjects]
-    right = {
-        "subject": all(re.search(rf"\b{words}\b", caption) for words in spoken),
-        "setting": mentions(caption, scene["setting"]),
-    }
-    if scene["kind"] == "count":
-        number, plural = NUMBERS[subjects[0]["count"]], SUBJECTS[subjects[0]["name"]].plural
-        right["count"] = re.search(rf"\b{number} (\w+ )?{re.escape(plural)}\b", caption) is not None
-    if scene["kind"] == "pair":
-        first, second = spoken
-        relation = scene["relation"]
-        right["relation"] = any(
-            re.search(rf"\b{a} {said} (an?|\w+) (\w+ )?{b}\b", caption)
-            for a, said, b in ((first, relation, second), (second, OPPOSITES[relation], first))
-        )
-    return right
-
-
-def _spoken(name: str) -> str:
-    """A pattern of a subject's name, alone or in the plural."""
-    plural = SUBJECTS[name].plural
-    return f"(?:{re.escape(plural)}|{re.escape(name)})" if plural else re.escape(name)
 
 
 def score_composition(

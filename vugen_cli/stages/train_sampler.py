@@ -5,23 +5,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vugen_cli.checkpoint import fingerprint, part, save_checkpoint, with_prefix
 from vugen_cli.data.loader import Batch, training_batches
 from vugen_cli.data.mixture import open_images
-from vugen_cli.engine.checkpoint import part, save_checkpoint, with_prefix
 from vugen_cli.engine.compiling import compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
-from vugen_cli.engine.latent_cache import check_cache, latent_facts
-from vugen_cli.engine.loop import RunOptions, Stage, train
+from vugen_cli.engine.loop import train
 from vugen_cli.engine.profiling import lap
-from vugen_cli.engine.sampling import Sampler, new_expert
-from vugen_cli.engine.train_reducer import load_autoencoder, load_weights
+from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe
+from vugen_cli.sampling.sampler import Sampler
+from vugen_cli.sampling.trained import load_autoencoder, load_weights, new_expert
 from vugen_cli.seeds import draw
-from vugen_cli.vlm.frozen import fingerprint, load_vlm
+from vugen_cli.stages.latent_cache import check_cache, latent_facts
+from vugen_cli.vlm.frozen import load_vlm
 
 ALIGNED = 16  # on GPUs prompts are padded to a multiple of this many tokens: attention kernels depend on it
 

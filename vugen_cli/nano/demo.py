@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from vugen_cli.data.loader import read_manifest
-from vugen_cli.data.openmoji import OpenMojiScenes
+from vugen_cli.data.manifest import read_manifest
 from vugen_cli.data.writer import write_dataset
-from vugen_cli.engine.draw import draw
-from vugen_cli.engine.reconstruct import reconstruct
-from vugen_cli.engine.sampling import Sampler, load_sampler, new_expert
-from vugen_cli.engine.train_reducer import train_reducer
-from vugen_cli.engine.train_sampler import train_sampler
-from vugen_cli.files import whole_file, write_json
+from vugen_cli.files import bundle, whole_file, write_json
 from vugen_cli.metrics.encoders import vlm_extractor
 from vugen_cli.metrics.scores import score_sets
+from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.recipe import Expert, load_recipe
-from vugen_cli.vlm.frozen import bundle
+from vugen_cli.sampling.draw import draw
+from vugen_cli.sampling.sampler import Sampler
+from vugen_cli.sampling.trained import load_sampler, new_expert
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.stages.train_sampler import train_sampler
+from vugen_cli.studies.reconstruct import reconstruct
 
 PAGE = Path(__file__).with_name("report.html")
 PROMPTS = [

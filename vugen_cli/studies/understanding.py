@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
-from vugen_cli.engine.sampling import load_sampler
+from vugen_cli.errors import VugenError
+from vugen_cli.sampling.trained import load_sampler
 from vugen_cli.vlm.chat import ask, question_inputs
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
@@ -86,3 +88,21 @@ def weight_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def print_understanding(result: dict[str, Any], out: Path) -> None:
+    from vugen_cli.files import write_json
+
+    verdict = "preserved, bit for bit" if result["preserved"] else "CHANGED"
+    typer.echo(f"understanding of {result['vlm']} with {result['sampler']}: {verdict}")
+    same = "equal" if result["weights_before"] == result["weights_after"] else "DIFFERENT"
+    typer.echo(f"  weights   {same} (sha256 {result['weights_before'][:16]})")
+    typer.echo(f"  logits    {result['logits_that_differ']} of {result['logits_compared']} differ")
+    for question, answers in zip(result["questions"], result["answers_after"], strict=True):
+        typer.echo(f"  asked     {question}\n  answered  {answers[0]}")
+    write_json(out, {"scores": [result]})
+    typer.echo(f"Written to {out}.")
+    if not result["preserved"]:
+        raise VugenError(
+            f"{result['vlm']} does not answer as it did: its weights were changed on disk or here"
+        )

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vugen_cli.engine.checkpoint import part, with_prefix
 from vugen_cli.engine.compiling import compile_layers
 from vugen_cli.engine.distributed import blocks
-from vugen_cli.engine.train_reducer import Autoencoder, load_autoencoder, save_autoencoder, load_decoder, load_weights
 from vugen_cli.flow import Solver, solve
+from vugen_cli.models.autoencoder import Autoencoder, ImageDecoder
 from vugen_cli.models.generation_expert import GenerationExpert
-from vugen_cli.models.latent_decoder import ImageDecoder
-from vugen_cli.recipe import Expert, Sampling, parse_recipe
+from vugen_cli.recipe import Sampling, parse_recipe
 from vugen_cli.seeds import seeded_noise
-from vugen_cli.vlm.frozen import FrozenVLM, Prefix, bundle, vlm_of
+from vugen_cli.vlm.frozen import FrozenVLM
+from vugen_cli.vlm.prefix import Prefix
 
 BATCH = 8  # images drawn together
 WIDTH = 32  # prompts are padded to a multiple of this many tokens
@@ -155,61 +154,3 @@ class Sampler:
             return unconditional + scale * (conditional - unconditional)
 
         return solve(velocity, noise, settings["steps"], settings["solver"], self.shift)
-
-
-def load_sampler(
-    path: str | Path | None = None,
-    vlm: str | None = None,
-    device: torch.device | str = "cpu",
-    allow_vlm_mismatch: bool = False,
-    decoder: str | Path | None = None,
-) -> Sampler:
-    """Load a sampler checkpoint and the VLM it was trained on.
-
-    Args:
-        path: written by `vugen train-sampler`; default the bundled one.
-        vlm: where the VLM is now, if not where the card says.
-        device: where to sample.
-        allow_vlm_mismatch: take a VLM of other weights than it was trained on.
-        decoder: a checkpoint whose decoder is to draw instead: a distilled one of the same reducer.
-
-    Raises:
-        VugenError: not a sampler, damaged, another VLM, or a decoder of another reducer.
-    """
-    path = bundle("sampler.safetensors") if path is None else path
-    autoencoder, tensors, card = load_autoencoder(path, torch.device(device), "sampler")
-    if decoder:
-        autoencoder, other = load_decoder(decoder, autoencoder, torch.device(device))
-        card = {**card, "image_size": other["image_size"], "decoder": str(decoder)}
-        card["recipe"] = {**card["recipe"], "decoder": other["recipe"]["decoder"]}
-    frozen = vlm_of(card, path, vlm, device, allow_vlm_mismatch)
-    recipe = frozen.recipe.expert.model_copy(update={"init": "fresh"})
-    expert = new_expert(frozen, card["latents"], recipe)
-    load_weights(expert, part(tensors, "expert"), path)
-    return Sampler(frozen, expert.eval().requires_grad_(False), autoencoder, card, path)
-
-
-def save_sampler(sampler: Sampler, path: Path) -> None:
-    """Write the checkpoint that `load_sampler` reads: every weight in float32, as it draws here."""
-    save_autoencoder(
-        sampler.autoencoder, path, sampler.card, with_prefix(sampler.expert.state_dict(), "expert")
-    )
-
-
-def new_expert(vlm: FrozenVLM, latents: dict[str, Any], recipe: Expert) -> GenerationExpert:
-    """An untrained generation expert on the VLM's device.
-
-    Args:
-        vlm: whose decoder it copies.
-        latents: of a checkpoint's card: `channels` and `grid` of z̃.
-        recipe: where it starts from, and its widths.
-    """
-    expert = GenerationExpert(
-        vlm.decoder,
-        latents["channels"],
-        tuple(latents["grid"]),
-        fresh=recipe.init == "fresh",
-        width=recipe.width,
-        mlp=recipe.mlp,
-    )
-    return expert.to(vlm.device)

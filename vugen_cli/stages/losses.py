@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vugen_cli.errors import VugenError
+from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.metrics.lpips import load_lpips
-from vugen_cli.recipe import PictureLosses
+from vugen_cli.models.autoencoder import Autoencoder
+from vugen_cli.models.vae import VAEDecoder
+from vugen_cli.recipe import PictureLosses, Recipe
 from vugen_cli.vlm.frozen import FrozenVLM
 from vugen_cli.vlm.latents import projector_states
 
@@ -140,3 +143,46 @@ class Alignment(nn.Module):
         """1 - cosine of middle features [B, H, W, width] and z [B, h, w, d] stretched to H x W; a scalar."""
         stretched = functional.interpolate(z.permute(0, 3, 1, 2).float(), middle.shape[1:3], mode="bilinear")
         return cosine_distance(self.outward(self.net(middle)), stretched.permute(0, 2, 3, 1))
+
+
+def reducer_loss(
+    module: Autoencoder,
+    z: Tensor,
+    images: Tensor,
+    recipe: Recipe,
+    generator: torch.Generator,
+    pictures: dict[str, tuple[float, PictureLoss]],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Flow matching of the pixels given z̃, and the recipe's other terms; the total, and each by name.
+
+    Args:
+        z: [B, h, w, d] of the images.
+        images: uint8 [B, 3, S, S].
+        recipe: its weights.
+        generator: draws times and noise.
+        pictures: from `picture_losses`; they see the clean prediction.
+    """
+    latents, penalty = module.reducer.noisy(z, recipe.decoder.noise, generator)
+    assert not isinstance(module.decoder, VAEDecoder)
+    t = draw_times(len(images), recipe.flow.time, recipe.decoder.shift, generator)
+    target = module.decoder.target(images)
+    middle: list[Tensor] | None = [] if module.alignment else None
+    clean = []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        v = module.decoder(x, t, latents, middle)
+        clean.append(x + (1 - t)[:, None, None, None] * v)
+        return v
+
+    total = flow = flow_matching_loss(velocity, target, t, generator)
+    values = {"flow": flow}
+    for name, (weight, picture_loss) in pictures.items():
+        values[name] = picture_loss(clean[0], target, z)
+        total = total + weight * values[name]
+    if module.alignment and middle:
+        values["repa"] = module.alignment(middle[0], z)
+        total = total + recipe.decoder.losses.repa * values["repa"]
+    if recipe.reducer.normalise in ("kl", "l2"):
+        values[recipe.reducer.normalise] = penalty
+        total = total + recipe.reducer.penalty * penalty
+    return total, values if len(values) > 1 else {}

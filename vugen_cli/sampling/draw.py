@@ -12,14 +12,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from vugen_cli.engine.checkpoint import read_card
-from vugen_cli.engine.sampling import Sampler
+from vugen_cli.checkpoint import read_card
 from vugen_cli.errors import VugenError
-from vugen_cli.files import whole_file
+from vugen_cli.files import bundle, whole_file
 from vugen_cli.flow import Solver
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import from_all, is_first, rank, wait_for_all, world_size
-from vugen_cli.vlm.frozen import bundle
+from vugen_cli.sampling.sampler import Sampler
 
 GRID_IMAGES = 64  # more would not be looked at
 

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 
-from vugen_cli.data.loader import ShardedImages, read_manifest
-from vugen_cli.engine.checkpoint import read_card
-from vugen_cli.engine.draw import draw
-from vugen_cli.engine.sampling import load_sampler
+from vugen_cli.checkpoint import read_card
+from vugen_cli.data.loader import ShardedImages
+from vugen_cli.data.manifest import read_manifest
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.features import Extractor
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.processes import from_first, is_first
+from vugen_cli.sampling.draw import draw
+from vugen_cli.sampling.trained import load_sampler
 
 Curve = list[dict[str, Any]]
 
@@ -132,3 +134,28 @@ def _captions(data: Path, count: int) -> list[str]:
     if not different:
         raise VugenError(f"{data} has no captions: --over-training draws what its held-out images show")
     return different
+
+
+def print_over_training(
+    runs: list[Path],
+    extractor: "Extractor",
+    reference: Path | None,
+    count: int,
+    cache: Path | None,
+    out: Path,
+    device: Any,
+) -> None:
+    """Score kept checkpoints, print a line each, and leave `out` and a picture of the same name."""
+    from vugen_cli.files import write_json
+
+    curves = score_over_training(
+        runs, extractor, reference=reference, count=count, device=device, cache=cache
+    )
+    if not is_first():
+        return
+    for name, curve in curves.items():
+        for row in curve:
+            typer.echo(f"{name}  step {row['step']:>8,}  {row['images']:>10,} images  {row['value']:.4f}")
+    write_json(out, {"over_training": curves})
+    plot_over_training(curves, out.with_suffix(".png"))
+    typer.echo(f"{next(iter(curves.values()))[0]['name']}: {out} and {out.with_suffix('.png')}.")

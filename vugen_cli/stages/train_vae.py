@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vugen_cli.data.loader import Batch, ShardedImages, dataset_card, training_batches
-from vugen_cli.engine.loop import RunOptions, Stage, train
-from vugen_cli.engine.perceptual import PictureLoss, picture_losses
-from vugen_cli.engine.train_reducer import STATISTICS_IMAGES, held_out_images, stored_images
+from vugen_cli.data.loader import Batch, ShardedImages, held_out_images, stored_images, training_batches
+from vugen_cli.data.manifest import dataset_card
+from vugen_cli.engine.loop import train
+from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.errors import VugenError
 from vugen_cli.files import refuse_foreign, whole_folder
 from vugen_cli.models.pixel_decoder import to_pixels, to_uint8
@@ -17,6 +17,8 @@ from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import VAE, Recipe
 from vugen_cli.seeds import draw
+from vugen_cli.stages.losses import PictureLoss, picture_losses
+from vugen_cli.stages.train_reducer import STATISTICS_IMAGES
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
 

@@ -11,23 +11,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vugen_cli.data.loader import Batch, training_batches
+from vugen_cli.checkpoint import fingerprint
+from vugen_cli.data.loader import Batch, held_out_images, training_batches
 from vugen_cli.data.mixture import open_images
-from vugen_cli.engine.loop import RunOptions, Stage, differences, train
-from vugen_cli.engine.perceptual import picture_losses
-from vugen_cli.engine.train_reducer import (
-    decode_images,
-    held_out_images,
-    load_autoencoder,
-    save_autoencoder,
-)
+from vugen_cli.engine.loop import train
+from vugen_cli.engine.stage import RunOptions, Stage
+from vugen_cli.engine.state import differences
 from vugen_cli.errors import VugenError
 from vugen_cli.models.vae import VAEDecoder
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import Recipe
+from vugen_cli.sampling.trained import decode_images, load_autoencoder, save_autoencoder
 from vugen_cli.seeds import draw
-from vugen_cli.vlm.frozen import fingerprint, load_vlm
+from vugen_cli.stages.losses import picture_losses
+from vugen_cli.vlm.frozen import load_vlm
 
 FREE = {"steps", "solver", "noise", "losses"}  # what of the decoder's recipe may differ from the teacher's
 

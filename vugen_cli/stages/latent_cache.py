@@ -16,15 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.images import adm_crop
-from vugen_cli.data.loader import ShardedImages, dataset_card
-from vugen_cli.data.writer import FORMAT, add_member, finished_shard, locked
-from vugen_cli.engine.train_reducer import Autoencoder, load_autoencoder
+from vugen_cli.data.loader import ShardedImages
+from vugen_cli.data.manifest import FORMAT, dataset_card
+from vugen_cli.data.writer import add_member, finished_shard, locked
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
+from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.processes import is_first, rank, wait_for_all, world_size
 from vugen_cli.recipe import USE_OF_VLM, Recipe
-from vugen_cli.vlm.frozen import FrozenVLM, fingerprint, vlm_of
+from vugen_cli.sampling.trained import load_autoencoder
+from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
 
 BATCH = 64  # images encoded together; part of the format, since kernels may round otherwise at another size
 

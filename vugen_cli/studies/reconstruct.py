@@ -12,16 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vugen_cli.data.images import adm_crop
-from vugen_cli.engine.train_reducer import decode_images, load_autoencoder
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.encoders import vlm_extractor
-from vugen_cli.metrics.frechet import Moments, frechet_distance
+from vugen_cli.metrics.frechet import frechet_distance
 from vugen_cli.metrics.image_sets import batches, open_images
 from vugen_cli.metrics.lpips import load_lpips
 from vugen_cli.metrics.pairs import psnr, ssim
+from vugen_cli.moments import Moments
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first, to_first, world_size
+from vugen_cli.sampling.trained import decode_images, load_autoencoder
 from vugen_cli.vlm.frozen import vlm_of
 
 GRID_IMAGES = 16

@@ -9,10 +9,11 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
-from vugen_cli.engine.sampling import Sampler, load_sampler, save_sampler
 from vugen_cli.errors import VugenError
 from vugen_cli.files import write_json
 from vugen_cli.flow import Solver
+from vugen_cli.sampling.sampler import Sampler
+from vugen_cli.sampling.trained import load_sampler, save_sampler
 from vugen_cli.vlm.frozen import WORDS
 
 WEIGHTS = "sampler.safetensors"

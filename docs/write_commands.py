@@ -1,6 +1,6 @@
 """The command reference, docs/commands.md, written from the commands themselves.
 
-`python -m vugen_cli.commands.reference` writes it anew.
+`python docs/write_commands.py` writes it anew.
 """
 
 import typing
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path("docs/commands.md")
-HOW = "python -m vugen_cli.commands.reference"
+HOW = "python docs/write_commands.py"
 
 
 def reference() -> str:

@@ -4,16 +4,19 @@ The card of a stage says all that the next stage needs: stage, format, recipe, s
 fingerprint, the latent grid, the data set, and the tool's version.
 """
 
+import hashlib
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from vugen_cli import __version__
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file
+from vugen_cli.version import __version__
 
 FORMAT = 1
 LARGEST_HEADER = 100 * 2**20  # bytes; what the safetensors library itself accepts
@@ -119,3 +122,33 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The inverse of `part`."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every weight's name, shape and value, the same whatever precision it is loaded in."""
+    return combined_digest(weight_digests(model))
+
+
+def weight_digests(model: nn.Module) -> dict[str, bytes]:
+    """SHA-256 of each weight's name, shape and value, in the order of the names.
+
+    Values are rounded to bfloat16 first; tensors are hashed in parallel threads.
+    """
+
+    def digest(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        tensor = tensor.detach()
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.bfloat16)
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+        return hashlib.sha256(
+            f"{name} {tuple(item[1].shape)}".encode() + hashlib.sha256(data).digest()
+        ).digest()
+
+    weights = sorted(model.state_dict().items())
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((name for name, _ in weights), pool.map(digest, weights), strict=True))
+
+
+def combined_digest(digests: dict[str, bytes]) -> str:
+    return hashlib.sha256(b"".join(digests.values())).hexdigest()

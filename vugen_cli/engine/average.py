@@ -1,0 +1,46 @@
+"""The exponential moving average of the trained weights."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from vugen_cli.engine.distributed import local
+
+
+class Average:
+    """An exponential moving average of a module's trained weights, in float32."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.module = module
+        self.weights = {n: p.detach().clone().float() for n, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the module's weights; early steps count more, so the average forgets the start."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(
+            [local(w) for w in self.weights.values()],
+            [local(p.detach()).float() for p in self.module.parameters()],
+            1 - decay,
+        )
+
+    @torch.no_grad()
+    def copy_into_module(self) -> None:
+        """Replace the module's weights by the average."""
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(self.weights[name])
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """A context in which the module has the averaged weights."""
+        kept = [p.detach().clone() for p in self.module.parameters()]
+        self.copy_into_module()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, weights in zip(self.module.parameters(), kept, strict=True):
+                    parameter.copy_(weights)

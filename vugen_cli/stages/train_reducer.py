@@ -1,0 +1,163 @@
+"""Stage 1: the reducer and the pixel decoder, trained together on the frozen VLM's latents."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vugen_cli.checkpoint import fingerprint
+from vugen_cli.data.loader import Batch, held_out_images, stored_images, training_batches
+from vugen_cli.data.mixture import open_images
+from vugen_cli.engine.compiling import compile_forward, wants_compile
+from vugen_cli.engine.distributed import batch_statistics, shard_frozen, shards_vlm
+from vugen_cli.engine.loop import train
+from vugen_cli.engine.profiling import lap
+from vugen_cli.engine.stage import RunOptions, Stage
+from vugen_cli.engine.state import differences
+from vugen_cli.errors import VugenError
+from vugen_cli.models.autoencoder import Autoencoder
+from vugen_cli.pictures import save_grid
+from vugen_cli.processes import is_first
+from vugen_cli.recipe import USE_OF_VLM, Recipe
+from vugen_cli.sampling.trained import decode_images, load_autoencoder, load_vae, save_autoencoder
+from vugen_cli.stages.latent_report import describe_latents, save_latent_report
+from vugen_cli.stages.losses import Alignment, picture_losses, reducer_loss
+from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
+
+STATISTICS_IMAGES = 10_000  # enough for a per-channel mean and deviation to three digits
+REPORT_IMAGES = 1_000
+# What of the decoder's recipe says nothing of its weights.
+DECODING = {"steps", "solver", "shift", "noise", "losses", "image_size"}
+
+
+def train_reducer(
+    recipe: Recipe,
+    data: str | Path | None,
+    out: Path,
+    device: torch.device,
+    reducer: Path | None = None,
+    options: RunOptions = RunOptions(),
+) -> Path:
+    """Train stage 1 and write its checkpoint.
+
+    Args:
+        recipe: the whole run's recipe.
+        data: a prepared data set; None: the recipe's mixture.
+        out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
+        device: where to train.
+        reducer: a checkpoint whose reducer is kept as it is, so that samplers trained on it can draw with the
+            decoder that is trained here. The decoder goes on from the checkpoint's, if it has the same sizes.
+        options: of the command line.
+
+    Raises:
+        VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
+    """
+    images = open_images(data, recipe)
+    size = recipe.decoder.image_size or images.size
+    vlm = load_vlm(recipe.vlm, device, recipe)
+    vlm.prefix([""])  # stage 2 needs it: a VLM that has none must not cost hours first
+    vae = load_vae(recipe.decoder.vae, device) if recipe.decoder.vae else None
+    shown = held_out_images(images, size)
+    if recipe.reducer.kind == "vae" and vae:
+        d, height, width = vae.encode(shown[:1].to(device)).shape[1:]
+    else:
+        height, width, d = vlm.encode(shown[:1]).shape[1:]
+    torch.manual_seed(recipe.seed)
+    module = Autoencoder(recipe, d, vae).to(device)
+    module.reducer.statistics = batch_statistics
+    if reducer:
+        keep_reducer(module, reducer, vlm)
+    if size % module.decoder.multiple:
+        raise VugenError(
+            f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}"
+        )
+    settings = recipe.train_reducer
+    if wants_compile(recipe.engine, device, settings.steps, on_cpu=False):
+        compile_forward([module.decoder], must=recipe.engine.compile is True)
+    pictures = picture_losses(recipe.decoder.losses, vlm, size, device)
+    if recipe.decoder.losses.repa:
+        module.alignment = Alignment(recipe.decoder.channels[-1], d).to(device)
+    if shards_vlm(recipe.engine):
+        shard_frozen(vlm.model)
+
+    def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        z = module.z(vlm, batch.images)
+        lap("frozen VLM")
+        return reducer_loss(module, z, batch.images, recipe, generator, pictures)
+
+    card = {
+        "stage": "reducer",
+        "step": settings.steps,
+        "recipe": recipe.model_dump(mode="json"),
+        "vlm": vlm.card(),
+        "data": images.card(),
+        "latents": {
+            "channels": module.reducer.channels,
+            "grid": [side // recipe.reducer.merge for side in (height, width)],
+            "width": d,
+        },
+        "image_size": size,
+    }
+    kept = {"reducer": fingerprint(module.reducer)} if reducer else {}
+    resolved = (
+        {key: card[key] for key in ("vlm", "data", "latents", "image_size")}
+        | kept
+        | {
+            "recipe": recipe.model_dump(
+                mode="json",
+                include={*USE_OF_VLM, "seed", "data", "reducer", "decoder", "flow", "train_reducer"},
+            )
+        }
+    )
+
+    def preview(path: Path) -> None:
+        decoded = decode_images(vlm, module, shown, recipe.seed)
+        save_grid(torch.cat([shown, decoded.cpu()]), path, columns=len(shown))
+
+    def z_of(count: int) -> Iterator[Tensor]:
+        return (module.z(vlm, batch) for batch in stored_images(images, count, size))
+
+    if recipe.reducer.kind == "pca" and not reducer:
+        module.reducer.fit_pca(z_of(STATISTICS_IMAGES))
+    if not recipe.reducer.trained and not reducer:
+        module.reducer.fit_statistics(z_of(STATISTICS_IMAGES))
+    run = out.with_suffix(".run")
+    stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, size)
+    if recipe.reducer.kind == "vae":  # reducer and decoder are the VAE's: there is nothing to train
+        module.eval()
+        card["step"] = 0
+    else:
+
+        def save(path: Path, step: int) -> None:  # with the latents' running statistics
+            if is_first():
+                save_autoencoder(module, path, {**card, "step": step})
+
+        stage = Stage("reducer", module, loss, preview, resolved, save=save)
+        train(stage, stream, settings, recipe, run, device, options)
+    if module.reducer.trained:
+        module.reducer.fit_statistics(z_of(STATISTICS_IMAGES))
+    with torch.no_grad():
+        report = describe_latents(map(module.reducer, z_of(REPORT_IMAGES)))
+    if is_first():
+        save_latent_report(report, out)
+        save_autoencoder(module, out, card)
+    return out
+
+
+def keep_reducer(module: Autoencoder, path: Path, vlm: FrozenVLM) -> None:
+    """Take the reducer of a checkpoint, for good, and its decoder's weights where they fit.
+
+    Raises:
+        VugenError: as `load_autoencoder`; it was trained on another VLM or has another reducer's settings.
+    """
+    kept, _, card = load_autoencoder(path, vlm.device)
+    vlm.check(card, path)
+    mine, theirs = (reducer.recipe.model_dump() for reducer in (module.reducer, kept.reducer))
+    if changed := differences(theirs, mine):
+        raise VugenError(f"--reducer keeps the reducer of {path}: reducer.{changed[0]} is not possible")
+    module.reducer.load_state_dict(kept.reducer.state_dict())
+    module.reducer.requires_grad_(False)
+    mine, theirs = (a.decoder.recipe.model_dump(exclude=DECODING) for a in (module, kept))
+    if mine == theirs:
+        module.decoder.load_state_dict(kept.decoder.state_dict())

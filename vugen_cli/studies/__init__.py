@@ -1,0 +1,1 @@
+"""Questions about a trained sampler: reconstruct, over training, understanding, compare."""

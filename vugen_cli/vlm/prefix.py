@@ -1,0 +1,39 @@
+"""What the generation expert reads of a prompt: keys and values of every layer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Prefix:
+    """What the generation expert reads of a batch of prompts.
+
+    Attributes:
+        keys: one tensor [B, kv_heads, T, head_dim] for each layer, rotary positions applied.
+        values: likewise.
+        mask: bool [B, T], False where a shorter prompt is padded.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each prompt [B]; the first free position."""
+        return self.mask.sum(1)
+
+    @staticmethod
+    def join(prefixes: "list[Prefix]") -> "Prefix":
+        """Several prefixes of the same padded length as one batch."""
+        return Prefix(
+            [torch.cat(keys) for keys in zip(*(p.keys for p in prefixes), strict=True)],
+            [torch.cat(values) for values in zip(*(p.values for p in prefixes), strict=True)],
+            torch.cat([p.mask for p in prefixes]),
+        )
+
+    def rows(self, index: Tensor) -> "Prefix":
+        """The prefixes of some rows, in that order."""
+        return Prefix([k[index] for k in self.keys], [v[index] for v in self.values], self.mask[index])
