@@ -1,4 +1,4 @@
-"""A trained checkpoint ready to use: loading it, sampling from it, drawing to files, the diffusers pipeline."""
+"""A trained checkpoint ready to use: loading, sampling, drawing to files, the diffusers pipeline."""
 
 from vugen_cli.torchvision_repair import repair_torchvision
 
