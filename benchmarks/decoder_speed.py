@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vugen_cli.engine.device import pick_device, wants_bfloat16
+from vugen_cli.engine.device import pick_device
+from vugen_cli.engine.precision import wants_bfloat16
 from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.recipe import Decoder
 

@@ -97,7 +97,7 @@ def build(gguf: Path, path: Path) -> None:
 def answer(path: Path) -> str:
     """What the language model answers to a plain question, greedily."""
     vlm = load_vlm(str(path))
-    text = vlm.prompt_text("What is the capital of France?")
+    text = vlm.prompts.text("What is the capital of France?")
     inputs: Any = vlm.processor.tokenizer(text, return_tensors="pt", add_special_tokens=False)
     out = vlm.model.generate(**inputs, max_new_tokens=16, do_sample=False)
     return str(

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream
-from vugen_cli.engine.device import wants_bfloat16
+from vugen_cli.engine.precision import wants_bfloat16
 from vugen_cli.flow import flow_matching_loss
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.generation_expert import GenerationExpert

@@ -161,8 +161,8 @@ def test_a_size_the_model_cannot_see_is_refused_in_one_line(tmp_path: Path) -> N
 
 def test_the_instruction_wraps_the_prompt_but_not_the_empty_one(llava: Path) -> None:
     plain, told = load_vlm(str(llava)), load_vlm(str(llava), recipe=Recipe(instruction="Draw {prompt}."))
-    assert "Draw a bear." in told.prompt_text("a bear")
-    assert told.prompt_text("") == plain.prompt_text("")
+    assert "Draw a bear." in told.prompts.text("a bear")
+    assert told.prompts.text("") == plain.prompts.text("")
     with pytest.raises(VugenError, match="instruction"):
         load_recipe(None, ["instruction=Draw it"])
 

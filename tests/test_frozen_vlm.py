@@ -47,7 +47,7 @@ def test_prefix_rows_and_joins_agree(vlm: FrozenVLM) -> None:
 
 def test_a_prompt_longer_than_the_model_reads_is_refused(vlm: FrozenVLM) -> None:
     with pytest.raises(VugenError, match="too long"):
-        vlm.tokens("bear " * 5000)
+        vlm.prompts.tokens("bear " * 5000)
 
 
 def test_the_fingerprint_is_of_the_weights_alone(vlm: FrozenVLM, vlm_path: Path, tmp_path: Path) -> None:

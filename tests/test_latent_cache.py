@@ -49,7 +49,7 @@ def test_a_cache_streams_the_same_samples_as_its_images_mirrored_ones_included(
         assert a.captions == b.captions and [m["source_key"] for m in a.meta] == [
             m["source_key"] for m in b.meta
         ]
-        assert b.tokens == [vlm.tokens(caption) for caption in b.captions]
+        assert b.tokens == [vlm.prompts.tokens(caption) for caption in b.captions]
         with torch.no_grad():
             z = autoencoder.encode(vlm, a.images)
         assert torch.allclose(z, b.images.float(), atol=1e-3, rtol=1e-3)

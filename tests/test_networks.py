@@ -176,7 +176,7 @@ def test_the_cached_prompt_gives_what_one_joint_sequence_gives(vlm: FrozenVLM) -
     torch.manual_seed(0)
     expert = GenerationExpert(vlm.decoder, 4, (8, 8)).eval()
     prompt = "a bear in a forest"
-    ids = vlm.processor.tokenizer(vlm.prompt_text(prompt), add_special_tokens=False, return_tensors="pt")[
+    ids = vlm.processor.tokenizer(vlm.prompts.text(prompt), add_special_tokens=False, return_tensors="pt")[
         "input_ids"
     ]
     x, t = torch.randn(1, 8, 8, 4), torch.full((1,), 0.4)

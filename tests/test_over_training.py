@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from vugen_cli.app import app
 from vugen_cli.checkpoint import load_checkpoint, save_checkpoint
-from vugen_cli.engine.loop import StopSignals
+from vugen_cli.engine.signals import StopSignals
 from vugen_cli.errors import Stopped
 from vugen_cli.recipe import Recipe
 from vugen_cli.sampling.trained import load_sampler

@@ -18,8 +18,9 @@ from vugen_cli.app import app
 from vugen_cli.checkpoint import load_checkpoint, read_card, save_checkpoint
 from vugen_cli.data.loader import ShardedImages
 from vugen_cli.engine.average import Average
-from vugen_cli.engine.device import cpu_flags, pick_device, wants_bfloat16
-from vugen_cli.engine.loop import learning_rate
+from vugen_cli.engine.device import cpu_flags, pick_device
+from vugen_cli.engine.optimizer import learning_rate
+from vugen_cli.engine.precision import wants_bfloat16
 from vugen_cli.engine.stage import RunOptions
 from vugen_cli.engine.state import StateWriter, differences, is_free
 from vugen_cli.errors import VugenError

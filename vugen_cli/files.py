@@ -1,5 +1,6 @@
 """Writing files whole or not at all."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -84,6 +85,49 @@ def refuse_foreign(path: Path, run: Path) -> None:
     """
     if path.exists() and not run.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise VugenError(f"{path} is there already and no run here wrote it: choose another --out")
+
+
+@contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """Make a folder and hold it against other processes; the lock goes with the process, however that ends.
+
+    Args:
+        folder: to hold.
+        busy: what to say where another process holds it.
+
+    Raises:
+        VugenError: another process holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise VugenError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VugenError(busy) from None
+        except OSError:
+            pass  # a file system without locks (some NFS): renames still keep every file whole
+        _held.add(handle)
+        yield
+    finally:
+        _held.discard(handle)
+        os.close(handle)
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+# A loader's forked workers may outlive a killed run by seconds: they must not hold its lock.
+os.register_at_fork(after_in_child=_let_go)
 
 
 def write_json(path: str | Path, value: Any) -> None:

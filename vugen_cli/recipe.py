@@ -292,6 +292,11 @@ class Recipe(Section):
     instruction: str = Field(
         "{prompt}", pattern=r"\{prompt\}", description="what the VLM is told, as in `Draw {prompt}.`"
     )
+    prompt_tokens: PositiveInt = Field(
+        128,
+        description="longest prompt, in tokens of its own text: longer captions are cut in training, and "
+        "`vugen sample` refuses longer prompts",
+    )
     data: Data = Data()
     nano_vlm: NanoVLM = NanoVLM()
     reducer: Reducer = Reducer()

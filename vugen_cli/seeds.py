@@ -17,13 +17,30 @@ def seeded_noise(shape: tuple[int, ...] | torch.Size, *key: str | int) -> Tensor
 class BatchGenerator(torch.Generator):
     """Draws for a whole batch, of which one process computes some rows; see `draw`.
 
-    Attributes:
+    Args:
+        device: of the numbers.
         size: rows of the whole batch.
+
+    Attributes:
         rows: those that are computed with this generator.
+        host: a generator for what the host decides, which on a GPU must not wait for numbers from there.
     """
 
-    size: int
-    rows: slice
+    def __new__(cls, device: torch.device | str = "cpu", size: int = 0) -> "BatchGenerator":
+        """As `torch.Generator`, which takes its device here."""
+        return super().__new__(cls, device)
+
+    def __init__(self, device: torch.device | str = "cpu", size: int = 0):
+        self.size, self.rows = size, slice(0, size)
+        on_host = torch.device(device).type in ("cpu", "meta")
+        self.host = self if on_host else BatchGenerator("cpu", size)
+
+    def begin(self, seed: int, first: int, count: int) -> None:
+        """Start anew for `count` rows of the batch from row `first`."""
+        self.manual_seed(seed)
+        self.rows = slice(first, first + count)
+        if self.host is not self:
+            self.host.begin(seed, first, count)
 
 
 def draw(

@@ -44,7 +44,8 @@ class Batch:
         captions: B captions, one chosen at random for each image and epoch.
         meta: B dictionaries, the samples' `.json`, with every caption under `captions`.
         corrupt: how many samples of this batch could not be read and were replaced by a neighbour.
-        tokens: the captions' token ids, of a latent cache.
+        tokens: the captions' token ids.
+        cut: how many captions were too long and lost their end.
     """
 
     images: Tensor
@@ -52,6 +53,7 @@ class Batch:
     meta: list[dict[str, Any]]
     corrupt: int
     tokens: list[list[int]] | None = None
+    cut: int = 0
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader so that the copy to the GPU need not wait."""

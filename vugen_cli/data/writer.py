@@ -9,7 +9,6 @@ Shards are written with `tarfile`, not webdataset's TarWriter: the same format, 
 imports torch, two seconds that every worker would pay even for drawn pictures.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -19,10 +18,9 @@ import signal
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
@@ -35,7 +33,7 @@ from vugen_cli.data.images import adm_crop, decode, encode, is_lossless
 from vugen_cli.data.manifest import Record, add_split, read_written, this_tool
 from vugen_cli.data.sample import Sample, Source, hash_of
 from vugen_cli.errors import VugenError
-from vugen_cli.files import whole_file, write_json
+from vugen_cli.files import locked, whole_file, write_json
 from vugen_cli.processes import is_first, rank, wait_for_all, world_size
 
 """Version of the layout; raised when the same plan would give other bytes."""
@@ -124,7 +122,7 @@ def write_dataset(
     job = _Job(source, out, split, size, shard_size, order, strict)
     if not is_first():
         return _help(job, workers)
-    with locked(out):
+    with held(out):
         manifest = read_written(out)
         if split in manifest.get("splits", {}):
             manifest = _repair(job, plan, manifest, progress)
@@ -171,26 +169,9 @@ def _listing(source: Source) -> str:
     return given or hash_of([source.name, source.origin, len(source), *source.classes])
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold `out` against other runs; the lock goes with the process, however that ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise VugenError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise VugenError(
-                f"another vugen prepare is writing to {out}: wait for it or choose another --out"
-            ) from None
-        except OSError:
-            pass  # a file system without locks (some NFS): renames still keep every file whole
-        yield
-    finally:
-        os.close(handle)
+def held(out: Path) -> AbstractContextManager[None]:
+    """Hold `out` against other runs of `vugen prepare`."""
+    return locked(out, f"another vugen prepare is writing to {out}: wait for it or choose another --out")
 
 
 def _check_other_splits(out: Path, manifest: dict[str, Any], plan: dict[str, Any]) -> None:

@@ -36,11 +36,16 @@ class Average:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """A context in which the module has the averaged weights."""
-        kept = [p.detach().clone() for p in self.module.parameters()]
-        self.copy_into_module()
+        self._swap()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, weights in zip(self.module.parameters(), kept, strict=True):
-                    parameter.copy_(weights)
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange the module's weights and the average, one by one: both stay where they are in memory."""
+        for name, parameter in self.module.named_parameters():
+            kept = parameter.detach().clone()
+            parameter.copy_(self.weights[name])
+            self.weights[name].copy_(kept)

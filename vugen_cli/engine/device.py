@@ -1,10 +1,12 @@
-"""Devices and number formats: what to train on, and in which precision."""
+"""Devices: which one to use, its memory, and reading from it without waiting."""
 
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.processes import local_rank, local_world_size
@@ -16,15 +18,6 @@ def memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def wants_bfloat16(precision: str, device: torch.device) -> bool:
-    """`auto` means bfloat16 wherever the hardware multiplies it natively."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and "avx512_bf16" in cpu_flags()
 
 
 def cpu_flags() -> set[str]:
@@ -63,3 +56,20 @@ def pick_device(name: str | None = None) -> torch.device:
     except Exception as error:  # each backend that is missing raises its own kind
         raise VugenError(f"--device {name}: {first_line(error)}") from error
     return device
+
+
+def read_later(tensor: Tensor) -> Callable[[], list[float]]:
+    """Start copying a vector to the host; the function returned gives its numbers, and waits if it must."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        numbers: list[float] = host.tolist()
+        return numbers
+
+    return read

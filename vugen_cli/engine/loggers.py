@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vugen_cli.errors import VugenError, first_line
+from vugen_cli.files import whole_file
 
 PROJECT = "vugen"
 
@@ -123,7 +124,8 @@ class MetricsLog:
                         kept.append(line)
                 except ValueError:
                     continue  # the line being written when the run was killed
-        path.write_text("".join(line + "\n" for line in kept))
+        with whole_file(path) as temporary:  # a kill must not cost the history
+            temporary.write_text("".join(line + "\n" for line in kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
 
     def add(self, **values: float) -> None:

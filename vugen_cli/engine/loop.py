@@ -8,10 +8,10 @@ weights as one that never stopped.
 
 import contextlib
 import math
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,16 @@ from tqdm import tqdm
 from vugen_cli.data.loader import Batch
 from vugen_cli.engine.average import Average
 from vugen_cli.engine.curves import plot_curves
-from vugen_cli.engine.device import memory, wants_bfloat16
+from vugen_cli.engine.device import memory, read_later
 from vugen_cli.engine.distributed import Spread, shards_vlm, total
 from vugen_cli.engine.loggers import MetricsLog
+from vugen_cli.engine.optimizer import learning_rate, make_optimizer, set_rate
+from vugen_cli.engine.precision import passes, wants_bfloat16
 from vugen_cli.engine.profiling import STEPS as PROFILED
 from vugen_cli.engine.profiling import Profile, lap
+from vugen_cli.engine.signals import StopSignals
 from vugen_cli.engine.stage import RunOptions, Stage
-from vugen_cli.engine.state import StateWriter, resume, save_state
+from vugen_cli.engine.state import StateWriter, resume, run_lock, save_state
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.files import write_json
 from vugen_cli.processes import from_all, is_first, rank, world_size
@@ -48,7 +51,8 @@ def train(
 ) -> nn.Module:
     """Run a stage to its last step, from its newest saved state if there is one.
 
-    In a job of several processes each computes its rows of every batch; only the first writes.
+    In a job of several processes each computes its rows of every batch; only the first writes. What a step
+    measured is read from the device one step late, so that a GPU never waits for its host.
 
     Args:
         stage: what to train.
@@ -63,126 +67,225 @@ def train(
         The module with its averaged weights, in evaluation mode.
 
     Raises:
-        VugenError: the loss is not finite, the saved state belongs to another run, or a log that the recipe
-            names cannot be kept.
-        Stopped: SIGINT or SIGTERM came to one of the processes; the state was saved first.
+        VugenError: the loss is not finite, the saved state belongs to another run, another process trains
+            there, or a log that the recipe names cannot be kept.
+        Stopped: a signal came to one of the processes; the state was saved first.
     """
-    if is_first():
-        run.mkdir(parents=True, exist_ok=True)
-    module, engine = stage.module, recipe.engine
-    bfloat16 = wants_bfloat16(settings.precision, device)
-    spread = Spread(stage, engine, bfloat16)
-    average = Average(module, settings.ema)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, settings.weight_decay),
-        lr=settings.lr,
-        betas=settings.betas,
-        fused=True,
-    )
-    begin = resume(run, stage, average, optimizer, options.change_recipe)
-    log = MetricsLog(run, begin, recipe.log, stage.resolved) if is_first() else None
-    if options.profile and settings.steps - begin < PROFILED:
-        raise VugenError(
-            f"--profile watches {PROFILED} steps, and the run has {settings.steps - begin} left: give it more"
+    with contextlib.ExitStack() as closing:
+        # The run: held against others, its weights spread over processes, and taken up where it was left.
+        if is_first():
+            closing.enter_context(run_lock(run))
+        module, engine = stage.module, recipe.engine
+        autocast = passes(settings.precision, device, training=True)
+        spread = Spread(stage, engine, wants_bfloat16(settings.precision, device))
+        average, optimizer = Average(module, settings.ema), make_optimizer(module, settings)
+        begin = resume(run, stage, average, optimizer, options.change_recipe)
+
+        # Who watches it: logs, a progress bar, a profile, signals, and the thread that writes states.
+        log = (
+            closing.enter_context(MetricsLog(run, begin, recipe.log, stage.resolved)) if is_first() else None
         )
-    watch = options.profile and is_first()
-    profile = Profile(run / "trace.json.gz", device, bfloat16, settings.batch_size) if watch else None
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    generator = BatchGenerator(device)
-    generator.size = settings.batch_size
-    stop = StopSignals()
-    progress = tqdm(
-        total=settings.steps,
-        initial=begin,
-        desc=f"train {stage.name}",
-        unit="step",
-        smoothing=0.05,
-        disable=not is_first(),
-    )
-    stream = batches_from(begin) if begin < settings.steps else iter(())
-    with stop, StateWriter(run) as writer, progress, log or contextlib.nullcontext():
+        profile = watched(options, settings, begin, run, device)
+        progress = closing.enter_context(progress_bar(stage.name, begin, settings.steps))
+        stop = closing.enter_context(StopSignals())
+        writer = closing.enter_context(StateWriter(run))
+
+        generator = BatchGenerator(device, settings.batch_size)
+        started = time.perf_counter()
+        stream = batches_from(begin) if begin < settings.steps else iter(())
+        unread: list[Taken] = []
+        stopping = False
         for step in range(begin, settings.steps):
             if profile:
                 profile.next_step()
-            started = time.perf_counter()
-            waited, corrupt, keys = 0.0, 0, []
-            rate = learning_rate(step, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
+            taken = Taken(step, learning_rate(step, settings))
+
+            # Forward and backward, part by part; then what the processes must agree on, in one message.
             module.train()
-            sums: dict[str, Tensor] = {}
-            for part in range(engine.accumulate):
-                lap("other")
-                asked = time.perf_counter()
-                batch = next(stream)
-                waited += time.perf_counter() - asked
-                lap("waiting for data")
-                batch.images = batch.images.to(device, non_blocking=True)
-                lap("copy to the device")
-                corrupt += batch.corrupt
-                keys += [str(meta.get("source_key", "?")) for meta in batch.meta]
-                rows = len(batch.captions)
-                place = (part * world_size() + rank()) * rows
-                generator.rows = slice(place, place + rows)
-                generator.manual_seed(recipe.seed * 1_000_003 + step)
-                loss, values = spread.backward(
-                    batch, generator, step, engine.accumulate, part + 1 == engine.accumulate, autocast
-                )
-                for name, value in {"loss": loss, **values}.items():
-                    sums[name] = sums.get(name, 0) + value.detach().float()
+            optimizer.zero_grad(set_to_none=True)
+            sums = gradients(taken, spread, stream, generator, recipe, device, autocast)
             norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
-            norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device)
-            # What the processes must agree on travels together, and is waited for once.
-            means = torch.stack([*sums.values(), norm * engine.accumulate]) / engine.accumulate
-            flags = means.new_tensor([corrupt, stop.asked])
-            *shared, corrupt, stopping = total(torch.cat([means / world_size(), flags])).tolist()
-            scalars = dict(zip([*sums, "grad_norm"], shared, strict=True))
-            if not math.isfinite(scalars["loss"] + scalars["grad_norm"]):
-                raise VugenError(not_finite(scalars, step, from_all(keys), run))
+            agreed = agree(taken, sums, norm, stop.asked, engine.accumulate, device)
+
+            # The update, which a loss or gradient that is not finite turns into none, on the device.
+            set_rate(optimizer, taken.rate)
+            optimizer.found_inf = (~agreed[: len(taken.names)].isfinite().all()).float()
             optimizer.step()
             average.update(step)
+            taken.read, now = read_later(agreed), time.perf_counter()
+            taken.seconds, started = now - started, now
             lap("clip, optimiser, average")
+
+            # What the step before measured; this one's too where it is saved or shown.
             writer.check()
-            seconds = time.perf_counter() - started
-            if log:
-                log.add(
-                    step=step,
-                    loss=scalars.pop("loss"),
-                    grad_norm=scalars.pop("grad_norm"),
-                    lr=rate,
-                    images_per_s=settings.batch_size / seconds,
-                    data_wait=waited / seconds,
-                    memory_gb=memory(device),
-                    corrupt=int(corrupt),
-                    **scalars,
-                )
-                progress.set_postfix(loss=f"{shared[0]:.3f}", refresh=False)
-            progress.update()
-            lap("logging")
             done = step + 1
-            last = done == settings.steps
-            # Before the state: a run that stops here goes on after this step.
-            if stage.save and settings.keep_every and done % settings.keep_every == 0:
+            due = due_after(done, stage, settings)
+            unread.append(taken)
+            while len(unread) > (0 if due or stopping else 1):
+                stopping |= note(unread.pop(0), log, progress, settings, run, device)
+            lap("logging")
+
+            # A checkpoint to keep comes before the state: a run that stops here goes on after this step.
+            if "keep" in due and stage.save:
                 with average.in_place():
                     stage.save(run / f"step-{done:07d}.safetensors", done)
-            if last or stopping or done % settings.checkpoint_every == 0:
-                save_state(writer, stage, average, optimizer, done)
-            if is_first() and (last or stopping or done % settings.preview_every == 0):
+            if "state" in due or stopping:
+                with stop.saving():
+                    save_state(writer, stage, average, optimizer, done)
+            if is_first() and ("preview" in due or stopping):
                 plot_curves([run])
-            if stopping and not last:
+            if stopping and done < settings.steps:
+                with stop.saving():
+                    writer.wait()
                 raise Stopped(
                     f"stopped at step {done} of {settings.steps}; run the same command again to go on"
                 )
-            if last or done % settings.preview_every == 0:
+            if "preview" in due:
                 # Sharded layers are gathered in bfloat16 here too.
-                with average.in_place(), autocast if spread.sharded else contextlib.nullcontext():
+                with average.in_place(), autocast() if spread.sharded else contextlib.nullcontext():
                     module.eval()
                     preview(stage, run / f"preview-{done:07d}.png", spread.sharded or shards_vlm(engine))
-    if profile:
-        profile.next_step()
+            if due:
+                started = time.perf_counter()  # saving and drawing are no part of the next step
+        if profile:
+            profile.next_step()
     average.copy_into_module()
     return module.eval()
+
+
+@dataclass
+class Taken:
+    """A step as its process took it.
+
+    Attributes:
+        step, rate: its number and its learning rate.
+        waited, seconds: how long it waited for data, and took in all.
+        corrupt, cut: samples that were damaged and replaced; captions that were too long.
+        keys: of its samples.
+        names: of the numbers that `read` gives first: losses and gradient norm, means over the whole batch.
+        read: gives those numbers, then what `agree` appends.
+    """
+
+    step: int
+    rate: float
+    waited: float = 0.0
+    seconds: float = 0.0
+    corrupt: int = 0
+    cut: int = 0
+    keys: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    read: Callable[[], list[float]] = list
+
+
+def gradients(
+    taken: Taken,
+    spread: Spread,
+    stream: Iterator[Batch],
+    generator: BatchGenerator,
+    recipe: Recipe,
+    device: torch.device,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> dict[str, Tensor]:
+    """Add up the gradients of a step's parts, `engine.accumulate` batches of the stream.
+
+    Returns:
+        The sums of the parts' losses, the total as `loss`; each a scalar on the device.
+    """
+    sums: dict[str, Tensor] = {}
+    parts = recipe.engine.accumulate
+    for part in range(parts):
+        lap("other")
+        asked = time.perf_counter()
+        batch = next(stream)
+        taken.waited += time.perf_counter() - asked
+        lap("waiting for data")
+        batch.images = batch.images.to(device, non_blocking=True)
+        lap("copy to the device")
+        taken.corrupt += batch.corrupt
+        taken.keys += [str(meta.get("source_key", "?")) for meta in batch.meta]
+        rows = len(batch.captions)
+        generator.begin(recipe.seed * 1_000_003 + taken.step, (part * world_size() + rank()) * rows, rows)
+        loss, values = spread.backward(batch, generator, taken.step, parts, part + 1 == parts, autocast())
+        taken.cut += batch.cut
+        for name, value in {"loss": loss, **values}.items():
+            sums[name] = sums.get(name, 0) + value.detach().float()
+    return sums
+
+
+def agree(
+    taken: Taken, sums: dict[str, Tensor], norm: Tensor, asked: bool, parts: int, device: torch.device
+) -> Tensor:
+    """Means of losses and gradient norm over processes and parts, then counts: corrupt, cut, told to stop."""
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device)
+    taken.names = [*sums, "grad_norm"]
+    means = torch.stack([*sums.values(), norm * parts]) / parts
+    return total(torch.cat([means / world_size(), means.new_tensor([taken.corrupt, taken.cut, asked])]))
+
+
+def note(
+    taken: Taken, log: MetricsLog | None, progress: Any, settings: Training, run: Path, device: torch.device
+) -> bool:
+    """Log a step; whether one of the processes was asked to stop.
+
+    Raises:
+        VugenError: its loss or gradient is not finite. Every process raises it.
+    """
+    *shared, corrupt, cut, stopping = taken.read()
+    scalars = dict(zip(taken.names, shared, strict=True))
+    if not math.isfinite(sum(shared)):
+        raise VugenError(not_finite(scalars, taken.step, from_all(taken.keys), run))
+    if log:
+        log.add(
+            step=taken.step,
+            loss=scalars.pop("loss"),
+            grad_norm=scalars.pop("grad_norm"),
+            lr=taken.rate,
+            images_per_s=settings.batch_size / taken.seconds,
+            data_wait=taken.waited / taken.seconds,
+            memory_gb=memory(device),
+            corrupt=int(corrupt),
+            **({"captions_cut": int(cut)} if cut else {}),
+            **scalars,
+        )
+        progress.set_postfix(loss=f"{shared[0]:.3f}", refresh=False)
+    progress.update()
+    return bool(stopping)
+
+
+def due_after(done: int, stage: Stage, settings: Training) -> set[str]:
+    """What is written after `done` steps: a checkpoint to `keep`, a `state` to go on from, a `preview`."""
+    every = {
+        "keep": settings.keep_every if stage.save else 0,
+        "state": settings.checkpoint_every,
+        "preview": settings.preview_every,
+    }
+    due = {what for what, steps in every.items() if steps and done % steps == 0}
+    return due | {"state", "preview"} if done == settings.steps else due
+
+
+def watched(
+    options: RunOptions, settings: Training, begin: int, run: Path, device: torch.device
+) -> Profile | None:
+    """The profile that was asked for, on the first process.
+
+    Raises:
+        VugenError: the run is too short for it.
+    """
+    if not options.profile:
+        return None
+    if settings.steps - begin < PROFILED:
+        raise VugenError(
+            f"--profile watches {PROFILED} steps, and the run has {settings.steps - begin} left: give it more"
+        )
+    bfloat16 = wants_bfloat16(settings.precision, device)
+    return Profile(run / "trace.json.gz", device, bfloat16, settings.batch_size) if is_first() else None
+
+
+def progress_bar(name: str, begin: int, steps: int) -> Any:
+    """Steps with their rate and the time left, on the first process."""
+    return tqdm(
+        total=steps, initial=begin, desc=f"train {name}", unit="step", smoothing=0.05, disable=not is_first()
+    )
 
 
 def not_finite(scalars: dict[str, float], step: int, parts: list[list[str]], run: Path) -> str:
@@ -205,44 +308,3 @@ def preview(stage: Stage, path: Path, together: bool) -> None:
     elif together:
         with tempfile.TemporaryDirectory() as folder:
             stage.preview(Path(folder) / path.name)
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and embeddings of one dimension do not."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def learning_rate(step: int, settings: Training) -> float:
-    """Linear warm-up, flat, then linear to zero over the last `cooldown` of the steps."""
-    up = min(1.0, (step + 1) / max(1, settings.warmup))
-    down = min(1.0, (settings.steps - step) / max(1.0, settings.cooldown * settings.steps))
-    return settings.lr * up * down
-
-
-# --- state: what a killed run goes on from ---
-
-
-class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after the step; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> "StopSignals":
-        self.before: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not the main thread: a notebook or a test
-                self.before[number] = signal.signal(number, self._ask)
-        return self
-
-    def _ask(self, number: int, _frame: object) -> None:
-        self.asked = True
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

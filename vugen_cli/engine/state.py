@@ -1,7 +1,9 @@
 """States of a run: saved in the background, found again, and loaded wherever the parameters are."""
 
+import contextlib
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,27 @@ from vugen_cli.engine.average import Average
 from vugen_cli.engine.distributed import gathered, put
 from vugen_cli.engine.stage import Stage
 from vugen_cli.errors import Stopped, VugenError
+from vugen_cli.files import locked
 from vugen_cli.processes import from_first, is_first
 
 # What a resumed run may change: it may be made longer, and data and VLM may lie elsewhere (what they hold is
 # compared).
 FREE = ("steps", "checkpoint_every", "preview_every", "keep_every", "workers", "data.path", "vlm.name")
+
+
+@contextlib.contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Make the run's folder, hold it against others, and clear away what killed processes left half-written.
+
+    Raises:
+        VugenError: another process trains there, or the folder cannot be written.
+    """
+    with locked(
+        run, f"another process is training in {run}: wait for it, stop it, or give --out another name"
+    ):
+        for leftover in run.glob(".*.*"):  # of `whole_file`; a state may weigh more than all the rest
+            leftover.unlink(missing_ok=True)
+        yield
 
 
 class StateWriter:
@@ -137,8 +155,11 @@ def resume(
             put(tensor, saved[name])
     for name, parameter in stage.module.named_parameters():
         optimizer.state[parameter] = {
-            # laid out in memory like the parameter: the fused optimiser walks both together
-            key: tensor if key == "step" else put(torch.empty_like(parameter, requires_grad=False), tensor)
+            # Where the parameter is, the count of steps too, and laid out in memory like it: the fused
+            # optimiser walks all of them together.
+            key: tensor.to(parameter.device)
+            if key == "step"
+            else put(torch.empty_like(parameter, requires_grad=False), tensor)
             for key, tensor in part(tensors, f"optimizer.{name}").items()
         }
     step = int(card["step"])

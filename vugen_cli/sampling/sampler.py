@@ -117,7 +117,7 @@ class Sampler:
             prompt's images in order.
         """
         settings = self.settings(steps, guidance, solver)
-        widths = [-(-len(self.vlm.tokens(prompt)) // WIDTH) * WIDTH for prompt in prompts]
+        widths = [-(-len(self.vlm.prompts.tokens(prompt)) // WIDTH) * WIDTH for prompt in prompts]
         for width in sorted(set(widths)):
             jobs = iter([(p, i) for p in range(len(prompts)) if widths[p] == width for i in range(n)])
             while batch := list(islice(jobs, BATCH)):

@@ -20,7 +20,7 @@ from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import ShardedImages
 from vugen_cli.data.manifest import FORMAT, dataset_card
-from vugen_cli.data.writer import add_member, finished_shard, locked
+from vugen_cli.data.writer import add_member, finished_shard, held
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.models.autoencoder import Autoencoder
@@ -110,7 +110,7 @@ def write_latents(
     }
     notes = out / ".progress"
     shards = [(images, shard) for images in splits.values() for shard in range(len(images.names))]
-    with locked(out) if is_first() else nullcontext():
+    with held(out) if is_first() else nullcontext():
         if is_first():
             _claim(out, plan)
         wait_for_all("latents planned")
@@ -178,7 +178,7 @@ def _write_shard(
                         continue
                     meta = samples[row][1]
                     captions = meta.pop("captions")
-                    meta["tokens"] = [vlm.tokens(caption) for caption in captions]
+                    meta["tokens"] = [vlm.prompts.caption_tokens(text)[0] for text in captions]
                     stored = io.BytesIO()
                     np.save(stored, latents[row], allow_pickle=False)
                     add_member(tar, f"{row:09d}.npy", stored.getvalue())

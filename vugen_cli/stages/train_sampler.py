@@ -76,9 +76,12 @@ def train_sampler(
         shard_frozen(vlm.model)
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        dropped = draw(torch.rand, (len(batch.captions),), generator) < settings.prompt_dropout
-        texts = batch.captions if batch.tokens is None else batch.tokens
-        prompts = ["" if drop else c for c, drop in zip(texts, dropped.tolist(), strict=True)]
+        host = getattr(generator, "host", generator)
+        dropped = draw(torch.rand, (len(batch.captions),), host) < settings.prompt_dropout
+        if batch.tokens is None:
+            tokens = [vlm.prompts.caption_tokens(caption) for caption in batch.captions]
+            batch.tokens, batch.cut = [ids for ids, _ in tokens], sum(cut for _, cut in tokens)
+        prompts = ["" if drop else ids for ids, drop in zip(batch.tokens, dropped.tolist(), strict=True)]
         prefix = vlm.prefix(prompts, multiple=ALIGNED if device.type == "cuda" else 1)
         with torch.no_grad():
             target = batch.images.float() if images.latents else autoencoder.encode(vlm, batch.images)

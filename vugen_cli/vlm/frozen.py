@@ -6,7 +6,6 @@ Nothing here changes a weight: parameters do not require gradients and every pas
 import json
 import re
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +20,7 @@ from vugen_cli.hub import reach_hub
 from vugen_cli.recipe import Recipe, parse_recipe
 from vugen_cli.vlm.latents import find_projector, read_latents, to_grid, vision_inputs
 from vugen_cli.vlm.prefix import Prefix
+from vugen_cli.vlm.prompts import Prompts
 
 WORDS = "words.json"  # in the directory of a VLM that lists the words of its captions
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values
@@ -35,6 +35,7 @@ class FrozenVLM:
         decoder: the language model's stack of layers.
         fingerprint: a hash over the names, shapes and values of the weights.
         vision: the same over those that z depends on alone.
+        prompts: turns prompts into token ids.
         words: every word of the captions it was trained on, where its directory lists them.
     """
 
@@ -58,6 +59,13 @@ class FrozenVLM:
         weights = model.state_dict(keep_vars=True)
         self.vision = combined_digest({n: d for n, d in digests.items() if id(weights[n]) not in left_out})
         self.words: frozenset[str] | None = None
+        self.prompts = Prompts(
+            processor.tokenizer,
+            name,
+            self.recipe.instruction,
+            self.recipe.prompt_tokens,
+            getattr(self.decoder.config, "max_position_embeddings", None),
+        )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -91,54 +99,6 @@ class FrozenVLM:
             return []
         return [word for word in dict.fromkeys(words_of(prompt)) if word not in self.words]
 
-    def prompt_text(self, prompt: str) -> str:
-        """The prompt in the recipe's instruction and the model's chat template, if it has one."""
-        content = self.recipe.instruction.replace("{prompt}", prompt) if prompt else ""
-        if self._template is None:
-            return content
-        return self._render(content, as_string=self._template == "string")
-
-    @cached_property
-    def _template(self) -> str | None:
-        """How the chat template wants a message's content: `string`, `parts`, or None without a template.
-
-        Tried, because nothing says it: a template given the wrong kind loses the text or fails.
-        """
-        if not getattr(self.processor.tokenizer, "chat_template", None):
-            return None
-        marker = "a bear in a forest"
-        for kind in ("string", "parts"):
-            try:
-                text = self._render(marker, as_string=kind == "string")
-            except Exception:  # whatever a template raises by itself, `TemplateError` or any Python error
-                continue
-            if marker in text and "'text'" not in text:
-                return kind
-        raise VugenError(f"the chat template of {self.name} takes no text message: remove it or mend it")
-
-    def _render(self, content: str, as_string: bool) -> str:
-        parts: Any = content if as_string else [{"type": "text", "text": content}]
-        return self.processor.tokenizer.apply_chat_template(
-            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
-        )
-
-    def tokens(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, never none.
-
-        Raises:
-            VugenError: more than the model has positions for.
-        """
-        tokenizer = self.processor.tokenizer
-        ids = tokenizer(self.prompt_text(prompt), add_special_tokens=self._template is None)["input_ids"]
-        longest = getattr(self.decoder.config, "max_position_embeddings", None)
-        if longest and len(ids) > longest // 2:
-            raise VugenError(
-                f"a prompt of {len(ids)} tokens is too long for {self.name}, which reads {longest // 2} "
-                f"beside an image: shorten it ({prompt[:40]}...)"
-            )
-        # A model without a template or a start token would give the image nothing to attend to.
-        return ids or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
-
     @torch.no_grad()
     def prefix(
         self, prompts: Sequence[str | list[int]], length: int | None = None, multiple: int = 1
@@ -155,7 +115,7 @@ class FrozenVLM:
         """
         from transformers import DynamicCache
 
-        rows = [self.tokens(p) if isinstance(p, str) else p for p in prompts]
+        rows = [self.prompts.tokens(p) if isinstance(p, str) else p for p in prompts]
         length = length or -(-max(map(len, rows)) // multiple) * multiple
         # Padded on the right whatever the tokenizer is set to: positions are then those of each prompt alone.
         ids = torch.zeros(len(rows), length, dtype=torch.long)
