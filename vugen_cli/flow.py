@@ -57,12 +57,16 @@ def flow_matching_loss(velocity: Velocity, data: Tensor, t: Tensor, generator: t
 
 
 def solve(
-    velocity: Velocity, noise: Tensor, steps: int, solver: Solver = "euler", shift: float = 1.0
+    velocity: Callable[[Tensor, float], Tensor],
+    noise: Tensor,
+    steps: int,
+    solver: Solver = "euler",
+    shift: float = 1.0,
 ) -> Tensor:
     """Integrate dx/dt = velocity(x, t) from t = 0 to 1.
 
     Args:
-        velocity: called with t as a float32 tensor [B].
+        velocity: (x, t) -> dx/dt; a network takes `at(t, x)`.
         noise: x at t = 0, [B, ...].
         steps: intervals; `euler` calls the velocity once in each, `heun` and `midpoint` twice, but `heun`
             once in the last (EDM, arXiv 2206.00364): a network that predicts the data has no velocity at 1.
@@ -74,16 +78,17 @@ def solve(
     """
     times = shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
     x = noise
-
-    def at(x: Tensor, t: float) -> Tensor:
-        return velocity(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
-
     for t, after in itertools.pairwise(times):
         step = after - t
-        slope = at(x, t)
+        slope = velocity(x, t).to(x.dtype)
         if solver == "heun" and after < 1:
-            slope = (slope + at(x + step * slope, after)) / 2
+            slope = (slope + velocity(x + step * slope, after).to(x.dtype)) / 2
         elif solver == "midpoint":
-            slope = at(x + step / 2 * slope, t + step / 2)
+            slope = velocity(x + step / 2 * slope, t + step / 2).to(x.dtype)
         x = x + step * slope
     return x
+
+
+def at(t: float, x: Tensor) -> Tensor:
+    """A time for each row of x, float32 [B]."""
+    return torch.full((len(x),), t, device=x.device)

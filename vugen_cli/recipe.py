@@ -24,6 +24,9 @@ RECIPES = Path(__file__).parent / "recipes"
 USE_OF_VLM = ("vlm_size", "vlm_dtype", "latents", "instruction")  # keys that decide what z and prefix are
 
 
+Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+
+
 class Section(BaseModel):
     """A part of the recipe; unknown keys are refused."""
 
@@ -218,6 +221,9 @@ class Sampling(Section):
         "outside, the second pass of the expert is saved",
     )
     solver: Literal["euler", "heun", "midpoint"] = "euler"
+    precision: Precision = Field(
+        "auto", description="of drawing, reconstruction and previews; `auto`: bfloat16 on GPUs that have it"
+    )
 
     @field_validator("guidance_interval")
     @classmethod
@@ -241,7 +247,9 @@ class Training(Section):
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights that are saved for use")
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = Field(
+        "auto", description="`auto`: bfloat16 where the hardware has it; see docs/scaling.md"
+    )
     checkpoint_every: PositiveInt = 500
     preview_every: PositiveInt = 1000
     keep_every: int = Field(

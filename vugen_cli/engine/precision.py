@@ -41,4 +41,6 @@ def passes(
     bfloat16 = wants_bfloat16(precision, device, training)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    if not bfloat16:  # no context of its own: a pass within one that rounds must round too
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vugen_cli.flow import Solver, solve
+from vugen_cli.flow import Solver, at, solve
 from vugen_cli.models.pixel_decoder import to_uint8
 from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import Decoder as DecoderRecipe
@@ -96,7 +96,7 @@ class LatentDecoder(nn.Module):
         height, width = noise.shape[2] // self.vae.factor, noise.shape[3] // self.vae.factor
         shape = (self.vae.channels, height, width)
         start = noise.flatten(1)[:, : self.vae.channels * height * width].unflatten(1, shape)
-        return solve(lambda x, t: self(x, t, latents), start, steps, solver)
+        return solve(lambda x, t: self(x, at(t, x), latents), start, steps, solver)
 
     @torch.no_grad()
     def decode(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vugen_cli.flow import Solver, solve
+from vugen_cli.flow import Solver, at, solve
 from vugen_cli.models.embeddings import TimeEmbedding
 from vugen_cli.recipe import Decoder as DecoderRecipe
 
@@ -111,7 +111,7 @@ class PixelDecoder(nn.Module):
 
     def integrate(self, latents: Tensor, noise: Tensor, steps: int, solver: Solver) -> Tensor:
         """x at t = 1, float [B, 3, H, W]: `decode` before rounding, and with a gradient."""
-        return solve(lambda x, t: self(x, t, latents), noise, steps, solver)
+        return solve(lambda x, t: self(x, at(t, x), latents), noise, steps, solver)
 
     @torch.no_grad()
     def decode(

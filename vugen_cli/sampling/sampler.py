@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vugen_cli.engine.compiling import compile_layers
 from vugen_cli.engine.distributed import blocks
-from vugen_cli.flow import Solver, solve
+from vugen_cli.engine.precision import passes
+from vugen_cli.flow import Solver, at, solve
 from vugen_cli.models.autoencoder import Autoencoder, ImageDecoder
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.recipe import Sampling, parse_recipe
@@ -52,6 +53,7 @@ class Sampler:
         recipe = parse_recipe(card["recipe"], str(path))
         self.defaults: Sampling = recipe.sampling
         self.shift = recipe.flow.shift
+        self.passes = passes(recipe.sampling.precision, vlm.device)
 
     @property
     def decoder(self) -> ImageDecoder:
@@ -79,9 +81,8 @@ class Sampler:
 
     @cached_property
     def unconditional(self) -> Prefix:
-        """The empty prompt's prefix, for BATCH rows."""
-        rows = torch.zeros(BATCH, dtype=torch.long, device=self.vlm.device)
-        return self.vlm.prefix([""], WIDTH).rows(rows)
+        """The empty prompt's prefix, of one row."""
+        return self.vlm.prefix([""], WIDTH)
 
     def settings(
         self, steps: int | None = None, guidance: float | None = None, solver: Solver | None = None
@@ -102,9 +103,9 @@ class Sampler:
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Draw n images for each prompt.
 
-        Image i of a prompt depends only on seed, prompt and i. Its noise is derived from them alone, and
-        batches always have BATCH rows and a prompt width that is a multiple of WIDTH, because the last bits
-        of a matrix product may depend on the shapes it runs in.
+        Image i of a prompt depends only on seed, prompt and i, from which its noise is derived; in the last
+        bit of a pixel also on how many are drawn together, since products of matrices round by their shapes.
+        Prompts are padded to a multiple of WIDTH, so that there are few shapes.
 
         Args:
             prompts: any texts; the empty one draws unconditionally.
@@ -118,19 +119,21 @@ class Sampler:
         """
         settings = self.settings(steps, guidance, solver)
         widths = [-(-len(self.vlm.prompts.tokens(prompt)) // WIDTH) * WIDTH for prompt in prompts]
+        known: dict[int, Prefix] = {}  # of the prompts in the batch: one of many images is read once
         for width in sorted(set(widths)):
             jobs = iter([(p, i) for p in range(len(prompts)) if widths[p] == width for i in range(n)])
             while batch := list(islice(jobs, BATCH)):
-                full = batch + [batch[-1]] * (BATCH - len(batch))
-                images = self._draw([(seed, prompts[p], i) for p, i in full], width, settings)
-                yield from ((p, i, image) for (p, i), image in zip(batch, images, strict=False))
+                wanted = list(dict.fromkeys(p for p, _ in batch))
+                with self.passes():
+                    known = {p: known.get(p) or self.vlm.prefix([prompts[p]], width) for p in wanted}
+                    rows = torch.tensor([wanted.index(p) for p, _ in batch], device=self.vlm.device)
+                    prefix = Prefix.join([known[p] for p in wanted]).rows(rows)
+                    images = self._draw([(seed, prompts[p], i) for p, i in batch], prefix, settings)
+                yield from ((p, i, image) for (p, i), image in zip(batch, images, strict=True))
 
-    def _draw(self, keys: list[tuple[int, str, int]], width: int, settings: dict[str, Any]) -> Tensor:
-        """One batch of images, uint8 [BATCH, 3, S, S] on the CPU; a key is (seed, prompt, image number)."""
-        prompts = list(dict.fromkeys(prompt for _, prompt, _ in keys))
-        rows = torch.tensor([prompts.index(prompt) for _, prompt, _ in keys], device=self.vlm.device)
-        prefixes = [self.vlm.prefix([prompt], width) for prompt in prompts]
-        latents = self.latents(Prefix.join(prefixes).rows(rows), keys, settings)
+    def _draw(self, keys: list[tuple[int, str, int]], prefix: Prefix, settings: dict[str, Any]) -> Tensor:
+        """One batch of images, uint8 [B, 3, S, S] on the CPU; a key is (seed, prompt, image number)."""
+        latents = self.latents(prefix, keys, settings)
         size = self.card["image_size"]
         noise = torch.stack([seeded_noise((3, size, size), *key, "pixels") for key in keys])
         return self.decoder.decode(latents, noise.to(latents.device)).cpu()
@@ -144,13 +147,14 @@ class Sampler:
             self.vlm.device
         )
         scale, (first, last) = settings["guidance"], settings["guidance_interval"]
-        everywhere = (first, last) == (0, 1)  # else each step reads a time, and waits for a GPU
+        first_row = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
+        unconditional = self.unconditional.rows(first_row)
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            conditional = self.expert(x, t, prefix)
-            if scale == 1 or not (everywhere or first <= float(t[0]) < last):
+        def velocity(x: Tensor, t: float) -> Tensor:
+            conditional = self.expert(x, at(t, x), prefix)
+            if scale == 1 or not first <= t < last:
                 return conditional
-            unconditional = self.expert(x, t, self.unconditional)
-            return unconditional + scale * (conditional - unconditional)
+            free = self.expert(x, at(t, x), unconditional)
+            return free + scale * (conditional - free)
 
         return solve(velocity, noise, settings["steps"], settings["solver"], self.shift)

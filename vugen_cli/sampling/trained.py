@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vugen_cli.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.engine.precision import passes
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
 from vugen_cli.flow import Solver
@@ -102,10 +103,11 @@ def decode_images(
 
     The noise of an image depends on the seed and its number alone; by default they count from 0.
     """
-    latents = autoencoder.encode(vlm, images)
     numbers = range(len(images)) if numbers is None else numbers
     noise = torch.stack([seeded_noise(images.shape[1:], seed, "reconstruct", i) for i in numbers])
-    return autoencoder.decoder.decode(latents, noise.to(latents.device), steps, solver)
+    with passes(vlm.recipe.sampling.precision, vlm.device)():
+        latents = autoencoder.encode(vlm, images)
+        return autoencoder.decoder.decode(latents, noise.to(latents.device), steps, solver)
 
 
 def load_sampler(

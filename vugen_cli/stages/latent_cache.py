@@ -21,6 +21,7 @@ from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import ShardedImages
 from vugen_cli.data.manifest import FORMAT, dataset_card
 from vugen_cli.data.writer import add_member, finished_shard, held
+from vugen_cli.engine.precision import passes, wants_bfloat16
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.models.autoencoder import Autoencoder
@@ -97,6 +98,7 @@ def write_latents(
     splits = {name: ShardedImages(data, name) for name in ShardedImages(data).manifest["splits"]}
     source = splits["train"].manifest
     flip = frozen.recipe.data.flip if flip is None else flip
+    precision = frozen.recipe.train_sampler.precision  # z̃ is then what that stage would compute itself
     plan = {
         "format": FORMAT,
         **{key: source.get(key) for key in ("dataset", "size", "licence", "classes")},
@@ -104,6 +106,7 @@ def write_latents(
         "latents": {
             **latent_facts(autoencoder, frozen, frozen.recipe, card),
             "dtype": "float16",
+            "precision": "bfloat16" if wants_bfloat16(precision, device) else "float32",
             "flip": flip,
         },
         "images": {name: [s["sha256"] for s in source["splits"][name]["shards"]] for name in splits},
@@ -117,7 +120,8 @@ def write_latents(
         for images, shard in shards[rank() :: world_size()]:
             note = notes / f"{images.names[shard]}.json"
             if finished_shard(out, note) is None:
-                write_json(note, _write_shard(out, images, shard, autoencoder, frozen, flip))
+                with passes(precision, device, training=True)():
+                    write_json(note, _write_shard(out, images, shard, autoencoder, frozen, flip))
         wait_for_all("latents written")
         entries: dict[str, Any] = {}
         for name, images in splits.items():
