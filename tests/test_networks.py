@@ -1,5 +1,7 @@
 """Reducer, pixel decoder and generation expert: shapes, invariances, gradients."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -207,6 +209,21 @@ def test_the_expert_is_a_copy_and_leaves_the_vlm_alone(vlm: FrozenVLM) -> None:
 
 
 # --- embeddings ---
+
+
+def test_the_copy_has_no_dropout_whatever_its_original_has(vlm: FrozenVLM) -> None:
+    original = copy.deepcopy(vlm.decoder)
+    original.config.attention_dropout = 0.5
+    for module in original.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    expert = wake(GenerationExpert(original, 4, (8, 8))).train()
+    prefix = vlm.prefix(["a bear", "a cat"])
+    noised, t = torch.randn(2, 8, 8, 4), torch.tensor([0.2, 0.7])
+    state = torch.get_rng_state()
+    assert torch.equal(expert(noised, t, prefix), expert(noised, t, prefix))
+    assert torch.equal(torch.get_rng_state(), state), "nothing draws from the global generator"
+    assert original.config.attention_dropout == 0.5
 
 
 def test_positions_are_all_different() -> None:

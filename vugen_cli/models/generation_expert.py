@@ -86,7 +86,7 @@ class GenerationExpert(nn.Module):
         config = copied.config
         if fresh:
             copied = fresh_decoder(decoder, width, mlp)
-        self.decoder = copied.float().requires_grad_(True)
+        self.decoder = without_dropout(copied).float().requires_grad_(True)
         width = width or config.hidden_size
         self.sections = bool((getattr(config, "rope_parameters", None) or {}).get("mrope_section"))
         self.inward = nn.Linear(channels, width)
@@ -121,6 +121,22 @@ class GenerationExpert(nn.Module):
             use_cache=False,
         ).last_hidden_state
         return self.outward(hidden).unflatten(1, (height, width))
+
+
+def without_dropout(module: nn.Module) -> nn.Module:
+    """The network with every kind of dropout off, for good.
+
+    A language model's configured dropout draws from the global generator: alike on every process, otherwise
+    after a resume. Flow matching brings noise enough.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for holder in (part, getattr(part, "config", part)):  # layers read it from either
+            for name, value in vars(holder).items():
+                if name.endswith(("dropout", "layerdrop")) and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+    return module
 
 
 def image_positions(start: Tensor, height: int, width: int, sections: bool) -> Tensor:
