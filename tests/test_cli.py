@@ -178,7 +178,7 @@ def test_inspect_shows_cards_and_manifests(trained: Path, scenes: Path, tmp_path
         (["score", "prompts"], "no metric was asked for"),
         (["score", "--images", "{scenes}", "prompts", "--vqa-score"], "--images stands before prompts"),
         (["score", "--fid", "--images", "nowhere"], "no images at nowhere"),
-        (["score", "--is", "--images", "{scenes}", "--features", "resnet"], "--features resnet: give inception"),
+        (["score", "--is", "--images", "{scenes}", "--features", "resnet"], "--features resnet: give"),
         (["study", "training", "nowhere"], "nowhere holds no kept checkpoints"),
         (["study", "diversity", "--images", "nowhere"], "no images at nowhere"),
         (["study", "composition", "--sampler", "{reducer}"], "is a reducer checkpoint"),

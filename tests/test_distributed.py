@@ -87,7 +87,8 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
         [*cached, "--images", tar, "--reference", str(scenes), "--out", "first.json"],
         [*cached, "--images", tar, "--reference", str(scenes), "--out", "cached.json"],
         [*score, "--psnr", "--images", tar, "--reference", other, "--out", "pairs.json"],
-        ["score", "prompts", "--vqa-score", "--images", tar, "--vlm", "nano", "--count", "9", "--out", "prompts.json"],
+        ["score", "prompts", "--vqa-score", "--images", tar, "--vlm", "nano", "--count", "9",
+         "--out", "prompts.json"],
         ["study", "diversity", *vlm, "--images", "samples", "--out", "diversity.json"],
         ["study", "composition", "--sampler", bundled, "--count", "2", "--out", "composition.json"],
     ]  # fmt: skip

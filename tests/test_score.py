@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from vugen_cli.commands.score import app
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics import encoders, inception, scores
+from vugen_cli.metrics import encoders, image_sets, inception, scores
 from vugen_cli.metrics import samples as samples_module
 from vugen_cli.metrics.encoders import load_extractor, vlm_extractor
 from vugen_cli.metrics.features import Extractor
@@ -452,7 +452,36 @@ def test_a_missing_embedded_reference_is_drawn(tmp_path, monkeypatch, tiny):
     assert report["reference"]["split"] == "val" and report["reference"]["count"] == 8
 
 
+def test_scores_do_not_need_the_embedded_world(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    images = write_images(tmp_path / "data", 7, 2)
+    write_samples(tmp_path / "samples", images)
+    for name in [name for name in sys.modules if name.startswith("vugen_cli.nano")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "vugen_cli.nano", None)
+    with pytest.raises(ImportError):
+        import vugen_cli.nano.scenes  # noqa: F401
+    run("--fid", "--images", images, "--reference", images)
+    run("--fid")  # its reference is on disk
+    run("--is", "--images", write_images(tmp_path / "more", 12, 1), "--reference", images)
+    assert json.loads(Path("scores.json").read_text())["reference"] is None
+
+
+def test_a_set_is_opened_once_and_its_listing_read_once(tmp_path, monkeypatch, tiny):
+    samples = write_samples(tmp_path / "samples", write_images(tmp_path / "data", 6, 2))
+    opened, read = [], []
+    open_set, read_listing = image_sets.open_image_set, image_sets.read_samples
+    monkeypatch.setattr(
+        image_sets, "open_image_set", lambda *given: opened.append(given[0]) or open_set(*given)
+    )
+    monkeypatch.setattr(
+        image_sets, "read_samples", lambda folder: read.append(folder) or read_listing(folder)
+    )
+    run("--fid", "--is", "--pr", "--images", samples, "--out", tmp_path / "scores.json")
+    assert opened == [samples, tmp_path / "data"] and read == [samples]
+
+
 def test_the_command_imports_nothing_heavy():
-    code = "import sys, vugen_cli.commands.score; print({'torch', 'numpy', 'rich.table'} & set(sys.modules))"
+    code = "import sys, vugen_cli.commands.score, vugen_cli.commands.study; print({'torch', 'numpy', 'rich.table'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torch" not in done.stdout and "numpy" not in done.stdout

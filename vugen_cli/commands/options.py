@@ -1,4 +1,4 @@
-"""Options that several commands share, and what becomes of them: a recipe, a set of images, an extractor."""
+"""Options that several commands share, and how they become a recipe."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,10 +8,6 @@ import typer
 from vugen_cli.errors import VugenError
 
 if TYPE_CHECKING:
-    import torch
-
-    from vugen_cli.metrics.features import Extractor
-    from vugen_cli.metrics.image_sets import ImageSet
     from vugen_cli.recipe import Recipe
 
 DataOption = Annotated[Path, typer.Option(help="Data set written by `vugen prepare`.")]
@@ -55,37 +51,9 @@ BatchOption = Annotated[
     int | None, typer.Option(min=1, help="Images a forward pass.", show_default="what is fast")
 ]
 SamplerOption = Annotated[
-    Path | None, typer.Option(help="Sampler checkpoint.", show_default="the newest one here")
+    Path | None, typer.Option(help="Sampler checkpoint.", show_default="the newest here, else the bundled")
 ]
 OutOption = Annotated[Path, typer.Option(help="Where the result is written, as JSON.")]
-
-
-def given_images(images: Path | None, count: int | None) -> "ImageSet":
-    """The images of --images, or the last samples here; only the first `count`.
-
-    Raises:
-        VugenError: there are none.
-    """
-    from vugen_cli.metrics.image_sets import open_image_set
-    from vugen_cli.metrics.samples import newest_samples
-
-    if images is None:
-        images = newest_samples(Path.cwd())
-        typer.echo(f"Scoring the last samples, {images}.")
-    return open_image_set(images, count)
-
-
-def given_extractor(features: str, recorded_vlm: str, device: "torch.device") -> "Extractor":
-    """What --features names; `vlm` alone is the VLM that was recorded.
-
-    Raises:
-        VugenError: it names nothing, or its weights cannot be had.
-    """
-    from vugen_cli.metrics.encoders import load_extractor
-
-    if features == "vlm":
-        typer.echo(f"Features of the VLM {recorded_vlm}.")
-    return load_extractor(features, recorded_vlm, device)
 
 
 def training_recipe(

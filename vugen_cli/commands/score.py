@@ -11,8 +11,6 @@ from vugen_cli.commands.options import (
     FeaturesOption,
     ImagesOption,
     OutOption,
-    given_extractor,
-    given_images,
 )
 from vugen_cli.errors import VugenError
 from vugen_cli.processes import join
@@ -85,20 +83,22 @@ def score(
     of_sets = {"fid": fid, "kid": kid, "is": inception_score, "sfid": sfid, "pr": pr, "dc": dc}
     metrics, pair_metrics = _wanted(of_sets, {"psnr": psnr, "ssim": ssim, "lpips": lpips})
     from vugen_cli.engine.device import pick_device
+    from vugen_cli.metrics.encoders import load_extractor
     from vugen_cli.metrics.features import cache_folder
+    from vugen_cli.metrics.image_sets import open_image_set
     from vugen_cli.metrics.pairs import score_pairs
     from vugen_cli.metrics.report import finish, joined
-    from vugen_cli.metrics.samples import recorded_vlm
+    from vugen_cli.metrics.samples import pick_images, recorded_vlm
     from vugen_cli.metrics.scores import compare_sets
 
     where = join(pick_device(device))
-    ours = given_images(images, count)
+    ours = open_image_set(pick_images(images), count)
     theirs = _reference(ours, reference, count) if pair_metrics or metrics != ["is"] else None
     reports = []
     if pair_metrics and theirs:  # first: sets that do not pair up show at once
         reports.append(score_pairs(ours, theirs, pair_metrics, device=where))
     if metrics or save_stats:
-        extractor = given_extractor(features, recorded_vlm(ours), where)
+        extractor = load_extractor(features, recorded_vlm(ours), where)
         cache = None if no_cache else cache_folder()
         report = compare_sets(ours, theirs, extractor, metrics, batch_size, save_stats, cache)
         reports.insert(0, report)
@@ -107,11 +107,11 @@ def score(
 
 def _refuse_options_before(context: typer.Context) -> None:
     """`vugen score --images x prompts` would leave its options unread."""
-    for name in context.params:
-        source = context.get_parameter_source(name)
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
         if source and source.name == "COMMANDLINE":
             command = context.invoked_subcommand
-            raise VugenError(f"--{name.replace('_', '-')} stands before {command}: give options after it.")
+            raise VugenError(f"{option.opts[0]} stands before {command}: give options after it.")
 
 
 def _wanted(of_sets: dict[str, bool], of_pairs: dict[str, bool]) -> tuple[list[str], list[str]]:
@@ -130,7 +130,8 @@ def _reference(ours: "ImageSet", given: Path | None, count: int | None) -> "Imag
     def draw_missing(out: Path) -> None:
         from vugen_cli.nano.scenes import draw_reference
 
-        draw_reference(out, ours)
+        first = next(iter(ours), None)
+        draw_reference(out, 64 if first is None else min(first.shape[1:]))
 
     return open_image_set(given or recorded_reference(ours, draw_missing), count)
 
@@ -173,12 +174,13 @@ def prompts(
             "--geneval."
         )
     from vugen_cli.engine.device import pick_device
+    from vugen_cli.metrics.image_sets import open_image_set
     from vugen_cli.metrics.prompt_scores import score_prompts
     from vugen_cli.metrics.report import finish
-    from vugen_cli.metrics.samples import recorded_vlm
+    from vugen_cli.metrics.samples import pick_images, recorded_vlm
 
     where = join(pick_device(device))
-    ours = given_images(images, count)
+    ours = open_image_set(pick_images(images), count)
     report = score_prompts(
         ours,
         clip_score=clip_score,

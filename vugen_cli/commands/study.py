@@ -13,8 +13,6 @@ from vugen_cli.commands.options import (
     OutOption,
     SamplerOption,
     VlmOption,
-    given_extractor,
-    given_images,
 )
 from vugen_cli.errors import VugenError
 from vugen_cli.processes import is_first, join
@@ -140,12 +138,13 @@ def training(
     from vugen_cli.checkpoint import read_card
     from vugen_cli.engine.device import pick_device
     from vugen_cli.files import write_json
+    from vugen_cli.metrics.encoders import load_extractor
     from vugen_cli.metrics.features import cache_folder
     from vugen_cli.studies.over_training import kept_checkpoints, plot_over_training, score_over_training
 
     where = join(pick_device(device))
     kept = [kept_checkpoints(run) for run in runs]  # what is missing is told before a network is loaded
-    extractor = given_extractor(features, read_card(kept[0][0])["vlm"]["name"], where)
+    extractor = load_extractor(features, read_card(kept[0][0])["vlm"]["name"], where)
     curves = score_over_training(
         runs, extractor, reference=reference, count=count, device=where, cache=cache_folder()
     )
@@ -189,18 +188,19 @@ def diversity(
     """
     from vugen_cli.engine.device import pick_device
     from vugen_cli.metrics.diversity import score_diversity
+    from vugen_cli.metrics.encoders import load_extractor
     from vugen_cli.metrics.features import cache_folder
     from vugen_cli.metrics.image_sets import open_image_set
     from vugen_cli.metrics.prompted_images import prompted_images
     from vugen_cli.metrics.report import finish
-    from vugen_cli.metrics.samples import recorded_vlm
+    from vugen_cli.metrics.samples import pick_images, recorded_vlm
 
     where = join(pick_device(device))
-    drawn = prompted_images(given_images(images, count))
+    drawn = prompted_images(open_image_set(pick_images(images), count))
     real = prompted_images(open_image_set(reference)) if reference else None
     report = score_diversity(
         drawn,
-        given_extractor(features, recorded_vlm(drawn.images), where),
+        load_extractor(features, recorded_vlm(drawn.images), where),
         reference=real,
         batch_size=batch_size,
         cache=cache_folder(),

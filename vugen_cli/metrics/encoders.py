@@ -208,7 +208,7 @@ def _settings(name: str, settings: Mapping[str, object]) -> str:
 
 
 def load_extractor(features: str, recorded_vlm: str, device: torch.device | str) -> Extractor:
-    """The feature extractor that `--features` names.
+    """The feature extractor that `--features` names; `vlm` alone says which VLM it takes.
 
     Args:
         features: `inception[:FILE]`, `vlm[:ID]`, `clip:MODEL:PRETRAINED` or `dinov2:DIRECTORY`.
@@ -226,6 +226,8 @@ def load_extractor(features: str, recorded_vlm: str, device: torch.device | str)
     if kind == "vlm":
         from vugen_cli.vlm.frozen import load_vlm
 
+        if not which:
+            print(f"features: of the VLM {recorded_vlm}")
         return vlm_extractor(load_vlm(which or recorded_vlm, device=device), device)
     if kind == "clip" and which:
         return clip_extractor(which, device)

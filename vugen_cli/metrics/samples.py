@@ -56,6 +56,19 @@ def read_samples(folder: Path) -> list[DrawnImage]:
     return samples
 
 
+def pick_images(given: Path | None) -> Path:
+    """The given images, or the last samples here, which is said.
+
+    Raises:
+        VugenError: there are none.
+    """
+    if given is not None:
+        return given
+    path = newest_samples(Path.cwd())
+    print(f"images: {path}, the last samples here")
+    return path
+
+
 def newest_samples(directory: Path) -> Path:
     """The folder, at most two below `directory`, whose `samples.jsonl` was written last.
 

@@ -9,7 +9,7 @@ has not seen.
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -26,9 +26,6 @@ from vugen_cli.nano.vocabulary import (
     SUBJECTS,
     Scene,
 )
-
-if TYPE_CHECKING:
-    from vugen_cli.metrics.image_sets import ImageSet
 
 PAIRS = 0.25  # share of the scenes with two subjects; of the rest a fifth are counted
 
@@ -242,14 +239,12 @@ class OpenMojiScenes:
 REFERENCE_SCENES = 2000  # what is drawn where the embedded data set is named as reference but is not on disk
 
 
-def draw_reference(out: Path, images: "ImageSet") -> None:
-    """Prepare scenes of the embedded data set's validation split, as large as the samples."""
+def draw_reference(out: Path, size: int) -> None:
+    """Prepare scenes of the embedded data set's validation split, of `size` pixels a side."""
     import os
 
     from vugen_cli.data.writer import write_dataset
 
-    first = next(iter(images), None)
-    size = 64 if first is None else min(first.shape[1:])
     typer.echo(
         f"The reference {out} is not on disk: drawing {REFERENCE_SCENES:,} scenes of {size} px into it."
     )
