@@ -731,7 +731,7 @@ def test_the_command_reports_all_scores_in_one_table(tmp_path, monkeypatch, clip
     result = CliRunner().invoke(app, list(map(str, [*arguments, "--vlm", asked_path, "--images", folder])))
     assert result.exit_code == 0, (result.output, result.exception)
     assert "DPG-Bench, judged by tiny" in result.output and "CLIPScore (tiny-of-prompts)" in result.output
-    report = json.loads((tmp_path / "scores.json").read_text())
+    report = json.loads((tmp_path / "prompt-scores.json").read_text())
     scores = by_name(report["scores"])
     assert {"clip_score", "clip_cosine", "vqa_score", "dpg_bench", "dpg_bench_entity"} <= set(scores)
     assert scores["vqa_score"]["parameters"]["images"] == 8 and report["images"]["count"] == 2
@@ -746,7 +746,7 @@ def test_the_command_reports_all_scores_in_one_table(tmp_path, monkeypatch, clip
         app, ["prompts", "--geneval", str(path), "--detector", str(yolos), "--clip", clip_name]
     )
     assert result.exit_code == 0, (result.output, result.exception)
-    scores = by_name(json.loads((tmp_path / "scores.json").read_text())["scores"])
+    scores = by_name(json.loads((tmp_path / "prompt-scores.json").read_text())["scores"])
     assert set(scores) == {"geneval", "geneval_colors", "geneval_position"}
     assert scores["geneval"]["parameters"]["detector_type"] == "yolos" and scores["geneval"]["value"] is None
 

@@ -156,7 +156,7 @@ def prompts(
     ] = None,
     clip: Annotated[str | None, typer.Option(help="MODEL:PRETRAINED or MODEL:FILE of open_clip.")] = None,
     count: CountOption = None,
-    out: OutOption = Path("scores.json"),
+    out: OutOption = Path("prompt-scores.json"),
     device: DeviceOption = None,
 ) -> None:
     """Score images against the prompts they were drawn for.
