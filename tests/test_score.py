@@ -482,6 +482,7 @@ def test_a_set_is_opened_once_and_its_listing_read_once(tmp_path, monkeypatch, t
 
 
 def test_the_command_imports_nothing_heavy():
-    code = "import sys, vugen_cli.commands.score, vugen_cli.commands.study; print({'torch', 'numpy', 'rich.table'} & set(sys.modules))"
+    code = "import sys, vugen_cli.commands.score, vugen_cli.commands.study\n"
+    code += "print({'torch', 'numpy', 'rich.table'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torch" not in done.stdout and "numpy" not in done.stdout
