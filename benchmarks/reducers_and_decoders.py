@@ -125,7 +125,7 @@ def measure(row: Row, options: argparse.Namespace, device: torch.device) -> dict
     found = reconstruct(reducer, options.data, base / "rec", options.images, device=device, save_images=True)
     result: dict[str, Any] = {
         "name": row.name,
-        **{key: found[key] for key in ("psnr", "ssim", "frechet")},
+        **{key: getattr(found, key) for key in ("psnr", "ssim", "frechet")},
         "channels": load_autoencoder(reducer, device)[2]["latents"]["channels"],
         "decode_per_s": decoding_speed(reducer, device),
         "effective_rank": json.loads(reducer.with_suffix(".latents.json").read_text())["effective_rank"],
@@ -163,7 +163,7 @@ def sampler_scores(
     extractor = vlm_extractor(load_vlm(options.vlm, device), device)
     references = options.data, base / "rec" / "decoded"
     reports = [score_sets(folder, reference, extractor, count=options.images) for reference in references]
-    return [report["scores"][0]["value"] for report in reports]
+    return [report.scores[0].value for report in reports]
 
 
 def decoding_speed(checkpoint: Path, device: torch.device, steps: int | None = None) -> float:
@@ -201,8 +201,8 @@ def decoding_steps(row: Row, options: argparse.Namespace, device: torch.device) 
         )
         lines.append(
             f"| {'distilled' if path == student else row.name} | {steps} | "
-            f"{decoding_speed(path, device, steps):.1f} | {found['psnr']:.2f} | {found['ssim']:.4f} | "
-            f"{found['frechet']:.3f} |"
+            f"{decoding_speed(path, device, steps):.1f} | {found.psnr:.2f} | {found.ssim:.4f} | "
+            f"{found.frechet:.3f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -61,7 +61,7 @@ def main() -> None:
         # As `vugen score` chooses it; torch-fidelity has to be told where the sets are small.
         subset = 1000 if options.count >= 1000 else options.count // 2
         metrics = ["--fid", "--kid", "--is", "--pr", "--no-cache"]
-        sets = ["--images", images, "--reference", reference, "--inception-weights", weights]
+        sets = ["--images", images, "--reference", reference, "--features", f"inception:{weights}"]
         tools = {
             "torch-fidelity": ["-c", THEIRS, images, reference, weights, subset, work / "theirs.json"],
             "vugen score": ["-m", "vugen_cli", "score", *metrics, *sets, "--out", work / "ours.json"],

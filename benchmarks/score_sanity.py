@@ -1,7 +1,7 @@
 """What must hold of any Fréchet distance, checked on images of yours or on drawn scenes; ends in 1 if not.
 
     python benchmarks/score_sanity.py
-    python benchmarks/score_sanity.py --images photos --inception-weights weights.pth --count 2000
+    python benchmarks/score_sanity.py --images photos --features inception:weights.pth --count 2000
 
 A set against itself is at 0; features drawn from known Gaussians come to the closed-form distance; and the
 distance of a set to its own blurred, noisy or JPEG-compressed copies rises with every step of strength.
@@ -15,13 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
 
 from vugen_cli.metrics.encoders import load_extractor
 from vugen_cli.metrics.features import Extractor
 from vugen_cli.metrics.frechet import frechet_distance
-from vugen_cli.metrics.image_sets import open_images
+from vugen_cli.metrics.image_sets import open_image_set
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.moments import Moments
 from vugen_cli.nano.scenes import OpenMojiScenes
@@ -87,7 +86,7 @@ def check(images: list[Image.Image], extractor: Extractor) -> bool:
         def distance(folder: Path) -> float:
             cache = Path(scratch) / "cache"
             report = score_sets(folder, clean, extractor, ("fid",), cache=cache, progress=False)
-            return float(report["scores"][0]["value"])
+            return float(report.scores[0].value)
 
         itself = distance(clean)
         scale = 0.0
@@ -109,14 +108,11 @@ def main() -> None:
     )
     parser.add_argument("--images", type=Path, help="any set `vugen score` takes (default: drawn scenes)")
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--vlm", help="features of this VLM (default: nano, unless weights are given)")
-    parser.add_argument("--inception-weights", type=Path)
+    parser.add_argument("--features", default="vlm:nano", help="as those of `vugen score`")
     arguments = parser.parse_args()
-    vlm = arguments.vlm or (None if arguments.inception_weights else "nano")
-    where = torch.device("cpu")
-    extractor = load_extractor(None, vlm, None, None, arguments.inception_weights, Path(), where)
+    extractor = load_extractor(arguments.features, "nano", "cpu")
     if arguments.images:
-        pixels = open_images(arguments.images, arguments.count)
+        pixels = open_image_set(arguments.images, arguments.count)
         pictures = [Image.fromarray(image.transpose(1, 2, 0)) for image in pixels]
     else:
         scenes = OpenMojiScenes(arguments.count, "val", 64)

@@ -4,6 +4,7 @@
 """
 
 import typing
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,23 @@ HOW = "python docs/write_commands.py"
 
 
 def reference() -> str:
-    """The page: every command's help, arguments and options, in the order of `vugen --help`."""
+    """The page: every command's help, arguments and options, in the order of `vugen --help`.
+
+    A group's own options come before those of its commands.
+    """
     from typer.main import get_command
 
     from vugen_cli.app import app
 
-    group: Any = get_command(app)
-    parts = [f"# Commands\n\nWritten from the commands by `{HOW}`; do not edit.\n"]
-    parts.append(_options("vugen", group))
-    for name, command in group.commands.items():
-        parts.append(_options(f"vugen {name}", command))
-    return "\n".join(parts)
+    head = f"# Commands\n\nWritten from the commands by `{HOW}`; do not edit.\n"
+    return "\n".join([head, *_sections("vugen", get_command(app))])
+
+
+def _sections(title: str, command: Any) -> Iterator[str]:
+    yield _options(title, command)
+    if commands := getattr(command, "commands", None):
+        for name in command.list_commands(None):
+            yield from _sections(f"{title} {name}", commands[name])
 
 
 def _options(title: str, command: Any) -> str:
@@ -35,7 +42,7 @@ def _options(title: str, command: Any) -> str:
             text.append("\n".join(["```text", *lines[1:], "```\n"]))
         else:
             text.append(" ".join(line.strip() for line in lines) + "\n")
-    kinds = typing.get_type_hints(command.callback)
+    kinds = typing.get_type_hints(command.callback) if command.callback else {}
     shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
     rows = [_row(parameter, kinds.get(parameter.name)) for parameter in shown if parameter.name != "help"]
     if rows:

@@ -1,9 +1,11 @@
 """A tiny VLM on disk and a small data set, made once for the whole suite."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 # Two test processes share two cores: a thread each, that does not spin while it waits.
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from vugen_cli.data.writer import write_dataset
+from vugen_cli.metrics.report import Record
 from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.nano.vlm import build, save_vlm, train_tokenizer
 from vugen_cli.recipe import NanoVLM, Recipe, load_recipe
@@ -95,6 +98,12 @@ def trained(scenes: Path, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPath
     reducer = train_reducer(tiny_recipe, scenes, out / "reducer.safetensors", device)
     train_sampler(tiny_recipe, reducer, scenes, out / "sampler.safetensors", device)
     return out
+
+
+def written(record: Record) -> dict[str, Any]:
+    """A report, or another record, as its JSON file holds it."""
+    read: dict[str, Any] = json.loads(json.dumps(record.written()))
+    return read
 
 
 def vugen(*arguments: str | Path, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:

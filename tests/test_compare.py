@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from vugen_cli.app import app
 from vugen_cli.errors import VugenError
-from vugen_cli.studies.compare import read_samples
+from vugen_cli.studies.compare import read_shown
 
 
 def run(*words: str | Path) -> str:
@@ -51,4 +51,4 @@ def test_a_listing_cannot_show_files_from_elsewhere(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "samples.jsonl").write_text('{"file": "../secret.png", "prompt": "a bear"}\n')
     with pytest.raises(VugenError, match="outside its folder"):
-        read_samples(folder)
+        read_shown(folder)

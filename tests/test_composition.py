@@ -60,10 +60,10 @@ def test_the_command_draws_judges_and_sets_the_judge_beside(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ["score", "--composition", "--sampler", str(trained / "sampler.safetensors"), "--count", "2"]
+    command = ["study", "composition", "--sampler", str(trained / "sampler.safetensors"), "--count", "2"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.exception
-    report = json.loads((tmp_path / "scores.json").read_text())
+    report = json.loads((tmp_path / "composition.json").read_text())
     names = {entry["metric"] for entry in report["scores"]}
     assert {"composition_seen_subject", "composition_pair_relation", "composition_count_count"} <= names
     shares = [entry for entry in report["scores"] if entry["metric"].startswith("composition")]
@@ -75,9 +75,9 @@ def test_the_command_compares_the_set_with_real_scenes_and_those_with_others(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ["score", "--composition", "--sampler", str(trained / "sampler.safetensors"), "--count", "4"]
+    command = ["study", "composition", "--sampler", str(trained / "sampler.safetensors"), "--count", "4"]
     assert CliRunner().invoke(app, command).exit_code == 0
-    report = json.loads((tmp_path / "scores.json").read_text())
+    report = json.loads((tmp_path / "composition.json").read_text())
     assert report["reference"]["path"] == "composition/real" and report["reference"]["count"] == 16
     distance = next(entry for entry in report["scores"] if entry["metric"] == "frechet_vlm")
     assert 0 < distance["parameters"]["another_real_set"] < distance["value"]

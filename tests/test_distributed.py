@@ -62,8 +62,9 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
     wide = ["engine.strategy=fsdp", "engine.shard_vlm=true", "engine.recompute=true", "engine.accumulate=2"]
     wide += ["engine.compile=true", "engine.offload=true"]
     half = ["engine.strategy=fsdp", "train_sampler.precision=bfloat16"]
-    score = ["score", "--features", "vlm", "--vlm", str(vlm_path), "--batch-size", "8", "--no-cache"]
-    cached = ["score", "--fid", "--features", "vlm", "--vlm", str(vlm_path), "--batch-size", "8"]
+    vlm = ["--features", f"vlm:{vlm_path}", "--batch-size", "8"]
+    score = ["score", *vlm, "--no-cache"]
+    cached = ["score", "--fid", *vlm]
     brief = ["--steps", "3", "--batch-size", "8", "--set", "data.workers=0"]
     brief += ["--set", "train_sampler.precision=float32"]
     mixture = [f"data.mixture=[{{path: {scenes}, weight: 2}}, {{path: drawn}}]"]
@@ -86,9 +87,10 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
         [*cached, "--images", tar, "--reference", str(scenes), "--out", "first.json"],
         [*cached, "--images", tar, "--reference", str(scenes), "--out", "cached.json"],
         [*score, "--psnr", "--images", tar, "--reference", other, "--out", "pairs.json"],
-        ["score", "--vqa-score", "--images", tar, "--vlm", "nano", "--count", "9", "--out", "prompts.json"],
-        [*score, "--diversity", "--images", "samples", "--out", "diversity.json"],
-        ["score", "--composition", "--sampler", bundled, "--count", "2", "--out", "composition.json"],
+        ["score", "prompts", "--vqa-score", "--images", tar, "--vlm", "nano", "--count", "9",
+         "--out", "prompts.json"],
+        ["study", "diversity", *vlm, "--images", "samples", "--out", "diversity.json"],
+        ["study", "composition", "--sampler", bundled, "--count", "2", "--out", "composition.json"],
     ]  # fmt: skip
 
 

@@ -40,14 +40,14 @@ def test_the_command_scores_each_prompts_seeds_and_shows_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     drawn(tmp_path / "alike", {"a": [(9, 9, 9)], "b": [(200, 0, 0), (0, 0, 200), (0, 200, 0)]})
-    command = ["score", "--diversity", "--vlm", str(vlm_path), "--features", "vlm", "--images", "alike"]
+    command = ["study", "diversity", "--features", f"vlm:{vlm_path}", "--images", "alike"]
     whole = Path("alike/b-0.png").read_bytes()
     Path("alike/bad.png").write_bytes(whole[: len(whole) // 2])
     with open("alike/samples.jsonl", "a") as listing:
         listing.write("\n" + json.dumps({"file": "bad.png", "prompt": "b", "index": 3}))
     result = CliRunner().invoke(app, [*command, "--reference", "alike"])
     assert result.exit_code == 0, result.exception
-    report = json.loads(Path("scores.json").read_text())
+    report = json.loads(Path("diversity.json").read_text())
     distance, vendi = report["scores"]
     assert distance["parameters"]["prompts"] == 1 and distance["parameters"]["images_of_a_prompt"] == [3]
     assert distance["value"] > 0 and 1 < vendi["value"] <= 3
@@ -61,6 +61,6 @@ def test_one_image_a_prompt_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     drawn(tmp_path / "single", {"a": [(9, 9, 9)], "b": [(200, 0, 0)]})
-    command = ["score", "--diversity", "--vlm", str(vlm_path), "--features", "vlm", "--images", "single"]
+    command = ["study", "diversity", "--features", f"vlm:{vlm_path}", "--images", "single"]
     result = CliRunner().invoke(app, command)
     assert "no prompt of single has two images" in str(result.exception)

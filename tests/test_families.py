@@ -248,9 +248,9 @@ def test_chat_asks_the_vlm_of_a_sampler(trained: Path, tmp_path: Path) -> None:
 def test_understanding_is_shown_to_be_preserved(trained: Path, tmp_path: Path) -> None:
     import json
 
-    result = vugen("score", "--understanding", "--sampler", trained / "sampler.safetensors", cwd=tmp_path)
+    result = vugen("study", "understanding", "--sampler", trained / "sampler.safetensors", cwd=tmp_path)
     assert result.returncode == 0 and "preserved, bit for bit" in result.stdout
-    (score,) = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    (score,) = json.loads((tmp_path / "understanding.json").read_text())["scores"]
     assert score["preserved"] and score["logits_that_differ"] == 0 < score["logits_compared"]
     assert score["weights_before"] == score["weights_after"]
 

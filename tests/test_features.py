@@ -10,7 +10,7 @@ from PIL import Image
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.encoders import clip_extractor, dinov2_extractor
 from vugen_cli.metrics.features import Extractor, cache_folder, extract
-from vugen_cli.metrics.image_sets import open_images
+from vugen_cli.metrics.image_sets import open_image_set
 from vugen_cli.torchvision_repair import repair_torchvision
 
 SIZES = [(20, 16), (16, 20), (20, 16), (24, 24), (16, 20), (20, 16)]
@@ -44,12 +44,12 @@ def test_features_are_in_the_sets_order_whatever_the_sizes(folder, counting):
     extractor, seen = counting
     for batch_size in (1, 2, 64):
         features, record = extract(
-            open_images(folder), extractor, ["features", "logits"], batch_size=batch_size, progress=False
+            open_image_set(folder), extractor, ["features", "logits"], batch_size=batch_size, progress=False
         )
         assert features["features"].ravel().tolist() == [0, 1, 2, 3, 4, 5]
         assert features["logits"].ravel().tolist() == [0, 1, 4, 9, 16, 25]
         assert features["features"].dtype == np.float32
-        assert record["count"] == 6 and len(record["bad"]) == 1 and not record["cached"]
+        assert record.count == 6 and len(record.bad) == 1 and not record.cached
     assert sum(seen) == 18 and max(seen) == 3  # one pass gives every kind of feature
 
 
@@ -58,7 +58,7 @@ def test_features_that_are_not_finite_are_refused(folder):
         "vlm", "x", "none", {}, lambda images: {"features": torch.full((len(images), 2), torch.nan)}
     )
     with pytest.raises(VugenError, match="not finite"):
-        extract(open_images(folder), broken, ["features"], progress=False)
+        extract(open_image_set(folder), broken, ["features"], progress=False)
 
 
 def test_a_set_is_extracted_once(folder, counting, tmp_path):
@@ -67,17 +67,17 @@ def test_a_set_is_extracted_once(folder, counting, tmp_path):
 
     def again(path=folder, wanted=("features",), extractor=extractor):
         seen.clear()
-        features, record = extract(open_images(path), extractor, wanted, cache=cache, progress=False)
+        features, record = extract(open_image_set(path), extractor, wanted, cache=cache, progress=False)
         return features, record, sum(seen)
 
     first, record, shown = again()
-    assert shown == 6 and not record["cached"]
+    assert shown == 6 and not record.cached
     moved = folder.rename(tmp_path / "moved")  # content is what counts, not the place
     second, record, shown = again(moved)
     assert shown == 0 and np.array_equal(first["features"], second["features"])
-    assert record["cached"] and record["count"] == 6 and record["bad"][0].startswith("2x.png: ")
+    assert record.cached and record.count == 6 and record.bad[0].startswith("2x.png: ")
     both, record, shown = again(moved, ("features", "logits"))
-    assert shown == 6 and not record["cached"] and set(both) == {"features", "logits"}
+    assert shown == 6 and not record.cached and set(both) == {"features", "logits"}
     assert again(moved, ("features", "logits"))[2] == 0
     # Other weights, another resize, other bytes: other features.
     for changes in ({"identity": {"weights_sha256": "01"}}, {"resize": "to 8x8"}, {"label": "another"}):
@@ -91,23 +91,23 @@ def test_a_set_is_extracted_once(folder, counting, tmp_path):
 def test_a_damaged_cache_is_seen(folder, counting, tmp_path, damage, capsys):
     extractor, seen = counting
     cache = tmp_path / "cache"
-    first, _ = extract(open_images(folder), extractor, ["features"], cache=cache, progress=False)
+    first, _ = extract(open_image_set(folder), extractor, ["features"], cache=cache, progress=False)
     (file,) = cache.iterdir()
     data = bytearray(file.read_bytes())
     data[-2] ^= 1
     file.write_bytes({"flip": data, "cut": data[:-8], "empty": b"", "text": b"x" * 100}[damage])
     seen.clear()
-    again, record = extract(open_images(folder), extractor, ["features"], cache=cache, progress=False)
-    assert sum(seen) == 6 and not record["cached"] and np.array_equal(again["features"], first["features"])
+    again, record = extract(open_image_set(folder), extractor, ["features"], cache=cache, progress=False)
+    assert sum(seen) == 6 and not record.cached and np.array_equal(again["features"], first["features"])
     assert "damaged" in capsys.readouterr().err
-    _, record = extract(open_images(folder), extractor, ["features"], cache=cache, progress=False)
-    assert record["cached"]  # it was written anew
+    _, record = extract(open_image_set(folder), extractor, ["features"], cache=cache, progress=False)
+    assert record.cached  # it was written anew
 
 
 def test_a_cache_that_cannot_be_written_costs_only_a_line(folder, counting, tmp_path, capsys):
     (tmp_path / "file").touch()
     features, _ = extract(
-        open_images(folder), counting[0], ["features"], cache=tmp_path / "file" / "cache", progress=False
+        open_image_set(folder), counting[0], ["features"], cache=tmp_path / "file" / "cache", progress=False
     )
     assert len(features["features"]) == 6
     assert "not cached" in capsys.readouterr().err

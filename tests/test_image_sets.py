@@ -13,7 +13,7 @@ from PIL import Image
 
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics import image_sets
-from vugen_cli.metrics.image_sets import batches, npz_names, open_images
+from vugen_cli.metrics.image_sets import image_batches, npz_names, open_image_set
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 24, 20, 3), dtype=np.uint8)
 
@@ -79,17 +79,17 @@ def test_folder_is_recursive_and_sorted(tmp_path):
         (tmp_path / name).write_bytes(png(PIXELS[row]))
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "._a.png").write_text("what macOS leaves behind")
-    images = open_images(tmp_path)
+    images = open_image_set(tmp_path)
     assert (images.kind, images.total) == ("folder", 3)
     assert_rows(images, [0, 1, 2])
     assert_rows(images, [0, 1, 2])  # a set can be read again
-    assert images.describe() == {"path": str(tmp_path), "kind": "folder", "count": 3, "bad": []}
+    assert images.describe().written() == {"path": str(tmp_path), "kind": "folder", "count": 3, "bad": []}
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "webp", "bmp"])
 def test_formats(tmp_path, suffix):
     Image.fromarray(PIXELS[0]).save(tmp_path / f"a.{suffix}")
-    (image,) = read(open_images(tmp_path))
+    (image,) = read(open_image_set(tmp_path))
     with Image.open(tmp_path / f"a.{suffix}") as opened:
         assert np.array_equal(image, np.asarray(opened.convert("RGB")))
 
@@ -99,7 +99,7 @@ def test_samples_are_what_the_listing_names(tmp_path):
         (tmp_path / name).write_bytes(png(PIXELS[row]))
     rows = [{"file": name, "prompt": "x"} for name in ("b.png", "a.png", "b.png", "gone.png")]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    images = open_images(tmp_path)
+    images = open_image_set(tmp_path)
     assert (images.kind, images.total) == ("samples", 3)
     assert_rows(images, [1, 0])
     assert len(images.bad) == 1 and images.bad[0].startswith("gone.png: ")
@@ -113,28 +113,28 @@ def test_samples_stay_in_their_folder(tmp_path, name):
     (folder / "link").symlink_to(tmp_path)
     (folder / "samples.jsonl").write_text(json.dumps({"file": name}))
     with pytest.raises(VugenError, match="outside its folder"):
-        open_images(folder)
+        open_image_set(folder)
 
 
 @pytest.mark.parametrize("text", ['{"prompt": "x"}', "[1]", "{", '{"file": 3}'])
 def test_bad_listing(tmp_path, text):
     (tmp_path / "samples.jsonl").write_text(text)
     with pytest.raises(VugenError, match=r"samples\.jsonl"):
-        open_images(tmp_path)
+        open_image_set(tmp_path)
 
 
 def test_prepared_data_set(tmp_path):
     data = write_dataset(tmp_path / "data", {"train": [[0, 1], [2]], "val": [[3], [4]]})
-    images = open_images(data)
+    images = open_image_set(data)
     assert (images.kind, images.total, images.split) == ("shards", 2, "val")
     assert_rows(images, [3, 4])
-    assert images.describe()["split"] == "val"
-    assert_rows(open_images(data, split="train"), [0, 1, 2])
-    assert_rows(open_images(data, limit=2, split="train"), [0, 1])
+    assert images.describe().split == "val"
+    assert_rows(open_image_set(data, split="train"), [0, 1, 2])
+    assert_rows(open_image_set(data, limit=2, split="train"), [0, 1])
     with pytest.raises(VugenError, match="no test split"):
-        open_images(data, split="test")
+        open_image_set(data, split="test")
     only_train = write_dataset(tmp_path / "other", {"train": [[0]]})
-    assert open_images(only_train).split == "train"
+    assert open_image_set(only_train).split == "train"
 
 
 @pytest.mark.parametrize(
@@ -155,14 +155,14 @@ def test_bad_manifest(tmp_path, manifest):
     write_tar(tmp_path / "x.tar", [("0.png", png(PIXELS[0]))])
     (data / "dataset.json").write_text(manifest)
     with pytest.raises(VugenError):
-        open_images(data)
+        open_image_set(data)
 
 
 def test_tars(tmp_path):
     write_tar(tmp_path / "b.tar", [("1.png", png(PIXELS[1])), ("1.txt", b"")])
     write_tar(tmp_path / "a.tar", [("../0.png", png(PIXELS[0]))])
-    assert_rows(open_images(tmp_path / "b.tar"), [1])
-    folder = open_images(tmp_path)
+    assert_rows(open_image_set(tmp_path / "b.tar"), [1])
+    folder = open_image_set(tmp_path)
     assert (folder.kind, folder.total) == ("tar", None)
     assert_rows(folder, [0, 1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar"]  # nothing unpacked
@@ -174,10 +174,10 @@ def test_truncated_tar_ends_the_run(tmp_path):
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[:6000])
     with pytest.raises(VugenError, match=r"a\.tar is cut short"):
-        list(open_images(tmp_path / "a.tar"))
+        list(open_image_set(tmp_path / "a.tar"))
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(VugenError, match=r"a\.tar is not a whole, uncompressed tar"):
-        list(open_images(tmp_path / "a.tar"))
+        list(open_image_set(tmp_path / "a.tar"))
 
 
 def test_zip(tmp_path):
@@ -187,12 +187,12 @@ def test_zip(tmp_path):
         archive.writestr("../1.png", png(PIXELS[1]))
         archive.writestr("__MACOSX/x/._0.png", b"")
         archive.writestr("readme.txt", b"")
-    images = open_images(path)
+    images = open_image_set(path)
     assert (images.kind, images.total) == ("zip", 2)
     assert_rows(images, [0, 1])
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(VugenError, match=r"images\.zip is truncated"):
-        open_images(path)
+        open_image_set(path)
 
 
 def test_zip_with_a_damaged_member(tmp_path):
@@ -203,7 +203,7 @@ def test_zip_with_a_damaged_member(tmp_path):
     data = bytearray(path.read_bytes())
     data[200] ^= 255
     path.write_bytes(data)
-    images = open_images(path)
+    images = open_image_set(path)
     assert_rows(images, [1])
     assert len(images.bad) == 1 and images.bad[0].startswith("0.png: ")
 
@@ -220,7 +220,7 @@ def test_oversized_members_are_not_read(tmp_path, monkeypatch):
     (folder / "large.png").write_bytes(large)
     (folder / "0.png").write_bytes(png(PIXELS[0]))
     for path in (tmp_path / "a.zip", tmp_path / "a.tar", folder):
-        images = open_images(path)
+        images = open_image_set(path)
         assert_rows(images, [0])
         assert len(images.bad) == 1 and "10000 bytes is too large" in images.bad[0]
 
@@ -228,7 +228,7 @@ def test_oversized_members_are_not_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_batch(tmp_path, save):
     save(tmp_path / "batch.npz", PIXELS, np.arange(5))
-    images = open_images(tmp_path / "batch.npz")
+    images = open_image_set(tmp_path / "batch.npz")
     assert (images.kind, images.total) == ("npz", 5)
     assert_rows(images, range(5))
     assert npz_names(tmp_path / "batch.npz") == {"arr_0", "arr_1"}
@@ -246,17 +246,17 @@ def test_bad_npz(tmp_path):
     ):
         np.savez(path, array)
         with pytest.raises(VugenError, match=r"batch\.npz"):
-            open_images(path)
+            open_image_set(path)
     np.savez(path, images=PIXELS)
     with pytest.raises(VugenError, match='expected "arr_0"'):
-        open_images(path)
+        open_image_set(path)
     # An array that ends before its header says: only reading finds out.
     stream = io.BytesIO()
     np.save(stream, PIXELS)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", stream.getvalue()[:-100])
     with pytest.raises(VugenError, match="ends at image 4 of 5"):
-        list(open_images(path))
+        list(open_image_set(path))
 
 
 def test_bad_images_are_named_and_counted(tmp_path):
@@ -272,7 +272,7 @@ def test_bad_images_are_named_and_counted(tmp_path):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "6_dangling.png").symlink_to(tmp_path / "nowhere")
-    images = open_images(tmp_path)
+    images = open_image_set(tmp_path)
     assert_rows(images, [0, 1])
     assert [entry.split(":")[0] for entry in images.bad] == [
         "1_truncated.png",
@@ -289,21 +289,21 @@ def test_missing_empty_and_foreign_paths(tmp_path):
     (tmp_path / "file.txt").touch()
     for path in (tmp_path / "gone", tmp_path / "empty", tmp_path / "file.txt"):
         with pytest.raises(VugenError, match=path.name):
-            open_images(path)
+            open_image_set(path)
     with pytest.raises(VugenError, match="at least 1"):
-        open_images(tmp_path, limit=0)
+        open_image_set(tmp_path, limit=0)
 
 
 def test_batches_group_by_size_and_stay_bounded(tmp_path):
     sizes = [(16 + i % 7, 16) for i in range(60)]
     np.savez(tmp_path / "a.npz", PIXELS)
-    assert [len(batch) for _, batch in batches(open_images(tmp_path / "a.npz"), 2)] == [2, 2, 1]
+    assert [len(batch) for _, batch in image_batches(open_image_set(tmp_path / "a.npz"), 2)] == [2, 2, 1]
     folder = tmp_path / "mixed"
     folder.mkdir()
     for index, size in enumerate(sizes):
         (folder / f"{index:02d}.png").write_bytes(png(np.full((*size, 3), index, np.uint8)))
     seen = []
-    for positions, batch in batches(open_images(folder), 4):
+    for positions, batch in image_batches(open_image_set(folder), 4):
         assert batch.ndim == 4 and batch.shape[1] == 3 and 1 <= len(batch) <= 4
         assert [int(image[0, 0, 0]) for image in batch] == positions
         seen += positions
@@ -315,22 +315,22 @@ def test_the_digest_is_of_names_and_bytes(tmp_path):
     folder.mkdir()
     (folder / "0.png").write_bytes(png(PIXELS[0]))
     (folder / "1.png").write_bytes(b"no image")
-    images = open_images(folder)
+    images = open_image_set(folder)
     first = images.digest()
     assert images.digest() == first and images.count == 0  # nothing is decoded
     moved = folder.rename(tmp_path / "b")
-    assert open_images(moved).digest() == first
-    assert open_images(moved, limit=1).digest() != first
+    assert open_image_set(moved).digest() == first
+    assert open_image_set(moved, limit=1).digest() != first
     (moved / "1.png").write_bytes(b"no imagE")
-    assert open_images(moved).digest() != first
+    assert open_image_set(moved).digest() != first
     np.savez(tmp_path / "wide.npz", np.zeros((1, 16, 32, 3), np.uint8))
     np.savez(tmp_path / "tall.npz", np.zeros((1, 32, 16, 3), np.uint8))
-    assert open_images(tmp_path / "wide.npz").digest() != open_images(tmp_path / "tall.npz").digest()
+    assert open_image_set(tmp_path / "wide.npz").digest() != open_image_set(tmp_path / "tall.npz").digest()
 
 
 def test_reading_stops_cleanly(tmp_path):
     np.savez(tmp_path / "a.npz", PIXELS)
-    stream = iter(open_images(tmp_path / "a.npz"))
+    stream = iter(open_image_set(tmp_path / "a.npz"))
     next(stream)
     stream.close()
-    assert_rows(open_images(tmp_path / "a.npz", limit=3), range(3))
+    assert_rows(open_image_set(tmp_path / "a.npz", limit=3), range(3))

@@ -9,10 +9,11 @@ import torch
 from PIL import Image, ImageFilter
 
 from vugen_cli.errors import TooFewImages, VugenError
+from vugen_cli.metrics.bootstrap import bootstrap_interval
 from vugen_cli.metrics.encoders import vlm_extractor
 from vugen_cli.metrics.inception_score import inception_score
-from vugen_cli.metrics.kernel import kernel_distance, mmd2
-from vugen_cli.metrics.manifold import bootstrap_interval, compare_manifolds
+from vugen_cli.metrics.kid import kernel_distance, mmd2
+from vugen_cli.metrics.prdc import compare_manifolds
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.torchvision_repair import repair_torchvision
 
@@ -119,9 +120,9 @@ def test_precision_and_recall_agree_with_torch_fidelity():
 
 
 def test_manifolds_match_brute_force(monkeypatch):
-    from vugen_cli.metrics import manifold
+    from vugen_cli.metrics import prdc
 
-    monkeypatch.setattr(manifold, "BLOCK", 7)  # blocks that do not divide the sets
+    monkeypatch.setattr(prdc, "BLOCK", 7)  # blocks that do not divide the sets
     generated, real = features(33, 6, 1, 0.2), features(40, 6, 2)
     distances = lambda x, y: np.linalg.norm(x[:, None].astype(float) - y[None], axis=2)  # noqa: E731
     across = distances(real, generated)
@@ -200,7 +201,7 @@ def test_distances_rise_with_damage(tmp_path, pictures, vlm, damage, strengths):
     for strength in (0, *strengths):
         worse = batch("worse.npz", [damage(image, strength) if strength else image for image in pictures])
         report = score_sets(worse, clean, extractor, ["fid", "kid"], progress=False)
-        rows.append([entry["value"] for entry in report["scores"]])
+        rows.append([score.value for score in report.scores])
     frechet, kernel = np.array(rows).T
     assert frechet[0] == pytest.approx(0, abs=1e-9 * frechet[-1])
     assert (np.diff(frechet) > 0).all(), frechet

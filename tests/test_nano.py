@@ -148,7 +148,7 @@ def test_a_vlm_trained_further_keeps_what_reducers_were_trained_on(
 
 
 def test_the_bundled_vlm_reads_held_out_scenes(tmp_path: Path) -> None:
-    """`vugen score --composition` measures it in full; this one guards the bundle."""
+    """`vugen study composition` measures it in full; this one guards the bundle."""
     if not bundle("vlm").is_dir():
         pytest.skip("no bundle in this checkout")
     write_dataset(OpenMojiScenes(120, "val", 64), tmp_path / "val", "val", 64, progress=False)

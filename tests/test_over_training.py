@@ -31,12 +31,12 @@ def test_kept_checkpoints_are_scored_once_and_the_last_is_the_sampler(
     assert last[1] == final[1] and all(torch.equal(last[0][name], final[0][name]) for name in final[0])
     assert load_sampler(kept[0]).card["step"] == 2
 
-    command = ["score", "--over-training", "s.run", "--features", "vlm", "--vlm", recipe.vlm, "--count", "8"]
+    command = ["study", "training", "s.run", "--features", "vlm", "--count", "8"]  # the VLM of the run
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.exception
-    (curve,) = json.loads(Path("scores.json").read_text())["over_training"].values()
+    (curve,) = json.loads(Path("training.json").read_text())["over_training"].values()
     assert [(row["step"], row["images"]) for row in curve] == [(2, 8), (4, 16)]
-    assert Path("scores.png").is_file()
+    assert Path("training.png").is_file()
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a scored checkpoint was drawn again")
@@ -70,5 +70,5 @@ class Asked(StopSignals):
 
 
 def test_a_run_without_kept_checkpoints_says_how_to_keep_them(trained: Path) -> None:
-    command = ["score", "--over-training", str(trained / "sampler.run"), "--features", "vlm"]
+    command = ["study", "training", str(trained / "sampler.run"), "--features", "vlm"]
     assert "keep_every" in str(CliRunner().invoke(app, command).exception)

@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import written
 from PIL import Image
 
 from vugen_cli.errors import VugenError
+from vugen_cli.metrics.image_sets import open_image_set
 from vugen_cli.metrics.lpips import FILES, load_lpips
 from vugen_cli.metrics.pairs import psnr, score_pairs
 from vugen_cli.torchvision_repair import repair_torchvision
@@ -22,8 +24,9 @@ def write(folder, pixels, suffix="png"):
     return folder
 
 
-def scores(*arguments, **options):
-    report = score_pairs(*arguments, progress=False, **options)
+def scores(ours, theirs, count=None):
+    sets = open_image_set(ours, count), open_image_set(theirs, count)
+    report = written(score_pairs(*sets, progress=False))
     return {entry["metric"]: entry for entry in report["scores"]}, report
 
 
@@ -73,8 +76,8 @@ def test_reconstructions_pair_up_with_their_originals(trained, scenes, tmp_path)
     report = reconstruct(trained / "reducer.safetensors", scenes, tmp_path, count=3, save_images=True)
     found, _ = scores(tmp_path / "decoded", tmp_path / "originals")
     assert found["psnr"]["parameters"]["pairs"] == 3
-    assert found["psnr"]["value"] == pytest.approx(report["psnr"], rel=1e-5)
-    assert found["ssim"]["value"] == pytest.approx(report["ssim"], rel=1e-4)
+    assert found["psnr"]["value"] == pytest.approx(report.psnr, rel=1e-5)
+    assert found["ssim"]["value"] == pytest.approx(report.ssim, rel=1e-4)
 
 
 def test_lpips_agrees_with_torch_fidelity(tmp_path, monkeypatch):

@@ -8,23 +8,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import typer
-from conftest import TINY
+from conftest import TINY, written
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from vugen_cli.commands.score import score
+from vugen_cli.commands.score import app
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics import geneval
+from vugen_cli.metrics.bootstrap import resampled_means
 from vugen_cli.metrics.clip_score import clip_scores, seed_variance
 from vugen_cli.metrics.detectors import Found, _instances, load_detector
 from vugen_cli.metrics.dpg_bench import Item, Question, count_answers, dpg_bench_scores, read_dpg_bench
 from vugen_cli.metrics.encoders import load_clip
 from vugen_cli.metrics.geneval import color_namer, failure, geneval_scores, keep_objects, read_geneval, sides
-from vugen_cli.metrics.image_sets import open_images
+from vugen_cli.metrics.image_sets import open_image_set
 from vugen_cli.metrics.prompt_scores import score_prompts
-from vugen_cli.metrics.prompted_images import prompted_images, resampled_means
+from vugen_cli.metrics.prompted_images import prompted_images as of_set
 from vugen_cli.metrics.vqa import SUFFIX, YesNoJudge, vqa_scores
 from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.nano.vlm import build, save_vlm, train_tokenizer
@@ -33,8 +33,9 @@ from vugen_cli.torchvision_repair import repair_torchvision
 from vugen_cli.vlm.chat import question_inputs
 from vugen_cli.vlm.frozen import load_vlm
 
-app = typer.Typer()
-app.command()(score)
+
+def prompted_images(path, limit=None, **options):
+    return of_set(open_image_set(path, limit), **options)
 
 
 def save_image(path, value=0, size=(32, 32)):
@@ -64,8 +65,13 @@ def pictures(pairs):
     return [(prompt, image) for _, prompt, image in seen]
 
 
-def by_name(scores):
-    return {entry["metric"]: entry for entry in scores}
+def by_name(entries):
+    return {entry["metric"]: entry for entry in entries}
+
+
+def scores_of(function, *arguments):
+    """The scores of a metric, as they are written."""
+    return list(map(written, function(*arguments, progress=False)))
 
 
 # Which prompt is whose
@@ -90,7 +96,7 @@ def test_prompts_of_samples_folders_tars_and_genevals_layout(tmp_path):
     pairs = prompted_images(folder)
     assert read(pairs) == expected and len(pairs.images.bad) == 1
     assert [(p, v) for _, p, v in read(prompted_images(tar))] == [(p, v) for _, p, v in expected]
-    assert pairs.describe() == {"count": 3, "source": "a .txt beside each image", "grid": False}
+    assert pairs.describe().written() == {"count": 3, "source": "a .txt beside each image", "grid": False}
     drawn = tmp_path / "geneval"
     for number in range(2):
         save_image(drawn / f"{number:05d}" / "samples" / "0000.png", number)
@@ -99,7 +105,7 @@ def test_prompts_of_samples_folders_tars_and_genevals_layout(tmp_path):
             json.dumps({"prompt": f"a photo of {number}"})
         )
     assert [(p, v) for _, p, v in read(prompted_images(drawn))] == [("a photo of 0", 0), ("a photo of 1", 1)]
-    assert open_images(drawn).kind == "geneval"  # and its grids are no images to any other metric
+    assert open_image_set(drawn).kind == "geneval"  # and its grids are no images to any other metric
 
 
 def test_prepared_shards_have_their_first_caption(scenes):
@@ -180,7 +186,7 @@ def test_clip_score_is_hessels_and_the_cosine_is_plain(tmp_path, clip):
 
     drawn = [("a bear", 10), ("a bear", 200), ("a bear", 90), ("a cat on a beach", 60), ("two apples", 250)]
     pairs = prompted_images(write_samples(tmp_path, drawn))
-    scores = by_name(clip_scores(pairs, clip, progress=False))
+    scores = by_name(scores_of(clip_scores, pairs, clip))
     tokenizer = open_clip.get_tokenizer("tiny-of-prompts")
     expected = {"A photo depicts ": [], "": []}
     with torch.inference_mode():
@@ -221,7 +227,7 @@ def test_openais_weights_run_with_their_own_activation(monkeypatch):
 
 def test_what_clip_cannot_read_is_said(tmp_path, clip):
     pairs = prompted_images(write_samples(tmp_path, [("a bear in a forest " * 5, 10), ("a cat", 60)]))
-    scores = by_name(clip_scores(pairs, clip, progress=False))
+    scores = by_name(scores_of(clip_scores, pairs, clip))
     assert "1 of 2 prompts are longer" in scores["clip_score"]["warning"]
     assert scores["clip_score_seed_variance"]["value"] is None
     assert "no prompt has two images" in scores["clip_score_seed_variance"]["warning"]
@@ -259,7 +265,7 @@ def test_the_judges_answer_is_the_ratio_of_the_first_tokens(tmp_path, asked_path
     expected = p[judge.yes].sum() / (p[judge.yes].sum() + p[judge.no].sum())
     assert judge(image, question) == pytest.approx(expected.item(), rel=1e-6)
     pairs = prompted_images(write_samples(tmp_path, [("a bear", 10), ("a bear", 200), ("a cat", 60)]))
-    (entry,) = vqa_scores(pairs, judge, progress=False)
+    (entry,) = scores_of(vqa_scores, pairs, judge)
     each = [judge(im, f'Does this figure show "{p}"?') for p, im in pictures(pairs)]
     assert entry["value"] == pytest.approx(np.mean(each), rel=1e-12)
     assert entry["parameters"]["question"] == 'Does this figure show "{prompt}"? Please answer yes or no.'
@@ -360,7 +366,7 @@ def test_dpg_bench_of_known_answers(tmp_path):
         {(10, "Is there a truck?"), (10, "Is it red?"), (10, "Is it on sand?"), (10, "Is it a photo?")}
         | {(20, "Is it red?"), (20, "Is it a photo?"), (20, "Is it on sand?"), (30, "Are there dogs?")}
     )
-    scores = dpg_bench_scores(pairs, items, bench, judge, progress=False)
+    scores = scores_of(dpg_bench_scores, pairs, items, bench, judge)
     # The first image scores 4/4, the second 1/4 (no truck: its colour and place do not count), the third 1/2.
     assert scores[0]["metric"] == "dpg_bench"
     assert scores[0]["value"] == pytest.approx(100 * ((1 + 0.25) / 2 + 0.5) / 2)
@@ -374,7 +380,7 @@ def test_dpg_bench_of_known_answers(tmp_path):
     }  # fmt: skip
     assert "mPLUG" in scores[0]["warning"] and "Only" not in scores[0]["warning"]
     half = prompted_images(tmp_path / "drawn", limit=2)
-    scores = dpg_bench_scores(half, items, bench, judge, progress=False)
+    scores = scores_of(dpg_bench_scores, half, items, bench, judge)
     assert scores[0]["value"] == 62.5 and "interval" not in scores[0]
     assert "Only 1 of 2 prompts have images" in scores[0]["warning"]
 
@@ -400,7 +406,7 @@ def test_dpg_bench_that_cannot_be_used_is_refused(tmp_path):
     table.write_text(whole)
     drawn = write_samples(tmp_path / "drawn", [("a bear", 1)])
     with pytest.raises(VugenError, match=r"the prompt of 0\.png, 'a bear', is none of .*--prompts .*prompts"):
-        score_prompts(drawn, dpg_bench=tmp_path / "b", progress=False)
+        score_prompts(open_image_set(drawn), dpg_bench=tmp_path / "b", progress=False)
 
 
 # GenEval
@@ -522,7 +528,7 @@ def test_geneval_is_the_mean_over_its_tasks(tmp_path, clip, monkeypatch):
     monkeypatch.setattr(
         geneval, "color_namer", lambda _: lambda _, found, name: {"dog": ["red"], "cat": ["blue"]}[name]
     )
-    overall, *tasks = geneval_scores(pairs, asked, detector, clip, progress=False)
+    overall, *tasks = scores_of(geneval_scores, pairs, asked, detector, clip)
     assert {entry["metric"].removeprefix("geneval_"): entry["value"] for entry in tasks} == {
         "single_object": 1, "two_object": 1, "counting": 0.5, "colors": 1, "position": 0, "color_attr": 1,
     }  # fmt: skip
@@ -532,7 +538,7 @@ def test_geneval_is_the_mean_over_its_tasks(tmp_path, clip, monkeypatch):
     ]  # fmt: skip
     assert "Mask2Former" in overall["warning"] and overall["parameters"]["images"] == 7
     some = prompted_images(tmp_path / "drawn", limit=5)
-    overall, *tasks = geneval_scores(some, asked, detector, clip, progress=False)
+    overall, *tasks = scores_of(geneval_scores, some, asked, detector, clip)
     assert overall["value"] is None and "no images of color_attr" in overall["warning"] and len(tasks) == 5
     json.dumps([overall, *tasks])
 
@@ -572,12 +578,12 @@ def test_geneval_that_cannot_be_used_is_refused(tmp_path, clip_name, yolos):
         ({"detector": tmp_path}, r"has no config\.json"),
     ):
         with pytest.raises(VugenError, match=message):
-            score_prompts(drawn, **{**given, **change})
+            score_prompts(open_image_set(drawn), **{**given, **change})
     with pytest.raises(VugenError, match="knows no computer mouse"):
-        score_prompts(drawn, **given)
+        score_prompts(open_image_set(drawn), **given)
     write_samples(drawn, [("a bear", 1)])
     with pytest.raises(VugenError, match=r"the prompt of 0\.png, 'a bear', is none of"):
-        score_prompts(drawn, **given)
+        score_prompts(open_image_set(drawn), **given)
 
 
 def test_colours_are_clips_zero_shot_choice_over_the_crop(clip):
@@ -712,11 +718,20 @@ def test_the_command_reports_all_scores_in_one_table(tmp_path, monkeypatch, clip
     folder = tmp_path / "drawn"
     for item in ("0", "coco7"):
         save_image(folder / f"{item}.png", 50, size=(64, 64))
-    arguments = ["--clip-score", "--clip", clip_name, "--vqa-score", "--dpg-bench", bench, "--grid"]
+    arguments = [
+        "prompts",
+        "--clip-score",
+        "--clip",
+        clip_name,
+        "--vqa-score",
+        "--dpg-bench",
+        bench,
+        "--grid",
+    ]
     result = CliRunner().invoke(app, list(map(str, [*arguments, "--vlm", asked_path, "--images", folder])))
     assert result.exit_code == 0, (result.output, result.exception)
     assert "DPG-Bench, judged by tiny" in result.output and "CLIPScore (tiny-of-prompts)" in result.output
-    report = json.loads((tmp_path / "scores.json").read_text())
+    report = json.loads((tmp_path / "prompt-scores.json").read_text())
     scores = by_name(report["scores"])
     assert {"clip_score", "clip_cosine", "vqa_score", "dpg_bench", "dpg_bench_entity"} <= set(scores)
     assert scores["vqa_score"]["parameters"]["images"] == 8 and report["images"]["count"] == 2
@@ -727,24 +742,31 @@ def test_the_command_reports_all_scores_in_one_table(tmp_path, monkeypatch, clip
 
     path = write_geneval(tmp_path / "m.jsonl", {"colors": ASKED["colors"], "position": ASKED["position"]})
     write_samples(tmp_path / "samples", [("a photo of colors", 9), ("a photo of position", 90)])
-    result = CliRunner().invoke(app, ["--geneval", str(path), "--detector", str(yolos), "--clip", clip_name])
+    result = CliRunner().invoke(
+        app, ["prompts", "--geneval", str(path), "--detector", str(yolos), "--clip", clip_name]
+    )
     assert result.exit_code == 0, (result.output, result.exception)
-    scores = by_name(json.loads((tmp_path / "scores.json").read_text())["scores"])
+    scores = by_name(json.loads((tmp_path / "prompt-scores.json").read_text())["scores"])
     assert set(scores) == {"geneval", "geneval_colors", "geneval_position"}
     assert scores["geneval"]["parameters"]["detector_type"] == "yolos" and scores["geneval"]["value"] is None
 
 
-def test_scores_on_prompts_stand_beside_scores_on_sets(tmp_path, asked_path):
+def test_samples_are_scored_as_a_set_and_against_their_prompts(tmp_path, asked_path):
     samples = write_samples(tmp_path / "samples", [("a bear", 9), ("a cat", 90), ("a dog", 30)])
     out = tmp_path / "scores.json"
-    arguments = ["--vqa-score", "--fid", "--features", "vlm", "--vlm", asked_path, "--images", samples]
-    more = ["--reference", samples, "--no-cache", "--out", out]
-    result = CliRunner().invoke(app, list(map(str, [*arguments, *more])))
-    assert result.exit_code == 0, (result.output, result.exception)
-    report = json.loads(out.read_text())
-    assert [entry["metric"] for entry in report["scores"]] == ["frechet_vlm", "vqa_score"]
-    assert report["prompts"]["source"] == "samples.jsonl" and report["reference"]["count"] == 3
-    result = CliRunner().invoke(app, ["--clip-score", "--images", str(samples)])
+
+    def report(*arguments):
+        result = CliRunner().invoke(app, list(map(str, [*arguments, "--images", samples, "--out", out])))
+        assert result.exit_code == 0, (result.output, result.exception)
+        return json.loads(out.read_text())
+
+    of_set = report("--fid", "--features", f"vlm:{asked_path}", "--reference", samples, "--no-cache")
+    assert [entry["metric"] for entry in of_set["scores"]] == ["frechet_vlm"]
+    assert of_set["reference"]["count"] == 3
+    of_prompts = report("prompts", "--vqa-score", "--vlm", asked_path)
+    assert [entry["metric"] for entry in of_prompts["scores"]] == ["vqa_score"]
+    assert of_prompts["prompts"]["source"] == "samples.jsonl"
+    result = CliRunner().invoke(app, ["prompts", "--clip-score", "--images", str(samples)])
     assert isinstance(result.exception, VugenError) and "--clip-score needs a CLIP" in str(result.exception)
 
 

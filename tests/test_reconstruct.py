@@ -67,15 +67,15 @@ def test_the_figures_are_those_of_known_pictures(
     original, decoded = (np.concatenate(seen[i::2]) for i in (0, 1))
     gap = (original.mean() - decoded.mean()) ** 2
     spread = (original.std(ddof=1) - decoded.std(ddof=1)) ** 2
-    assert report["frechet"] == pytest.approx(gap + spread, rel=1e-6)
-    assert report["features"] == "brightness"
+    assert report.frechet == pytest.approx(gap + spread, rel=1e-6)
+    assert report.features == "brightness"
 
 
 def test_a_single_image_has_no_frechet_distance(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Image.linear_gradient("L").convert("RGB").save(tmp_path / "in/a.png")
     report = reconstruct(trained / "reducer.safetensors", tmp_path / "in", tmp_path)
-    assert report["frechet"] is None and report["images"]["count"] == 1
+    assert report.frechet is None and report.images.count == 1
 
 
 def test_a_full_row_needs_the_identity_and_the_same_vlm(

@@ -14,26 +14,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import typer
+from conftest import written
 from PIL import Image
 from typer.testing import CliRunner
 
-from vugen_cli.commands import score as score_command
-from vugen_cli.commands.score import score
+from vugen_cli.commands.score import app
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics import inception
-from vugen_cli.metrics.encoders import vlm_extractor
+from vugen_cli.metrics import encoders, image_sets, inception, scores
+from vugen_cli.metrics import samples as samples_module
+from vugen_cli.metrics.encoders import load_extractor, vlm_extractor
 from vugen_cli.metrics.features import Extractor
 from vugen_cli.metrics.frechet import load_statistics
+from vugen_cli.metrics.image_sets import open_image_set
 from vugen_cli.metrics.inception import find_weights, inception_extractor
-from vugen_cli.metrics.last_samples import newest_samples, recorded_reference, recorded_vlm
-from vugen_cli.metrics.scores import score_sets
+from vugen_cli.metrics.samples import newest_samples, recorded_reference, recorded_vlm
 from vugen_cli.torchvision_repair import repair_torchvision
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "score.py"
 
-app = typer.Typer()
-app.command()(score)
+
+def score_sets(*arguments, **options):
+    """The report, as it is written."""
+    return written(scores.score_sets(*arguments, **options))
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +76,11 @@ def tiny(monkeypatch):
     """Let the command use the tiny extractor, whatever it is asked for; yields what it was asked."""
     asked = []
 
-    def load_extractor(features, vlm, clip, dinov2, inception_weights, images, device):
-        asked.append((features, vlm, clip, dinov2, inception_weights, images, device.type))
+    def load_extractor(features, recorded_vlm, device):
+        asked.append((features, recorded_vlm, device.type))
         return tiny_extractor("vlm" if features == "vlm" else "inception")
 
-    monkeypatch.setattr(score_command, "load_extractor", load_extractor)
+    monkeypatch.setattr(encoders, "load_extractor", load_extractor)
     return asked
 
 
@@ -176,7 +178,7 @@ def test_weights_are_taken_from_torch_home(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(inception, "WEIGHTS_URL", "http://127.0.0.1:9/nothing")
     file = tmp_path / "hub" / "checkpoints" / inception.WEIGHTS_NAME
-    with pytest.raises(VugenError, match=r"--inception-weights FILE, or score with --features vlm"):
+    with pytest.raises(VugenError, match=r"--features inception:FILE, or score with --features vlm"):
         find_weights()
     file.touch()
     assert find_weights() == file
@@ -346,7 +348,7 @@ def test_bare_command(tmp_path, monkeypatch, tiny):
     run("--fid", "--no-cache")
     assert not json.loads(Path("scores.json").read_text())["images"]["cached"]
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    assert tiny == 3 * [(None, None, None, None, None, Path("samples").resolve(), where)]
+    assert tiny == 3 * [("inception", "nano", where)]
     run("--fid", "--features", "vlm", "--device", "cpu", "--out", "deep/er/vlm.json", "--save-stats", "r.npz")
     (entry,) = json.loads(Path("deep/er/vlm.json").read_text())["scores"]
     assert entry["metric"] == "frechet_vlm" and Path("r.npz").is_file()
@@ -362,30 +364,28 @@ def test_bare_command(tmp_path, monkeypatch, tiny):
     assert json.loads(Path("scores.json").read_text())["reference"] is None
 
 
-def test_options_that_name_a_network():
-    def load(features=None, vlm=None, clip=None, dinov2=None, weights=None):
-        return score_command.load_extractor(features, vlm, clip, dinov2, weights, Path("gone"), "cpu")
-
-    kinds = score_command.Features
-    with pytest.raises(VugenError, match="--clip MODEL:PRETRAINED"):
-        load(kinds.clip)
-    with pytest.raises(VugenError, match="--dinov2 DIRECTORY"):
-        load(kinds.dinov2)
-    with pytest.raises(VugenError, match="--dinov2 goes with other features than inception"):
-        load(kinds.inception, dinov2=Path("x"))
-    with pytest.raises(VugenError, match="--clip goes with other features than vlm"):
-        load(vlm="nano", clip="x:y")
-    with pytest.raises(VugenError, match="no VLM at gone"):  # --vlm alone says which features are meant
-        load(vlm="./gone")
-    with pytest.raises(VugenError, match="has no config.json"):
-        load(dinov2=Path("gone"))
-    with pytest.raises(VugenError, match="give the weights too"):
-        load(clip="ViT-B-32")
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ("clip", "give .*clip:MODEL:PRETRAINED"),
+        ("dinov2", "give .*dinov2:DIRECTORY"),
+        ("resnet", "--features resnet: give inception"),
+        ("", "--features : give inception"),
+        ("dinov2:gone", "gone has no config.json"),
+        ("clip:ViT-B-32", "give the weights too"),
+        ("vlm:./gone", "no VLM at gone"),
+        ("vlm", "no VLM at gone"),  # alone it is the recorded one
+        ("inception:gone", "cannot read the Inception weights gone"),
+    ],
+)
+def test_features_name_a_network(features, message):
+    with pytest.raises(VugenError, match=message):
+        load_extractor(features, "./gone", "cpu")
 
 
 def test_the_vlm_is_the_samplers(tmp_path):
-    assert recorded_vlm(write_samples(tmp_path / "samples", vlm="some/vlm")) == "some/vlm"
-    assert recorded_vlm(write_images(tmp_path / "images", 1, 1)) == "nano"
+    assert recorded_vlm(open_image_set(write_samples(tmp_path / "samples", vlm="some/vlm"))) == "some/vlm"
+    assert recorded_vlm(open_image_set(write_images(tmp_path / "images", 1, 1))) == "nano"
 
 
 def test_command_refuses_bad_input(tmp_path, monkeypatch, tiny):
@@ -427,30 +427,62 @@ def test_reference_from_the_samplers_card(tmp_path, monkeypatch):
     sampler = tmp_path / "sampler.safetensors"
     sampler.touch()
     samples = write_samples(tmp_path / "samples", sampler=str(sampler))
-    from vugen_cli import checkpoint
 
-    monkeypatch.setattr(checkpoint, "read_card", lambda path: {"data": {"path": str(data)}})
-    assert recorded_reference(samples) == data
-    monkeypatch.setattr(checkpoint, "read_card", lambda path: {})
+    def reference_of(folder):
+        return recorded_reference(open_image_set(folder), lambda out: pytest.fail(f"{out} was drawn"))
+
+    monkeypatch.setattr(samples_module, "read_card", lambda path: {"data": {"path": str(data)}})
+    assert reference_of(samples) == data
+    monkeypatch.setattr(samples_module, "read_card", lambda path: {})
     with pytest.raises(VugenError, match="names no reference"):
-        recorded_reference(samples)
+        reference_of(samples)
     gone = write_samples(tmp_path / "others", tmp_path / "gone", dataset="imagenet")
     with pytest.raises(VugenError, match="is not on disk"):
-        recorded_reference(gone)
+        reference_of(gone)
 
 
 @pytest.mark.slow
-def test_a_missing_embedded_reference_is_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(score_command, "REFERENCE_SCENES", 8)
+def test_a_missing_embedded_reference_is_drawn(tmp_path, monkeypatch, tiny):
+    monkeypatch.setattr("vugen_cli.nano.scenes.REFERENCE_SCENES", 8)
     samples = write_samples(tmp_path / "samples", tmp_path / "data", dataset="openmoji")
-    assert recorded_reference(samples) == tmp_path / "data"
+    assert "drawing 8 scenes of 32 px" in run("--fid", "--images", samples, "--out", tmp_path / "scores.json")
     manifest = json.loads((tmp_path / "data" / "dataset.json").read_text())
     assert manifest["splits"]["val"]["shards"][0]["samples"] == 8
     report = score_sets(samples, tmp_path / "data", tiny_extractor(), progress=False)
     assert report["reference"]["split"] == "val" and report["reference"]["count"] == 8
 
 
+def test_scores_do_not_need_the_embedded_world(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    images = write_images(tmp_path / "data", 7, 2)
+    write_samples(tmp_path / "samples", images)
+    for name in [name for name in sys.modules if name.startswith("vugen_cli.nano")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "vugen_cli.nano", None)
+    with pytest.raises(ImportError):
+        import vugen_cli.nano.scenes  # noqa: F401
+    run("--fid", "--images", images, "--reference", images)
+    run("--fid")  # its reference is on disk
+    run("--is", "--images", write_images(tmp_path / "more", 12, 1), "--reference", images)
+    assert json.loads(Path("scores.json").read_text())["reference"] is None
+
+
+def test_a_set_is_opened_once_and_its_listing_read_once(tmp_path, monkeypatch, tiny):
+    samples = write_samples(tmp_path / "samples", write_images(tmp_path / "data", 6, 2))
+    opened, read = [], []
+    open_set, read_listing = image_sets.open_image_set, image_sets.read_samples
+    monkeypatch.setattr(
+        image_sets, "open_image_set", lambda *given: opened.append(given[0]) or open_set(*given)
+    )
+    monkeypatch.setattr(
+        image_sets, "read_samples", lambda folder: read.append(folder) or read_listing(folder)
+    )
+    run("--fid", "--is", "--pr", "--images", samples, "--out", tmp_path / "scores.json")
+    assert opened == [samples, tmp_path / "data"] and read == [samples]
+
+
 def test_the_command_imports_nothing_heavy():
-    code = "import sys, vugen_cli.commands.score; print({'torch', 'numpy', 'rich.table'} & set(sys.modules))"
+    code = "import sys, vugen_cli.commands.score, vugen_cli.commands.study\n"
+    code += "print({'torch', 'numpy', 'rich.table'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torch" not in done.stdout and "numpy" not in done.stdout

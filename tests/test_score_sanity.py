@@ -8,7 +8,7 @@ SUITE = Path(__file__).parent.parent / "benchmarks" / "score_sanity.py"
 
 
 def test_distances_rise_with_damage_and_are_zero_without(tmp_path, vlm_path, scenes):
-    command = [sys.executable, SUITE, "--vlm", vlm_path, "--images", scenes, "--count", "24"]
+    command = [sys.executable, SUITE, "--features", f"vlm:{vlm_path}", "--images", scenes, "--count", "24"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, (result.stdout, result.stderr)
     assert result.stdout.count(" ok") == 14 and "WRONG" not in result.stdout

@@ -4,11 +4,14 @@ import errno
 import multiprocessing
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from vugen_cli import processes
+from vugen_cli.commands import score, study
 from vugen_cli.commands.chat import chat
 from vugen_cli.commands.compare import compare
 from vugen_cli.commands.demo import demo
@@ -16,7 +19,6 @@ from vugen_cli.commands.inspect import inspect
 from vugen_cli.commands.prepare import prepare
 from vugen_cli.commands.reconstruct import reconstruct
 from vugen_cli.commands.sample import sample
-from vugen_cli.commands.score import score
 from vugen_cli.commands.train_reducer import train_reducer
 from vugen_cli.commands.train_sampler import train_sampler
 from vugen_cli.commands.train_vae import train_vae
@@ -24,28 +26,43 @@ from vugen_cli.commands.train_vlm import train_vlm
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.version import __version__
 
+
+class InOrder(TyperGroup):
+    """Lists commands, and groups of commands among them, in the order in which one needs them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of `COMMANDS`."""
+        return list(COMMANDS)
+
+
 app = typer.Typer(
     name="vugen",
+    cls=InOrder,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
-    prepare,
-    train_reducer,
-    train_sampler,
-    sample,
-    score,
-    reconstruct,
-    compare,
-    chat,
-    train_vlm,
-    train_vae,
-    inspect,
-    demo,
-):
-    app.command()(command)
+COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
+    "prepare": prepare,
+    "train-reducer": train_reducer,
+    "train-sampler": train_sampler,
+    "sample": sample,
+    "score": score.app,
+    "study": study.app,
+    "reconstruct": reconstruct,
+    "compare": compare,
+    "chat": chat,
+    "train-vlm": train_vlm,
+    "train-vae": train_vae,
+    "inspect": inspect,
+    "demo": demo,
+}
+for name, command in COMMANDS.items():
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=name)
+    else:
+        app.command(name)(command)
 
 
 def _version(wanted: bool) -> None:
@@ -63,6 +80,7 @@ SPREAD = (
     "sample",
     "reconstruct",
     "score",
+    "study",
 )  # share their work out
 
 

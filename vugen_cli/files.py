@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, reading lines of JSON, and where the package keeps its own."""
 
 import fcntl
 import json
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 
 
 @contextmanager
@@ -134,6 +134,25 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the object on each non-empty line of a JSON-lines file.
+
+    Raises:
+        VugenError: the file cannot be read or a line is no JSON object.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise VugenError(f"{path} line {number} is no JSON object: expected one a line.")
+                yield row
+    except (OSError, ValueError) as error:
+        raise VugenError(f"{path} cannot be read as JSON lines: {first_line(error)}.") from error
 
 
 def user_cache() -> Path:

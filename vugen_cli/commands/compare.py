@@ -36,15 +36,15 @@ def compare(
     from vugen_cli.engine.device import pick_device
     from vugen_cli.sampling.draw import collect_prompts, draw
     from vugen_cli.sampling.trained import load_sampler
-    from vugen_cli.studies.compare import folder_name, names_of, read_samples, write_comparison
+    from vugen_cli.studies.compare import folder_name, names_of, read_shown, write_comparison
 
     if missing := [path for path in sources if not path.exists()]:
         raise VugenError(f"no {missing[0]}: give sampler checkpoints or folders of samples")
     folders = [path for path in sources if path.is_dir()]
-    drawn_before = {path: read_samples(path) for path in folders}
+    drawn_before = {path: read_shown(path) for path in folders}
     given = list(prompt or [])
     if folders and not given and not prompts:
-        given = [row["prompt"] for row in drawn_before[folders[0]]]
+        given = [sample.prompt for sample, _ in drawn_before[folders[0]] if sample.prompt]
     texts = collect_prompts(given, prompts) if len(folders) < len(sources) else []
     shown = {}
     for path, name in zip(sources, names_of(sources), strict=True):
@@ -53,6 +53,6 @@ def compare(
             continue
         samples = out.with_suffix("") / folder_name(name)
         draw(load_sampler(path, vlm, pick_device(device)), texts, n, samples, seed)
-        shown[name] = read_samples(samples)
+        shown[name] = read_shown(samples)
     count = write_comparison(shown, out)
     typer.echo(f"wrote {out}: {len(shown)} side by side, {count} prompts")

@@ -38,6 +38,22 @@ AllowMismatchOption = Annotated[
     bool,
     typer.Option("--allow-vlm-mismatch", help="Take a VLM of other weights than the checkpoint's."),
 ]
+ImagesOption = Annotated[
+    Path | None, typer.Option(help="Folder, tar, zip or npz of images.", show_default="the last samples")
+]
+FeaturesOption = Annotated[
+    str,
+    typer.Option(
+        help="What sees the images: inception[:FILE], vlm[:ID], clip:MODEL:PRETRAINED or dinov2:DIRECTORY."
+    ),
+]
+BatchOption = Annotated[
+    int | None, typer.Option(min=1, help="Images a forward pass.", show_default="what is fast")
+]
+SamplerOption = Annotated[
+    Path | None, typer.Option(help="Sampler checkpoint.", show_default="the newest here, else the bundled")
+]
+OutOption = Annotated[Path, typer.Option(help="Where the result is written, as JSON.")]
 
 
 def training_recipe(

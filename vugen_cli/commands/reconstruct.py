@@ -1,11 +1,14 @@
 """`vugen reconstruct`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vugen_cli.commands.options import AllowMismatchOption, DeviceOption
+
+if TYPE_CHECKING:
+    from vugen_cli.studies.reconstruct import Fidelity
 
 
 def reconstruct(
@@ -52,24 +55,22 @@ def reconstruct(
     report = run(reducer, images, out, count, steps, seed, vlm, where, allow_vlm_mismatch, save_images, full)
     if not is_first():
         return
-    for name, found in (("from all of z", report.get("full")), ("from reduced z", report)):
+    for name, found in (("from all of z", report.full), ("from reduced z", report)):
         if found:
             typer.echo(f"{name}: {summary(found)}")
     typer.echo(
-        f"over {report['images']['count']} images, Fréchet distance on {report['features']}; "
+        f"over {report.images.count} images, Fréchet distance on {report.features}; "
         f"wrote {out / 'reconstruction.png'}"
     )
-    if report["images"]["bad"]:
-        typer.echo(
-            f"{len(report['images']['bad'])} images could not be read; they are listed in reconstruction.json"
-        )
+    if bad := report.images.bad:
+        typer.echo(f"{len(bad)} images could not be read; they are listed in reconstruction.json")
 
 
-def summary(found: dict[str, Any]) -> str:
+def summary(found: "Fidelity") -> str:
     """The figures of one way of decoding, in a line."""
-    parts = [f"PSNR {found['psnr']:.2f} dB", f"SSIM {found['ssim']:.4f}"]
-    if "lpips" in found:
-        parts.append(f"LPIPS {found['lpips']:.4f}")
-    if found["frechet"] is not None:
-        parts.append(f"Fréchet distance {found['frechet']:.3f}")
+    parts = [f"PSNR {found.psnr:.2f} dB", f"SSIM {found.ssim:.4f}"]
+    if found.lpips is not None:
+        parts.append(f"LPIPS {found.lpips:.4f}")
+    if found.frechet is not None:
+        parts.append(f"Fréchet distance {found.frechet:.3f}")
     return ", ".join(parts)

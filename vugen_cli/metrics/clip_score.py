@@ -3,27 +3,21 @@
 Hessel et al. (2021), "CLIPScore: A Reference-free Evaluation Metric for Image Captioning".
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from PIL import Image
 
+from vugen_cli.metrics.bootstrap import by_prompt, resampled_means
 from vugen_cli.metrics.encoders import Clip
-from vugen_cli.metrics.prompted_images import (
-    Prompted,
-    PromptedImages,
-    by_prompt,
-    resampled_means,
-    score_entry,
-)
+from vugen_cli.metrics.prompted_images import Prompted, PromptedImages, score_of
+from vugen_cli.metrics.report import Score
 
 WEIGHT = 2.5
 PREFIX = "A photo depicts "  # what the authors put before every caption
 BATCH = 64
 
 
-def clip_scores(pairs: PromptedImages, clip: Clip, progress: bool = True) -> list[dict[str, Any]]:
+def clip_scores(pairs: PromptedImages, clip: Clip, progress: bool = True) -> list[Score]:
     """CLIPScore, its variance over images and over seeds of a prompt, and the plain cosine that papers quote.
 
     CLIPScore is 2.5 max(cos, 0) with "A photo depicts " before the prompt, as its authors compute it; papers
@@ -31,7 +25,7 @@ def clip_scores(pairs: PromptedImages, clip: Clip, progress: bool = True) -> lis
     that over seeds is the mean, over prompts with several images, of the unbiased variance within a prompt.
 
     Returns:
-        Four entries of a report.
+        Four scores.
 
     Raises:
         VugenError: the set cannot be read.
@@ -65,29 +59,28 @@ def clip_scores(pairs: PromptedImages, clip: Clip, progress: bool = True) -> lis
             f"{len(cut)} of {len(set(prompts))} prompts are longer than {clip.architecture} reads: it saw "
             "only their beginnings."
         )
-    entries = []
+    found = []
     for metric, name, each, text in (
         ("clip_score", "CLIPScore", scores, PREFIX + "{prompt}"),
         ("clip_cosine", "CLIP cosine x 100", plain, "{prompt}"),
     ):
         totals, counts = by_prompt(prompts, each.tolist())
-        entries.append(
-            score_entry(
-                metric,
-                f"{name} ({clip.architecture})",
-                float(each.mean()),
-                resampled_means(totals, counts),
-                std=float(each.std(ddof=1)) if len(each) > 1 else None,
-                parameters={**how, "text": text},
-                warning=warning if metric == "clip_score" else None,
-            )
+        score = score_of(
+            metric,
+            f"{name} ({clip.architecture})",
+            float(each.mean()),
+            resampled_means(totals, counts),
+            parameters={**how, "text": text},
+            warning=warning if metric == "clip_score" else None,
         )
+        score.std = float(each.std(ddof=1)) if len(each) > 1 else None
+        found.append(score)
     over_images = float(scores.var(ddof=1)) if len(scores) > 1 else None
     over_seeds, drawn_often = seed_variance(prompts, scores)
     name = "CLIPScore's variance over"
-    entries.append(score_entry("clip_score_variance", f"{name} images", over_images, parameters=how))
-    entries.append(
-        score_entry(
+    found.append(score_of("clip_score_variance", f"{name} images", over_images, parameters=how))
+    found.append(
+        score_of(
             "clip_score_seed_variance",
             f"{name} seeds",
             over_seeds,
@@ -95,7 +88,7 @@ def clip_scores(pairs: PromptedImages, clip: Clip, progress: bool = True) -> lis
             warning=None if drawn_often else "no prompt has two images: draw several with `vugen sample -n`.",
         )
     )
-    return entries
+    return found
 
 
 def seed_variance(prompts: list[str], scores: np.ndarray) -> tuple[float | None, int]:

@@ -78,7 +78,7 @@ def load_detector(directory: Path, device: torch.device | str = "cpu") -> Detect
     )
     from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
-    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    source = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(directory, **source)
         segments = config.model_type in SEGMENTERS

@@ -1,15 +1,16 @@
 """Diversity of the pictures of one prompt (the paper's Figure 5): do seeds differ, or repeat themselves?"""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from vugen_cli.errors import VugenError
+from vugen_cli.metrics.bootstrap import resampled_means
 from vugen_cli.metrics.features import Extractor, extract
-from vugen_cli.metrics.prompted_images import PromptedImages, prompted_images, resampled_means, score_entry
-from vugen_cli.metrics.scores import versions
+from vugen_cli.metrics.prompted_images import PromptedImages, score_of
+from vugen_cli.metrics.report import Report, versions
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 
@@ -36,58 +37,53 @@ def vendi_score(similarities: np.ndarray) -> float:
 
 
 def score_diversity(
-    images: Path,
+    images: PromptedImages,
     extractor: Extractor,
     *,
-    reference: Path | None = None,
-    count: int | None = None,
+    reference: PromptedImages | None = None,
     batch_size: int | None = None,
     cache: Path | None = None,
     picture: Path | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> Report:
     """Mean over prompts of the pairwise distance and the Vendi score of each prompt's images.
 
     Args:
-        images: a set with prompts (see `prompted_images`), several images to a prompt.
+        images: a set with prompts, several images to a prompt.
         extractor: the features that are compared.
         reference: real images with captions; those with a caption in common are scored in the same way.
-        count: only this many images.
         batch_size: images a forward pass.
         cache: folder of cached features (`features.cache_folder`), None for none.
         picture: a PNG to write, of the prompt with the most images.
         progress: show a bar on standard error.
 
     Returns:
-        A report as of `scores.score_sets`; {} on all but the first process of a job.
+        A report; an empty one on all but the first process of a job.
 
     Raises:
-        VugenError: the set has no prompts, or no prompt has two images.
+        VugenError: no prompt has two images.
     """
-    drawn = prompted_images(images, count)
-    found = _by_prompt(drawn, extractor, batch_size, cache, progress)
-    real = {}
-    if reference:
-        real = _by_prompt(prompted_images(reference), extractor, batch_size, cache, progress)
+    found = _by_prompt(images, extractor, batch_size, cache, progress)
+    real = _by_prompt(reference, extractor, batch_size, cache, progress) if reference else {}
     if not is_first():
-        return {}
+        return Report()
     if not found:
         raise VugenError(
-            f"--diversity: no prompt of {images} has two images; draw several: `vugen sample -n 16`"
+            f"no prompt of {images.images.path} has two images: draw several with `vugen sample -n 16`"
         )
     if picture:
         names, _ = max(found.values(), key=lambda group: len(group[0]))
-        save_grid(torch.from_numpy(drawn.images.pictures(names[:SHOWN])), picture)
+        save_grid(torch.from_numpy(images.images.pictures(names[:SHOWN])), picture)
     sizes = sorted({len(features) for _, features in found.values()})
-    entries = []
+    scores = []
     for metric, name, measure in (
         ("pairwise_distance", "pairwise distance", pairwise_distance),
         ("vendi", "Vendi score", vendi_score),
     ):
         values, of_real = (_of_each(groups, measure) for groups in (found, real))
         beside = f" (real: {of_real.mean():.3f})" if len(of_real) else ""
-        entries.append(
-            score_entry(
+        scores.append(
+            score_of(
                 f"{metric}_{extractor.name}",
                 f"{name} of one prompt's images, {extractor.name} features{beside}",
                 float(values.mean()),
@@ -106,13 +102,13 @@ def score_diversity(
                 else None,
             )
         )
-    return {
-        "scores": entries,
-        "images": drawn.images.describe(),
-        "reference": None,
-        "versions": versions(),
-        "warning": extractor.warning,
-    }
+    return Report(
+        scores=scores,
+        images=images.images.describe(),
+        reference=None,
+        versions=versions(),
+        warning=extractor.warning,
+    )
 
 
 def _by_prompt(
@@ -145,5 +141,7 @@ def _by_prompt(
     }
 
 
-def _of_each(groups: dict[str, tuple[list[str], np.ndarray]], measure: Any) -> np.ndarray:
+def _of_each(
+    groups: dict[str, tuple[list[str], np.ndarray]], measure: Callable[[np.ndarray], float]
+) -> np.ndarray:
     return np.array([measure(features @ features.T) for _, features in groups.values()])

@@ -7,18 +7,13 @@ Hu et al. (2024), "ELLA: Equip Diffusion Models with LLM for Enhanced Semantic A
 import csv
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics.prompted_images import (
-    Prompted,
-    PromptedImages,
-    by_prompt,
-    resampled_means,
-    score_entry,
-)
+from vugen_cli.metrics.bootstrap import by_prompt, resampled_means
+from vugen_cli.metrics.prompted_images import Prompted, PromptedImages, score_of
+from vugen_cli.metrics.report import Score
 from vugen_cli.metrics.vqa import SUFFIX, YesNoJudge
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -88,7 +83,7 @@ def read_dpg_bench(directory: Path) -> list[Item]:
     return list(items.values())
 
 
-def _add_question(items: dict[str, Item], row: dict[str, Any], where: str) -> None:
+def _add_question(items: dict[str, Item], row: dict[str, str], where: str) -> None:
     if any(row[name] is None for name in COLUMNS):
         raise VugenError(f"{where} has too few columns: fetch the table again.")
     name, text = row["item_id"].strip(), row["question_natural_language"].strip()
@@ -153,7 +148,7 @@ def dpg_bench_scores(
     directory: Path,
     judge: YesNoJudge,
     progress: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[Score]:
     """DPG-Bench x 100, and the share of yes in each broad category.
 
     The score of an image is `count_answers`, that of a prompt the mean over its images, and that of the
@@ -168,7 +163,7 @@ def dpg_bench_scores(
         progress: show a bar on standard error.
 
     Returns:
-        Entries of a report, the whole benchmark's first.
+        Scores, the whole benchmark's first.
 
     Raises:
         VugenError: a prompt is none of the benchmark's, the set cannot be read or the VLM cannot be asked.
@@ -197,21 +192,20 @@ def dpg_bench_scores(
         warnings.insert(0, f"Only {len(means)} of {len(items)} prompts have images.")
     if judge.warning:
         warnings.append(judge.warning)
-    entries = [
-        score_entry(
-            "dpg_bench",
-            f"DPG-Bench, judged by {judge.name}",
-            100 * float(means.mean()),
-            100 * resampled_means(means, np.ones(len(means))),
-            parameters=parameters,
-            warning=" ".join(warnings),
-            by_item=dict(zip(dict.fromkeys(seen), (100 * means).tolist(), strict=True)),
-        )
-    ]
+    whole = score_of(
+        "dpg_bench",
+        f"DPG-Bench, judged by {judge.name}",
+        100 * float(means.mean()),
+        100 * resampled_means(means, np.ones(len(means))),
+        parameters=parameters,
+        warning=" ".join(warnings),
+    )
+    whole.by_item = dict(zip(dict.fromkeys(seen), (100 * means).tolist(), strict=True))
+    categories = []
     for category, (asked_of, yes) in sorted(shares.items()):
         totals, counts = by_prompt(asked_of, yes)
-        entries.append(
-            score_entry(
+        categories.append(
+            score_of(
                 f"dpg_bench_{category}",
                 f"DPG-Bench {category}",
                 100 * float(totals.sum() / counts.sum()),
@@ -219,7 +213,7 @@ def dpg_bench_scores(
                 parameters={"questions_asked": len(yes)},
             )
         )
-    return entries
+    return [whole, *categories]
 
 
 def _ask_all(

@@ -2,21 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from PIL import Image
 
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.metrics.features import Extractor
-from vugen_cli.metrics.last_samples import recorded_vlm
 from vugen_cli.torchvision_repair import repair_torchvision
 
 
@@ -90,7 +87,7 @@ class Clip:
         try:
             return open_clip.get_tokenizer(self.architecture)
         except Exception as error:  # some are fetched, and a download fails in many ways
-            raise VugenError(f"--clip {self.name}: no tokenizer ({first_line(error)}).") from error
+            raise VugenError(f"CLIP {self.name}: no tokenizer ({first_line(error)}).") from error
 
 
 def load_clip(model: str, device: torch.device | str = "cpu") -> Clip:
@@ -107,14 +104,14 @@ def load_clip(model: str, device: torch.device | str = "cpu") -> Clip:
     architecture, _, pretrained = model.partition(":")
     if not pretrained:
         raise VugenError(
-            f"--clip {model}: give the weights too, as in ViT-B-32:laion2b_s34b_b79k or MODEL:FILE."
+            f"CLIP {model}: give the weights too, as in ViT-B-32:laion2b_s34b_b79k or MODEL:FILE."
         )
     repair_torchvision()
     import open_clip
 
     if architecture not in open_clip.list_models():
         raise VugenError(
-            f"--clip {model}: open_clip has no model {architecture}; it has ViT-B-32, ViT-L-14, ..."
+            f"CLIP {model}: open_clip has no model {architecture}; it has ViT-B-32, ViT-L-14, ..."
         )
     # OpenAI's weights, and some others, were trained with another activation than the model of that name has:
     # open_clip only warns.
@@ -128,7 +125,7 @@ def load_clip(model: str, device: torch.device | str = "cpu") -> Clip:
             architecture, pretrained=pretrained, device=device, weights_only=True
         )
     except Exception as error:  # a foreign file can fail in as many ways as a download
-        raise VugenError(f"--clip {model} could not be loaded: {first_line(error)}") from error
+        raise VugenError(f"CLIP {model} could not be loaded: {first_line(error)}") from error
     network.eval().requires_grad_(False)
     resize = _settings("open_clip's preprocessing", open_clip.get_model_preprocess_cfg(network))
     return Clip(model, architecture, network, preprocess, resize, fingerprint(network), device)
@@ -170,15 +167,15 @@ def dinov2_extractor(directory: Path, device: torch.device | str = "cpu") -> Ext
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
-        raise VugenError(f"--dinov2 {directory} has no config.json: give a Hugging Face directory of DINOv2.")
+        raise VugenError(f"{directory} has no config.json: give a Hugging Face directory of DINOv2.")
     repair_torchvision()
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    source = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(directory, **source)
         if config.model_type not in ("dinov2", "dinov2_with_registers"):
-            raise VugenError(f"--dinov2 {directory} holds a {config.model_type} model, not DINOv2.")
+            raise VugenError(f"{directory} holds a {config.model_type} model, not DINOv2.")
         processor = AutoImageProcessor.from_pretrained(directory, **source)
         network, report = AutoModel.from_pretrained(
             directory, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **source
@@ -186,9 +183,9 @@ def dinov2_extractor(directory: Path, device: torch.device | str = "cpu") -> Ext
     except VugenError:
         raise
     except Exception as error:  # a foreign directory can fail in as many ways as there are model classes
-        raise VugenError(f"--dinov2 {directory} could not be loaded: {first_line(error)}") from error
+        raise VugenError(f"{directory} could not be loaded: {first_line(error)}") from error
     if report["missing_keys"]:  # transformers would leave these at random
-        raise VugenError(f"--dinov2 {directory} lacks weights, such as {sorted(report['missing_keys'])[0]}.")
+        raise VugenError(f"{directory} lacks weights, such as {sorted(report['missing_keys'])[0]}.")
     network.eval().requires_grad_(False).to(device)
 
     def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -204,62 +201,39 @@ def dinov2_extractor(directory: Path, device: torch.device | str = "cpu") -> Ext
     )
 
 
-def _settings(name: str, settings: dict[str, Any]) -> str:
+def _settings(name: str, settings: Mapping[str, object]) -> str:
     """A preprocessing by name and the hash of its settings, which weights do not tell."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return f"{name} (settings {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
-class Features(StrEnum):
-    """The network that images are compared by."""
+def load_extractor(features: str, recorded_vlm: str, device: torch.device | str) -> Extractor:
+    """The feature extractor that `--features` names; `vlm` alone says which VLM it takes.
 
-    inception = "inception"
-    vlm = "vlm"
-    clip = "clip"
-    dinov2 = "dinov2"
-
-
-def load_extractor(
-    features: Features | None,
-    vlm: str | None,
-    clip: str | None,
-    dinov2: Path | None,
-    inception_weights: Path | None,
-    images: Path,
-    device: Any,
-) -> "Extractor":
-    """The feature extractor that the options name, on `device` (a torch.device).
+    Args:
+        features: `inception[:FILE]`, `vlm[:ID]`, `clip:MODEL:PRETRAINED` or `dinov2:DIRECTORY`.
+        recorded_vlm: the one that `vlm` alone means.
+        device: where the network runs.
 
     Raises:
-        VugenError: the options contradict each other, or its weights cannot be had.
+        VugenError: it names none of these, or the weights cannot be had.
     """
-    from vugen_cli.metrics.inception import inception_extractor
+    kind, _, which = features.partition(":")
+    if kind == "inception":
+        from vugen_cli.metrics.inception import inception_extractor
 
-    # A network's own option says which features are meant; --features is needed only to take its default.
-    options = {
-        Features.vlm: ("--vlm", vlm),
-        Features.clip: ("--clip", clip),
-        Features.dinov2: ("--dinov2", dinov2),
-        Features.inception: ("--inception-weights", inception_weights),
-    }
-    given = [kind for kind, (_, value) in options.items() if value is not None]
-    features = features or (given[0] if given else Features.inception)
-    if others := [options[kind][0] for kind in given if kind is not features]:
-        raise VugenError(f"{' and '.join(others)} goes with other features than {features.value}: drop one.")
-    if features is Features.inception:
-        return inception_extractor(inception_weights, device)
-    if features is Features.clip:
-        if clip is None:
-            raise VugenError("--features clip: say which with --clip MODEL:PRETRAINED or --clip MODEL:FILE.")
-        return clip_extractor(clip, device)
-    if features is Features.dinov2:
-        if dinov2 is None:
-            raise VugenError("--features dinov2: say where it is with --dinov2 DIRECTORY.")
-        return dinov2_extractor(dinov2, device)
+        return inception_extractor(Path(which) if which else None, device)
+    if kind == "vlm":
+        from vugen_cli.vlm.frozen import load_vlm
 
-    from vugen_cli.vlm.frozen import load_vlm
-
-    if vlm is None:
-        vlm = recorded_vlm(images)
-        typer.echo(f"Features of the VLM {vlm}.")
-    return vlm_extractor(load_vlm(vlm, device=device), device)
+        if not which:
+            print(f"features: of the VLM {recorded_vlm}")
+        return vlm_extractor(load_vlm(which or recorded_vlm, device=device), device)
+    if kind == "clip" and which:
+        return clip_extractor(which, device)
+    if kind == "dinov2" and which:
+        return dinov2_extractor(Path(which), device)
+    raise VugenError(
+        f"--features {features}: give inception, inception:FILE, vlm, vlm:ID, clip:MODEL:PRETRAINED or "
+        f"dinov2:DIRECTORY."
+    )

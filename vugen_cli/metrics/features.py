@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,8 @@ from tqdm import tqdm
 
 from vugen_cli.errors import VugenError
 from vugen_cli.files import user_cache, whole_file
-from vugen_cli.metrics.image_sets import ImageSet, batches
+from vugen_cli.metrics.image_sets import ImageSet, image_batches
+from vugen_cli.metrics.report import SetRecord
 from vugen_cli.processes import from_first, is_first, to_first, world_size
 
 CACHE_FORMAT = 2
@@ -60,7 +60,7 @@ def extract(
     cache: Path | None = None,
     role: str = "images",
     progress: bool = True,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+) -> tuple[dict[str, np.ndarray], SetRecord]:
     """The features of every good image of a set, in the set's order.
 
     Args:
@@ -86,9 +86,8 @@ def extract(
         files = {name: cache / f"{_key(digest, extractor, name)}.safetensors" for name in wanted}
         for name, file in files.items():
             if (entry := _read_cached(file, name)) is not None:
-                found[name], record = entry
+                found[name], images.left_out = entry
                 images.count = len(found[name])
-                images.left_out = {int(index): why for index, why in record["left_out"].items()}
     missing = from_first([name for name in wanted if name not in found])
     if missing:
         found |= _extract(images, extractor, missing, batch_size or extractor.batch_size, role, progress)
@@ -96,7 +95,7 @@ def extract(
             _write_cached(files[name], name, found[name], images)
     else:  # only the first has read the cache
         images.count, images.left_out = from_first((images.count, images.left_out))
-    return found, {**images.describe(), "cached": not missing}
+    return found, images.describe().model_copy(update={"cached": not missing})
 
 
 def _extract(
@@ -111,7 +110,7 @@ def _extract(
     parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
     bar = tqdm(total=images.total, desc=role, unit="img", disable=None if progress and is_first() else True)
     with bar, torch.inference_mode(), _full_float32():
-        for of_batch, batch in batches(images, batch_size):
+        for of_batch, batch in image_batches(images, batch_size):
             outputs = extractor.features(torch.from_numpy(batch))
             indices += of_batch
             for name in wanted:
@@ -160,8 +159,8 @@ def _key(digest: str, extractor: Extractor, name: str) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _read_cached(file: Path, name: str) -> tuple[np.ndarray, dict[str, Any]] | None:
-    """The features in a cache file and its record; None if there is none or it is not what was written."""
+def _read_cached(file: Path, name: str) -> tuple[np.ndarray, dict[int, str]] | None:
+    """The features in a cache file, and which images were left out; None where it is not what was written."""
     if not file.is_file():
         return None
     try:
@@ -170,8 +169,8 @@ def _read_cached(file: Path, name: str) -> tuple[np.ndarray, dict[str, Any]] | N
             rows = stored.get_tensor(name)
         if hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest() != record["sha256"]:
             raise ValueError("its hash is wrong")
-        return rows, record
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        return rows, {int(index): why for index, why in record["left_out"].items()}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         tqdm.write(f"cached features {file} are damaged ({error}): extracting again", file=sys.stderr)
         return None
 

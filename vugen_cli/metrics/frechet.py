@@ -17,7 +17,6 @@ import torch
 
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file
-from vugen_cli.metrics.image_sets import npz_names
 from vugen_cli.moments import Moments
 
 MAX_STATISTICS_BYTES = 4 << 30  # a covariance of 16,384 features is 2 GiB; more is no statistics file
@@ -164,20 +163,19 @@ def load_statistics(path: Path, spatial: bool = False) -> Statistics:
     path = Path(path)
     if not path.is_file():
         raise VugenError(f"no statistics at {path}: there is no such file.")
-    names = npz_names(path)
     wanted = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
-    if not names.issuperset(wanted):
-        raise VugenError(f"{path} holds no such statistics: expected the arrays {' and '.join(wanted)}.")
     try:
         with zipfile.ZipFile(path) as archive:
-            size = sum(info.file_size for info in archive.infolist() if info.filename != "arr_0.npy")
-        if size > MAX_STATISTICS_BYTES:
+            sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
+        if not sizes.keys() >= set(wanted):
+            raise ValueError(f"expected the arrays {' and '.join(wanted)}")
+        if (size := sum(sizes.values()) - sizes.get("arr_0", 0)) > MAX_STATISTICS_BYTES:
             raise ValueError(f"{size} bytes is too large")
         with np.load(path, allow_pickle=False) as arrays:
             mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in wanted)
-            n = int(arrays["n"]) if "n" in names else None
-            label = str(arrays["features"]) if "features" in names else None
-            identity: dict[str, str] = {name: str(arrays[name]) for name in IDENTITIES if name in names}
+            n = int(arrays["n"]) if "n" in sizes else None
+            label = str(arrays["features"]) if "features" in sizes else None
+            identity: dict[str, str] = {name: str(arrays[name]) for name in IDENTITIES if name in sizes}
     # np.load raises many kinds on a damaged file, zlib.error and pickle refusals among them.
     except Exception as error:
         raise VugenError(f"{path} cannot be read as statistics: {error}.") from error

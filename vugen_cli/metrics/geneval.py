@@ -7,24 +7,19 @@ Ghosh et al. (2023), "GenEval: An Object-Focused Framework for Evaluating Text-t
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
 from PIL import Image
 
 from vugen_cli.errors import VugenError
+from vugen_cli.files import read_jsonl
+from vugen_cli.metrics.bootstrap import SEED, by_prompt, resampled_means
 from vugen_cli.metrics.detectors import Detector, Found
 from vugen_cli.metrics.encoders import Clip
-from vugen_cli.metrics.image_sets import read_jsonl
-from vugen_cli.metrics.manifold import SEED
-from vugen_cli.metrics.prompted_images import (
-    Prompted,
-    PromptedImages,
-    by_prompt,
-    resampled_means,
-    score_entry,
-)
+from vugen_cli.metrics.prompted_images import Prompted, PromptedImages, score_of
+from vugen_cli.metrics.report import Score
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 POSITIONS = ("left of", "right of", "above", "below")
@@ -53,11 +48,27 @@ SPELLINGS = {
     "remote": "tv remote",
 }
 
+# An object that a prompt asks for: `position` is its side of the object at that place of the list.
+Clause = TypedDict(
+    "Clause",
+    {"class": str, "count": int, "color": NotRequired[str], "position": NotRequired[tuple[str, int]]},
+)
+
+
+class Asked(TypedDict):
+    """A line of `evaluation_metadata.jsonl`: what one prompt asks for."""
+
+    tag: str
+    prompt: str
+    include: list[Clause]
+    exclude: NotRequired[list[Clause]]
+
+
 Objects = dict[str, list[Found]]
 Colors = Callable[[Sequence[Found], str], list[str]]
 
 
-def read_geneval(path: Path) -> dict[str, dict[str, Any]]:
+def read_geneval(path: Path) -> dict[str, Asked]:
     """What each prompt asks for, by prompt, of the published `evaluation_metadata.jsonl`.
 
     Raises:
@@ -74,7 +85,7 @@ def read_geneval(path: Path) -> dict[str, dict[str, Any]]:
             raise VugenError(
                 f"{path} object {number} is not as GenEval's evaluation_metadata.jsonl has them: {problem}."
             )
-        asked[" ".join(row["prompt"].split())] = row
+        asked[" ".join(row["prompt"].split())] = cast(Asked, row)
     if not asked:
         raise VugenError(f"{path} is empty: give GenEval's prompts/evaluation_metadata.jsonl.")
     return asked
@@ -139,7 +150,7 @@ def sides(one: Found, other: Found) -> set[str]:
     return {side for side, true in holds.items() if true}
 
 
-def failure(asked: dict[str, Any], objects: Objects, colors: Colors) -> str | None:
+def failure(asked: Asked, objects: Objects, colors: Colors) -> str | None:
     """Why an image is not what its prompt asks for, or None if it is.
 
     As published: of each class only as many objects as are asked for are looked at, the surest; all of them
@@ -211,9 +222,7 @@ def _crop(picture: Image.Image, found: Found) -> Image.Image:
     return picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
 
-def check_geneval(
-    asked: dict[str, dict[str, Any]], pairs: PromptedImages, path: Path, detector: Detector
-) -> None:
+def check_geneval(asked: dict[str, Asked], pairs: PromptedImages, path: Path, detector: Detector) -> None:
     """Refuse images of other prompts, and a detector that does not know what the prompts ask for.
 
     Raises:
@@ -237,11 +246,11 @@ def check_geneval(
 
 def geneval_scores(
     pairs: PromptedImages,
-    asked: dict[str, dict[str, Any]],
+    asked: dict[str, Asked],
     detector: Detector,
     clip: Clip,
     progress: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[Score]:
     """GenEval's overall score, the mean over its six tasks, and each task's: the share of correct images.
 
     Args:
@@ -252,7 +261,7 @@ def geneval_scores(
         progress: show a bar on standard error.
 
     Returns:
-        Entries of a report, the overall score first; it has no value where a task has no images.
+        Scores, the overall one first; it has no value where a task has no images.
 
     Raises:
         VugenError: the set cannot be read.
@@ -275,13 +284,13 @@ def geneval_scores(
         correct.setdefault(row["tag"], []).append(float(reason is None))
         if reason:
             failures.append({"image": name, "tag": row["tag"], "reason": reason})
-    entries, shares, resampled = [], [], []
+    tasks, shares, resampled = [], [], []
     for place, task in enumerate(task for task in TASKS if task in correct):
         totals, counts = by_prompt(prompts[task], correct[task])
         shares.append(float(totals.sum() / counts.sum()))
         resampled.append(resampled_means(totals, counts, SEED + place))
-        entries.append(
-            score_entry(
+        tasks.append(
+            score_of(
                 f"geneval_{task}",
                 f"GenEval {task}",
                 shares[-1],
@@ -295,7 +304,7 @@ def geneval_scores(
         warnings.insert(0, f"Only {scored} of {len(asked)} prompts have images.")
     if missing := [task for task in TASKS if task not in correct]:
         warnings.insert(0, f"No overall score: no images of {', '.join(missing)}.")
-    overall = score_entry(
+    overall = score_of(
         "geneval",
         "GenEval",
         None if missing else float(np.mean(shares)),
@@ -317,6 +326,6 @@ def geneval_scores(
             "prompts_of_the_benchmark": len(asked),
         },
         warning=" ".join(warnings),
-        failures=failures,
     )
-    return [overall, *entries]
+    overall.failures = failures
+    return [overall, *tasks]

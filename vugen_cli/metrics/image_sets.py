@@ -7,7 +7,6 @@ ends the run, since a score over part of a reference would look like a score.
 
 import hashlib
 import itertools
-import json
 import os
 import zipfile
 import zlib
@@ -17,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
@@ -27,7 +26,9 @@ from vugen_cli.data.images import MAX_PIXELS, decode
 from vugen_cli.data.loader import ShardedImages
 from vugen_cli.data.manifest import read_manifest
 from vugen_cli.data.shards import read_at, tar_members
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
+from vugen_cli.metrics.report import SetRecord
+from vugen_cli.metrics.samples import DrawnImage, read_samples
 from vugen_cli.processes import from_all, rank, world_size
 
 MAX_FILE_BYTES = 256 << 20  # one encoded image; a zip member may claim to unpack to anything
@@ -35,21 +36,27 @@ MAX_FILE_BYTES = 256 << 20  # one encoded image; a zip member may claim to unpac
 # An image not yet read: its name, and how to get its bytes. The call runs in a worker thread.
 _Item = tuple[str, Callable[[], bytes]]
 
+# An image that was read: its index, name and pixels (uint8 [3, H, W]), None if it is bad.
+Read = tuple[int, str, np.ndarray | None]
+
 # What reading or decoding one damaged image raises; zlib.error: a damaged stream inside it.
 _BAD = (ValueError, OSError, SyntaxError, zlib.error)
 
 
 @dataclass
 class ImageSet:
-    """Images at one path, read by iterating over them; `open_images` makes one.
+    """Images at one path, read by iterating over them; `open_image_set` makes one.
 
     Attributes:
         path: where the images are, as it was given.
-        kind: "folder", "samples", "geneval", "shards", "tar", "zip" or "npz".
+        kind: "folder", "samples", "geneval", "shards", "tar", "zip", "npz", or "statistics" without images.
         total: how many images there are, readable or not; None where only reading would tell.
         limit: read this many images from the start, bad ones included; None reads all.
         split: the split of a prepared data set, None for other kinds.
         shape: (H, W) where the images are rows of an array and not encoded files.
+        tars: the files that a set of kind "tar" or "shards" lies in.
+        samples: what `vugen sample` says of each of its pictures, in a folder that it wrote.
+        arrays: the names in an npz, which may hold statistics beside images or in their place.
         count: good images read so far, by the iteration now running or the last one.
         left_out: "name: reason" of each image that could not be read so far, by its place in the set.
     """
@@ -61,6 +68,9 @@ class ImageSet:
     items: Callable[[], Iterator[_Item]] = field(repr=False)
     split: str | None = None
     shape: tuple[int, int] | None = None
+    tars: list[Path] = field(default_factory=list, repr=False)
+    samples: list[DrawnImage] = field(default_factory=list, repr=False)
+    arrays: frozenset[str] = frozenset()
     count: int = 0
     left_out: dict[int, str] = field(default_factory=dict)
 
@@ -77,7 +87,7 @@ class ImageSet:
         """
         return (image for _, _, image in self.read() if image is not None)
 
-    def read(self, block: int | None = None) -> Iterator[tuple[int, str, np.ndarray | None]]:
+    def read(self, block: int | None = None) -> Iterator[Read]:
         """Yield every image's index, name and pixels, None if it is bad; decoded ahead of need in threads.
 
         Args:
@@ -104,7 +114,7 @@ class ImageSet:
                 try:
                     image = future.result()
                 except _BAD as error:
-                    self.left_out[index] = f"{name}: {_one_line(error)}"
+                    self.left_out[index] = f"{name}: {first_line(error)}"
                     yield index, name, None
                     continue
                 self.count += 1
@@ -144,14 +154,14 @@ class ImageSet:
             try:
                 content = hashlib.sha256(read()).hexdigest()
             except _BAD as error:
-                content = _one_line(error)
+                content = first_line(error)
             sha.update(f"{name}\0{content}\0".encode("utf-8", "surrogateescape"))
         return sha.hexdigest()
 
-    def describe(self) -> dict[str, Any]:
-        """What was read, as a record: path, kind, split if it has one, count of good images, bad ones."""
-        record = {"path": str(self.path), "kind": self.kind, "count": self.count, "bad": list(self.bad)}
-        return record if self.split is None else {**record, "split": self.split}
+    def describe(self) -> SetRecord:
+        """What was read."""
+        record = SetRecord(path=str(self.path), kind=self.kind, count=self.count, bad=self.bad)
+        return record if self.split is None else record.model_copy(update={"split": self.split})
 
     def _limited(self) -> Iterator[_Item]:
         return itertools.islice(self.items(), self.limit)
@@ -162,7 +172,7 @@ class ImageSet:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def open_images(path: Path, limit: int | None = None, split: str | None = None) -> ImageSet:
+def open_image_set(path: Path, limit: int | None = None, split: str | None = None) -> ImageSet:
     """Find out what kind of image set `path` is; reads no image yet.
 
     Args:
@@ -171,7 +181,8 @@ def open_images(path: Path, limit: int | None = None, split: str | None = None) 
             a folder with a `samples.jsonl` as `vugen sample` writes (only the files it lists under "file"),
             a folder as GenEval's generation scripts write (`*/metadata.jsonl` and `*/samples/*`; no grids),
             a folder of tars, or a folder of images (read recursively),
-            a `.tar`, a `.zip`, or an `.npz` with "arr_0" uint8 [N, H, W, 3] as guided-diffusion (ADM) writes.
+            a `.tar`, a `.zip`, or an `.npz` with "arr_0" uint8 [N, H, W, 3] as guided-diffusion (ADM) writes;
+            an `.npz` of statistics alone is opened too, and has no images to read.
         limit: read only this many images from the start.
         split: the split of a prepared data set, instead of `val`, else `train`.
 
@@ -190,7 +201,7 @@ def open_images(path: Path, limit: int | None = None, split: str | None = None) 
     return images
 
 
-def batches(images: ImageSet, batch_size: int) -> Iterator[tuple[list[int], np.ndarray]]:
+def image_batches(images: ImageSet, batch_size: int) -> Iterator[tuple[list[int], np.ndarray]]:
     """Yield the good images as uint8 [B, 3, H, W], B at most `batch_size`, with their indices in the set.
 
     The set is cut into blocks of `4 * batch_size`, and the images of a block are grouped by size, so their
@@ -225,7 +236,7 @@ def npz_names(path: Path) -> set[str]:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
     except (zipfile.BadZipFile, OSError) as error:
-        raise VugenError(f"{path} is not a readable .npz: {_one_line(error)}.") from error
+        raise VugenError(f"{path} is not a readable .npz: {first_line(error)}.") from error
 
 
 def _recognise(path: Path, split: str | None) -> ImageSet:
@@ -233,25 +244,32 @@ def _recognise(path: Path, split: str | None) -> ImageSet:
         if (path / "dataset.json").is_file():
             return _prepared(path, split)
         if (path / "samples.jsonl").is_file():
-            files = sample_files(path)
-            return ImageSet(path, "samples", len(files), None, lambda: _file_items(path, files))
+            samples = read_samples(path)
+            files = list(dict.fromkeys(sample.file for sample in samples))
+            return ImageSet(
+                path, "samples", len(files), None, partial(_file_items, path, files), samples=samples
+            )
         files = list(image_paths(path))
         if drawn := [name for name in files if _is_geneval(path, name)]:
-            return ImageSet(path, "geneval", len(drawn), None, lambda: _file_items(path, drawn))
+            return ImageSet(path, "geneval", len(drawn), None, partial(_file_items, path, drawn))
         tars = sorted(path.glob("*.tar"))
         if tars and not any("/" not in name for name in files):
-            return ImageSet(path, "tar", None, None, lambda: _tar_items(tars))
-        return ImageSet(path, "folder", len(files), None, lambda: _file_items(path, files))
+            return ImageSet(path, "tar", None, None, partial(_tar_items, tars), tars=tars)
+        return ImageSet(path, "folder", len(files), None, partial(_file_items, path, files))
     if not path.is_file():
         raise VugenError(f"no images at {path}: there is no such file or folder.")
     suffix = path.suffix.lower()
     if suffix == ".tar":
-        return ImageSet(path, "tar", None, None, lambda: _tar_items([path]))
+        return ImageSet(path, "tar", None, None, partial(_tar_items, [path]), tars=[path])
     if suffix == ".zip":
-        return ImageSet(path, "zip", _zip_count(path), None, lambda: _zip_items(path))
+        return ImageSet(path, "zip", _zip_count(path), None, partial(_zip_items, path))
     if suffix == ".npz":
-        n, height, width = _npz_header(path)
-        return ImageSet(path, "npz", n, None, lambda: _npz_items(path), shape=(height, width))
+        arrays = frozenset(npz_names(path))
+        if "arr_0" not in arrays and arrays >= {"mu", "sigma"}:
+            return ImageSet(path, "statistics", None, None, partial(_no_items, path), arrays=arrays)
+        n, *shape = _npz_header(path)
+        rows = partial(_npz_items, path)
+        return ImageSet(path, "npz", n, None, rows, shape=(shape[0], shape[1]), arrays=arrays)
     raise VugenError(f"{path} is no image set: expected a folder, a .tar, a .zip or an .npz batch.")
 
 
@@ -272,40 +290,7 @@ def _prepared(directory: Path, split: str | None) -> ImageSet:
             f"prepare {directory} again."
         ) from error
     shards = [directory / name for name in stored.names]
-    return ImageSet(directory, "shards", len(stored), None, lambda: _tar_items(shards), split)
-
-
-def sample_files(directory: Path) -> list[str]:
-    """The files that `samples.jsonl` lists, each once: what else a folder holds (a grid) is no sample."""
-    listing = directory / "samples.jsonl"
-    names: dict[str, None] = {}
-    for number, row in enumerate(read_jsonl(listing), start=1):
-        name = row.get("file")
-        if not isinstance(name, str):
-            raise VugenError(f'{listing} line {number} has no "file": it is not what `vugen sample` writes.')
-        if not (directory / name).resolve().is_relative_to(directory.resolve()):
-            raise VugenError(f"{listing} line {number} names '{name}', which is outside its folder.")
-        names[name] = None
-    return list(names)
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the object on each non-empty line of a JSON-lines file.
-
-    Raises:
-        VugenError: the file cannot be read or a line is no JSON object.
-    """
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise VugenError(f"{path} line {number} is no JSON object: expected one a line.")
-                yield row
-    except (OSError, ValueError) as error:
-        raise VugenError(f"{path} cannot be read as JSON lines: {_one_line(error)}.") from error
+    return ImageSet(directory, "shards", len(stored), None, partial(_tar_items, shards), split, tars=shards)
 
 
 def is_image(name: str) -> bool:
@@ -342,7 +327,7 @@ def _zip_count(path: Path) -> int:
         with zipfile.ZipFile(path) as archive:
             return sum(is_image(name) for name in archive.namelist())
     except (zipfile.BadZipFile, OSError) as error:
-        raise VugenError(f"{path} is truncated or not a zip: {_one_line(error)}.") from error
+        raise VugenError(f"{path} is truncated or not a zip: {first_line(error)}.") from error
 
 
 def _zip_items(path: Path) -> Iterator[_Item]:
@@ -356,7 +341,7 @@ def _zip_items(path: Path) -> Iterator[_Item]:
                 data = archive.read(info)
             # RuntimeError: an encrypted member. NotImplementedError: a compression that Python lacks.
             except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
-                data = ValueError(_one_line(error))
+                data = ValueError(first_line(error))
             yield info.filename, partial(_given, data)
 
 
@@ -370,7 +355,7 @@ def _npz_header(path: Path) -> tuple[int, int, int]:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
             shape, fortran, dtype = _read_npy_header(stream)
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
-        raise VugenError(f'{path} has no readable "arr_0": {_one_line(error)}.') from error
+        raise VugenError(f'{path} has no readable "arr_0": {first_line(error)}.') from error
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or 0 in shape[1:]:
         raise VugenError(
             f'"arr_0" of {path} is {dtype} {list(shape)}: expected uint8 [N, H, W, 3], rows contiguous.'
@@ -380,7 +365,7 @@ def _npz_header(path: Path) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def _read_npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(stream)
@@ -396,10 +381,14 @@ def _npz_items(path: Path) -> Iterator[_Item]:
             try:
                 row = stream.read(height * width * 3)
             except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-                raise VugenError(f"{path} is damaged at image {index}: {_one_line(error)}.") from error
+                raise VugenError(f"{path} is damaged at image {index}: {first_line(error)}.") from error
             if len(row) != height * width * 3:
                 raise VugenError(f"{path} ends at image {index} of {n}: it is truncated.")
             yield f"arr_0[{index}]", partial(_given, row)
+
+
+def _no_items(path: Path) -> Iterator[_Item]:
+    raise VugenError(f"{path} holds statistics and no images: give images.")
 
 
 def _given(data: bytes | Exception) -> bytes:
@@ -411,7 +400,3 @@ def _given(data: bytes | Exception) -> bytes:
 def _check_size(size: int) -> None:
     if size > MAX_FILE_BYTES:
         raise ValueError(f"{size} bytes is too large for an image")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -100,7 +100,7 @@ def find_weights() -> Path:
         reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         raise VugenError(
             f"the Inception weights are not at {path} and could not be downloaded ({reason}): "
-            f"give --inception-weights FILE, or score with --features vlm."
+            f"give --features inception:FILE, or score with --features vlm."
         ) from error
     return path
 

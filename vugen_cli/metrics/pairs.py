@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Collection
 from itertools import zip_longest
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
@@ -11,8 +10,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics.image_sets import ImageSet, open_images
-from vugen_cli.metrics.manifold import RESAMPLES, SEED, bootstrap_interval
+from vugen_cli.metrics.bootstrap import RESAMPLES, SEED, bootstrap_interval
+from vugen_cli.metrics.image_sets import ImageSet, Read
+from vugen_cli.metrics.report import Report, Score, versions
 from vugen_cli.processes import in_order, is_first
 
 SSIM_WINDOW = 11  # Gaussian window of the paper: 11x11, sigma 1.5
@@ -72,37 +72,32 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def score_pairs(
-    images: Path,
-    reference: Path,
+    ours: ImageSet,
+    theirs: ImageSet,
     metrics: Collection[str] = ("psnr", "ssim"),
     *,
-    count: int | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
-) -> dict[str, Any]:
+) -> Report:
     """Mean PSNR, SSIM and LPIPS of the images of one set and those of another, first with first and so on.
 
     A pair of which one image is bad is left out; the record of its set names it.
 
     Args:
-        images, reference: anything `open_images` takes; where both have file names, those must be the same up
-            to the suffix.
+        ours, theirs: the sets; where both have file names, those must be the same up to the suffix.
         metrics: of "psnr" (dB), "ssim" and "lpips".
-        count: only this many pairs.
         device: where LPIPS's network runs.
         progress: show a bar on standard error.
 
     Returns:
-        A report as of `scores.score_sets`, without an extractor.
+        A report without an extractor.
 
     Raises:
         VugenError: the sets do not pair up, a pair differs in size, no pair is left, or LPIPS's weights are
             not there.
     """
     from vugen_cli.metrics.lpips import load_lpips
-    from vugen_cli.metrics.scores import versions
 
-    ours, theirs = open_images(images, count), open_images(reference, count)
     measures: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"psnr": psnr, "ssim": ssim}
     hashes: dict[str, str] = {}
     if "lpips" in metrics:
@@ -127,38 +122,39 @@ def score_pairs(
     rows = in_order(found)
     values = {metric: [row[metric] for row in rows] for metric in metrics}
     if not all(values.values()):
-        raise VugenError(f"no pair of {images} and {reference} is readable.")
-    return {
-        "scores": [_mean_of_pairs(metric, np.array(each)) for metric, each in values.items()],
-        "images": ours.describe(),
-        "reference": theirs.describe(),
-        "versions": versions(),
-        **({"lpips_weights_sha256": hashes} if hashes else {}),
-    }
+        raise VugenError(f"no pair of {ours.path} and {theirs.path} is readable.")
+    report = Report(
+        scores=[_mean_of_pairs(metric, np.array(each)) for metric, each in values.items()],
+        images=ours.describe(),
+        reference=theirs.describe(),
+        versions=versions(),
+    )
+    if hashes:
+        report.lpips_weights_sha256 = hashes
+    return report
 
 
-def _mean_of_pairs(metric: str, values: np.ndarray) -> dict[str, Any]:
+def _mean_of_pairs(metric: str, values: np.ndarray) -> Score:
     finite = values[np.isfinite(values)]
     same = len(values) - len(finite)
-    return {
-        "metric": metric,
-        "name": {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS (VGG16)"}[metric],
-        "value": float(finite.mean()) if len(finite) else None,  # JSON has no infinity
-        "interval": list(bootstrap_interval(finite)) if len(finite) else None,
-        "interval_method": "bootstrap of the pairs",
-        "parameters": {"pairs": len(values), "resamples": RESAMPLES, "seed": SEED},
-        "warning": f"{same} of {len(values)} pairs are equal: their infinite PSNR is left out."
+    return Score(
+        metric=metric,
+        name={"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS (VGG16)"}[metric],
+        value=float(finite.mean()) if len(finite) else None,  # JSON has no infinity
+        interval=bootstrap_interval(finite) if len(finite) else None,
+        interval_method="bootstrap of the pairs",
+        parameters={"pairs": len(values), "resamples": RESAMPLES, "seed": SEED},
+        warning=f"{same} of {len(values)} pairs are equal: their infinite PSNR is left out."
         if same
         else None,
-    }
+    )
 
 
-def _check_partners(ours: ImageSet, theirs: ImageSet, a: Any, b: Any) -> None:
+def _check_partners(ours: ImageSet, theirs: ImageSet, a: Read | None, b: Read | None) -> None:
     if a is None or b is None:
-        longer = theirs if a is None else ours
-        raise VugenError(
-            f"{ours.path} and {theirs.path} do not pair up: only {longer.path} goes on at {(a or b)[1]}."
-        )
+        longer, goes_on = (theirs, b) if a is None else (ours, a)
+        at = goes_on[1] if goes_on else ""
+        raise VugenError(f"{ours.path} and {theirs.path} do not pair up: only {longer.path} goes on at {at}.")
     named = {"folder", "samples", "zip"}
     if ours.kind in named and theirs.kind in named:
         stems = [PurePosixPath(name).with_suffix("") for _, name, _ in (a, b)]

@@ -1,7 +1,6 @@
 """Scores of images against their prompts: what was asked for is opened, judged and reported together."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,13 +10,14 @@ from vugen_cli.metrics.detectors import load_detector
 from vugen_cli.metrics.dpg_bench import dpg_bench_scores, match_items, read_dpg_bench
 from vugen_cli.metrics.encoders import load_clip
 from vugen_cli.metrics.geneval import check_geneval, geneval_scores, read_geneval
+from vugen_cli.metrics.image_sets import ImageSet
 from vugen_cli.metrics.prompted_images import prompted_images
-from vugen_cli.metrics.scores import versions
+from vugen_cli.metrics.report import Report, Score, versions
 from vugen_cli.metrics.vqa import YesNoJudge, vqa_scores
 
 
 def score_prompts(
-    images: Path,
+    images: ImageSet,
     *,
     clip_score: bool = False,
     vqa_score: bool = False,
@@ -27,10 +27,9 @@ def score_prompts(
     vlm: str = "nano",
     detector: Path | None = None,
     grid: bool = False,
-    count: int | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
-) -> dict[str, Any]:
+) -> Report:
     """Scores of images against the prompts they were drawn for.
 
     Args:
@@ -42,12 +41,11 @@ def score_prompts(
         vlm: who answers VQAScore and DPG-Bench, in bfloat16 on a GPU.
         detector: directory of the detector of GenEval.
         grid: each image is a 2x2 grid of four.
-        count: only this many images (or grids).
         device: where the networks run.
         progress: show bars on standard error.
 
     Returns:
-        A report as of `scores.score_sets`, whose scores each say by what they were judged.
+        A report, whose scores each say by what they were judged.
 
     Raises:
         VugenError: something needed is missing or in another layout; told before any image is looked at where
@@ -64,10 +62,10 @@ def score_prompts(
         )
     items = read_dpg_bench(dpg_bench) if dpg_bench else []
     asked = read_geneval(geneval) if geneval else {}
-    pairs = prompted_images(images, count, grid, {item.id: item.prompts[-1] for item in items})
+    pairs = prompted_images(images, grid, {item.id: item.prompts[-1] for item in items})
     if dpg_bench:
         match_items(pairs, items, dpg_bench)
-    scores: list[dict[str, Any]] = []
+    scores: list[Score] = []
     loaded_clip = load_clip(clip, device) if clip is not None and (clip_score or geneval) else None
     found = load_detector(detector, device) if geneval and detector else None
     if geneval and found:
@@ -82,11 +80,11 @@ def score_prompts(
             scores += vqa_scores(pairs, judge, progress)
         if dpg_bench:
             scores += dpg_bench_scores(pairs, items, dpg_bench, judge, progress)
-    return {
-        "scores": scores,
-        "images": pairs.images.describe(),
-        "prompts": pairs.describe(),
-        "reference": None,
-        "versions": versions(),
-        "warning": None,
-    }
+    return Report(
+        scores=scores,
+        images=pairs.images.describe(),
+        prompts=pairs.describe(),
+        reference=None,
+        versions=versions(),
+        warning=None,
+    )

@@ -4,17 +4,18 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from vugen_cli.data.loader import ShardedImages
 from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics.image_sets import ImageSet, is_image, open_images, read_jsonl
-from vugen_cli.metrics.manifold import RESAMPLES, SEED
+from vugen_cli.files import read_jsonl
+from vugen_cli.metrics.bootstrap import RESAMPLES, SEED
+from vugen_cli.metrics.image_sets import ImageSet, is_image
+from vugen_cli.metrics.report import PromptsRecord, Score
 from vugen_cli.processes import in_order, is_first, world_size
 
 Prompted = tuple[str, str, torch.Tensor]  # an image's name, its prompt, and uint8 RGB [3, H, W]
@@ -92,32 +93,30 @@ class PromptedImages:
             for i, (top, left) in enumerate(corners)
         ]
 
-    def describe(self) -> dict[str, Any]:
-        """How many prompts there are and where they were found, as a record."""
-        return {"count": len(set(self.prompts.values())), "source": self.source, "grid": self.grid}
+    def describe(self) -> PromptsRecord:
+        """How many prompts there are and where they were found."""
+        return PromptsRecord(count=len(set(self.prompts.values())), source=self.source, grid=self.grid)
 
 
 def prompted_images(
-    path: Path, limit: int | None = None, grid: bool = False, named: Mapping[str, str] | None = None
+    images: ImageSet, grid: bool = False, named: Mapping[str, str] | None = None
 ) -> PromptedImages:
-    """Open a set of images whose prompts are with them; reads no image yet.
+    """A set of images with the prompts that are with them; reads no image yet.
 
     The prompt of an image is "prompt" of its line in `samples.jsonl` or of its `metadata.jsonl` (GenEval's
     layout), else the first line of the `.txt` of the same name beside it, in a folder, a tar or shards.
 
     Args:
-        path: anything `open_images` takes that has prompts.
-        limit: only this many images (or grids), from the start.
+        images: a set that has prompts.
         grid: each image is a 2x2 grid of four, as DPG-Bench has them.
         named: prompts by the name of a file up to its first dot, for images in a folder without a `.txt`.
 
     Raises:
         VugenError: it is no such set, or an image has no prompt; names the first.
     """
-    images = open_images(path, limit)
     if images.kind == "samples":
         source = "samples.jsonl"
-        prompts = {row["file"]: row.get("prompt") for row in read_jsonl(images.path / source)}
+        prompts = {sample.file: sample.prompt for sample in images.samples}
     elif images.kind == "geneval":
         source = "metadata.jsonl"
         prompts = {name: _geneval_prompt(images.path, name) for name in images.names()}
@@ -132,8 +131,8 @@ def prompted_images(
         prompts = _lines_in_tars(images)
     else:
         raise VugenError(
-            f"{path} ({images.kind}) names no prompts: give a folder with samples.jsonl, as `vugen sample` "
-            "writes, images with a .txt beside each, or tars of such pairs."
+            f"{images.path} ({images.kind}) names no prompts: give a folder with samples.jsonl, as `vugen "
+            "sample` writes, images with a .txt beside each, or tars of such pairs."
         )
     found = {
         name: " ".join(text.split())
@@ -143,16 +142,15 @@ def prompted_images(
     without = [name for name in images.names() if name not in found]
     if without:
         raise VugenError(
-            f"{len(without)} images of {path} have no prompt, the first {without[0]}: prompts were sought in "
-            f"{source}; give samples.jsonl, or a .txt beside each image."
+            f"{len(without)} images of {images.path} have no prompt, the first {without[0]}: prompts were "
+            f"sought in {source}; give samples.jsonl, or a .txt beside each image."
         )
     return PromptedImages(images, {name: found[name] for name in images.names()}, source, grid)
 
 
-def _geneval_prompt(directory: Path, name: str) -> Any:
-    return next(read_jsonl(directory / PurePosixPath(name).parent.parent / "metadata.jsonl"), {}).get(
-        "prompt"
-    )
+def _geneval_prompt(directory: Path, name: str) -> str | None:
+    metadata = directory / PurePosixPath(name).parent.parent / "metadata.jsonl"
+    return next((row.get("prompt") for row in read_jsonl(metadata)), None)
 
 
 def _line_beside(image: Path) -> str | None:
@@ -161,12 +159,8 @@ def _line_beside(image: Path) -> str | None:
 
 
 def _lines_in_tars(images: ImageSet) -> dict[str, str | None]:
-    if images.kind == "shards":
-        tars = [images.path / name for name in ShardedImages(images.path, images.split or "train").names]
-    else:
-        tars = sorted(images.path.glob("*.tar")) if images.path.is_dir() else [images.path]
     prompts: dict[str, str | None] = {}
-    for tar in tars:
+    for tar in images.tars:
         texts: dict[str, str | None] = {}
         members: dict[str, str] = {}
         for name, offset, size in tar_members(tar):
@@ -187,47 +181,23 @@ def _line_of(text: bytes) -> str | None:
     return lines[0] if lines else None
 
 
-def by_prompt(prompts: list[str], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each prompt, in order of coming, the sum of its values, float [P], and their number, int [P]."""
-    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    index = np.array([place[prompt] for prompt in prompts])
-    return np.bincount(index, values), np.bincount(index)
-
-
-def resampled_means(totals: np.ndarray, counts: np.ndarray, seed: int = SEED) -> np.ndarray:
-    """The mean of all values in each of 1000 resamplings of the prompts [R].
-
-    Images of one prompt are no independent draws, so prompts are drawn, each with all its images.
-
-    Args:
-        totals, counts: of each prompt [P], the sum and the number of its values.
-    """
-    rng = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for r in range(RESAMPLES):
-        drawn = rng.integers(len(totals), size=len(totals))
-        means[r] = totals[drawn].sum() / counts[drawn].sum()
-    return means
-
-
-def score_entry(
+def score_of(
     metric: str,
     name: str,
     value: float | None,
     resampled: np.ndarray | None = None,
     *,
-    parameters: dict[str, Any],
+    parameters: Mapping[str, object],
     warning: str | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """One score of a report (see `scores.score_sets`), with the 95% percentile interval of its resamplings.
+) -> Score:
+    """One score, with the 95% percentile interval of its resamplings.
 
     Where no resampling differs, as with one prompt, there is no interval.
     """
-    entry = {"metric": metric, "name": name, "value": value, **more}
+    score = Score(metric=metric, name=name, value=value, parameters=parameters, warning=warning)
     if resampled is not None and value is not None and np.ptp(resampled) > 0:
         low, high = np.quantile(resampled, (0.025, 0.975))
-        entry["interval"] = [float(low), float(high)]
-        entry["interval_method"] = "bootstrap of the prompts, each with all its images"
-        parameters = {**parameters, "resamples": RESAMPLES, "seed": SEED}
-    return {**entry, "parameters": parameters, "warning": warning}
+        score.interval = float(low), float(high)
+        score.interval_method = "bootstrap of the prompts, each with all its images"
+        score.parameters = {**parameters, "resamples": RESAMPLES, "seed": SEED}
+    return score

@@ -1,14 +1,14 @@
-"""Scores of an image set: both sides opened, features extracted once, and how every number was obtained."""
+"""Scores of an image set: features of both sides extracted once, and how every number was obtained."""
 
-import importlib.metadata
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vugen_cli.errors import TooFewImages, VugenError
-from vugen_cli.metrics import inception_score, kernel, manifold
+from vugen_cli.metrics import inception_score, kid, prdc
+from vugen_cli.metrics.bootstrap import RESAMPLES, SEED, bootstrap_interval
 from vugen_cli.metrics.features import Extractor, extract
 from vugen_cli.metrics.frechet import (
     Statistics,
@@ -17,68 +17,63 @@ from vugen_cli.metrics.frechet import (
     load_statistics,
     save_statistics,
 )
-from vugen_cli.metrics.image_sets import ImageSet, npz_names, open_images
+from vugen_cli.metrics.image_sets import ImageSet, open_image_set
+from vugen_cli.metrics.report import Report, Score, SetRecord, versions
 from vugen_cli.moments import Moments
 from vugen_cli.processes import is_first
-from vugen_cli.version import __version__
 
-NAMES = {
-    "fid": "FID",
-    "kid": "KID",
-    "is": "Inception Score",
-    "sfid": "sFID",
-    "pr": "precision, recall",
-    "dc": "density, coverage",
-}
-OUTPUTS = {  # what each metric is taken on
-    "fid": "features",
-    "kid": "features",
-    "is": "logits",
-    "sfid": "spatial",
-    "pr": "features",
-    "dc": "features",
-}
-STATISTICS = {"fid": {"mu", "sigma"}, "sfid": {"mu_s", "sigma_s"}}  # arrays that suffice for a metric
 JACKKNIFE_DIM = 512  # Fréchet distances on more features get no interval: twenty of them would take minutes
 NORMAL_95 = 1.96
 SPOKEN = {"inception": "Inception", "vlm": "VLM", "clip": "CLIP", "dinov2": "DINOv2"}
 
 
-class _Side:
-    """One of the two sets: its images, the statistics that stand in for them, and what was read of it."""
+class Side:
+    """One of the two sets: its images, the statistics that stand in for them, and what was read of it.
 
-    def __init__(
-        self, role: str, path: Path, extractor: Extractor, count: int | None, metrics: Collection[str]
-    ):
-        self.role, self.path, self.extractor = role, path, extractor
+    Args:
+        role: "images" or "reference".
+        images: the set; ADM's files hold images and the statistics of a larger set, and other tools' those
+            statistics alone.
+        extractor: what looks at the images.
+        metrics: what will be asked of this side.
+
+    Attributes:
+        features: float [n, d] by output of the extractor, after `read`.
+        given: the outputs of which statistics were given.
+        record: what was read, after `read`.
+
+    Raises:
+        VugenError: the statistics are of other features, or do not suffice and there are no images.
+    """
+
+    def __init__(self, role: str, images: ImageSet, extractor: Extractor, metrics: Collection[str]):
+        self.role, self.images, self.extractor = role, images, extractor
         self.statistics: dict[str, Statistics] = {}
         self.features: dict[str, np.ndarray] = {}
-        self.record: dict[str, Any] = {}
-        self.images: ImageSet | None = None
-        names = npz_names(path) if path.suffix.lower() == ".npz" and path.is_file() else set()
-        # ADM's files hold images and the statistics of a larger set; like ADM's evaluator, take those for
-        # the distances between Gaussians and the images for the rest.
-        for metric, arrays in STATISTICS.items():
-            if metric in metrics and names >= arrays:
-                statistics = load_statistics(path, spatial=metric == "sfid")
-                if statistics_fit(path, statistics, extractor, has_images="arr_0" in names):
-                    self.statistics[OUTPUTS[metric]] = statistics
+        self.record: SetRecord | None = None
+        # Like ADM's evaluator, take statistics for the distances between Gaussians and images for the rest.
+        asked = [METRICS[name] for name in metrics]
+        for metric in asked:
+            if metric.arrays and images.arrays >= metric.arrays:
+                statistics = load_statistics(images.path, spatial=metric.output == "spatial")
+                has_images = images.kind != "statistics"
+                if statistics_fit(images.path, statistics, extractor, has_images):
+                    self.statistics[metric.output] = statistics
         self.given = set(self.statistics)
-        unserved = [name for name in metrics if name not in STATISTICS or OUTPUTS[name] not in self.given]
-        self.wanted = sorted({OUTPUTS[name] for name in unserved})
-        if unserved and names >= {"mu", "sigma"} and "arr_0" not in names:
-            needy = " and ".join(f"--{name}" for name in unserved)
+        unserved = [metric for metric in asked if not metric.arrays or metric.output not in self.given]
+        self.wanted = sorted({metric.output for metric in unserved})
+        if unserved and images.kind == "statistics":
+            needy = " and ".join(f"--{metric.key}" for metric in unserved)
             raise VugenError(
-                f"{path} holds no images and not all that {needy} needs: give images as the {role}."
+                f"{images.path} holds no images and not all that {needy} needs: give images as the {role}."
             )
-        if unserved:
-            self.images = open_images(path, count)
 
     def read(self, batch_size: int | None, cache: Path | None, progress: bool) -> None:
         """Extract the features that are wanted and fill in the record."""
-        if self.images is None:
-            counts = [statistics.n for statistics in self.statistics.values()]
-            self.record = {"path": str(self.path), "kind": "statistics", "count": counts[0], "bad": []}
+        path = self.images.path
+        if not self.wanted:
+            count = next(iter(self.statistics.values())).n
+            self.record = SetRecord(path=str(path), kind="statistics", count=count, bad=[])
             return
         self.features, self.record = extract(
             self.images,
@@ -93,10 +88,10 @@ class _Side:
             bad = self.images.bad
             which = f" ({len(bad)} could not be read, the first {bad[0]})" if bad else ""
             raise VugenError(
-                f"{self.path} has {self.images.count} readable images{which}: a score needs at least 2."
+                f"{path} has {self.images.count} readable images{which}: a score needs at least 2."
             )
         if self.statistics:
-            self.record["statistics"] = (
+            self.record.statistics = (
                 next(iter(self.statistics.values())).n or "of an unknown number of images"
             )
 
@@ -125,30 +120,22 @@ def score_sets(
     save_stats: Path | None = None,
     cache: Path | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
-    """Scores of a set of images, with all that is needed to know how they were obtained.
+) -> Report:
+    """Scores of the images at a path against those at another; see `compare_sets`.
 
     Args:
-        images, reference: anything `open_images` takes, or an `.npz` of statistics for the Fréchet distances.
-            The Inception Score alone needs no reference.
+        images, reference: anything `open_image_set` takes, `.npz` of statistics too for the Fréchet
+            distances. The Inception Score alone needs no reference.
         extractor: what the images are compared by, or the name of a VLM to compare by its vision features.
         metrics: of "fid", "kid", "is", "sfid", "pr" (precision and recall), "dc" (density and coverage).
         count: only this many images of each set, from its start.
-        batch_size: images a forward pass; the result depends on it only through the network's rounding.
-        save_stats: also write the reference's statistics here.
-        cache: folder of cached features (`features.cache_folder`), None for none.
-        progress: show a bar on standard error.
+        batch_size, save_stats, cache, progress: as of `compare_sets`.
 
     Returns:
-        {"scores": [{"metric", "name", "value", ...}], "features", "weights_sha256" or another hash,
-        "resize", "images": {...}, "reference": {...} or None, "versions": {...}, "warning": str or None};
-        JSON-able. A score may have "std", "standard_error", "interval" [low, high] at 95% and "parameters",
-        and has a "warning" of its own or None; its value is None where a set is too small for it. {} on all
-        but the first process of a job, which share the extraction.
+        The scores, and how they were obtained.
 
     Raises:
-        VugenError: a set cannot be read, is too small for the only metric, or has statistics of another
-            extractor.
+        VugenError: as `open_image_set` and `compare_sets`.
     """
     if isinstance(extractor, str):
         from vugen_cli.metrics.encoders import vlm_extractor
@@ -156,65 +143,86 @@ def score_sets(
 
         frozen = load_vlm(extractor)
         extractor = vlm_extractor(frozen, frozen.device)
+    # Both are opened before either is read: a wrong path should not cost a pass over the other set.
+    ours = open_image_set(images, count)
+    theirs = None if reference is None else open_image_set(reference, count)
+    return compare_sets(ours, theirs, extractor, metrics, batch_size, save_stats, cache, progress)
+
+
+def compare_sets(
+    images: ImageSet,
+    reference: ImageSet | None,
+    extractor: Extractor,
+    metrics: Collection[str],
+    batch_size: int | None = None,
+    save_stats: Path | None = None,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Scores of a set of images, with all that is needed to know how they were obtained.
+
+    Args:
+        images, reference: the two sets; the Inception Score alone needs no reference.
+        extractor: what the images are compared by.
+        metrics: keys of `METRICS`.
+        batch_size: images a forward pass; the result depends on it only through the network's rounding.
+        save_stats: also write the reference's statistics here.
+        cache: folder of cached features (`features.cache_folder`), None for none.
+        progress: show a bar on standard error.
+
+    Returns:
+        A report; a score's value is None where a set is too small for it. An empty report on all but the
+        first process of a job, which share the extraction.
+
+    Raises:
+        VugenError: a set cannot be read, is too small for the only metric, or has statistics of another
+            extractor.
+    """
     if extractor.name != "inception":
         for metric in {"is", "sfid"}.intersection(metrics):
             raise VugenError(
-                f"{NAMES[metric]} is defined on the Inception network alone: drop --{metric} or score with "
-                f"--features inception."
+                f"{METRICS[metric].name} is defined on the Inception network alone: drop --{metric} or score "
+                f"with --features inception."
             )
     if save_stats is not None and "fid" not in metrics:
         raise VugenError("--save-stats keeps the statistics behind --fid: ask for --fid too.")
-    # Both are opened before either is read: a wrong path should not cost a pass over the other set.
-    ours = _Side("images", Path(images), extractor, count, metrics)
+    if save_stats is not None and save_stats.suffix != ".npz":
+        raise VugenError(f"--save-stats {save_stats}: statistics are written as .npz.")
+    ours = Side("images", images, extractor, metrics)
     theirs = None
-    if reference is not None:
-        theirs = _Side("reference", Path(reference), extractor, count, set(metrics) - {"is"})
+    if compared := set(metrics) - {"is"}:
+        if reference is None:
+            raise VugenError("only the Inception Score needs no reference: give --reference.")
+        theirs = Side("reference", reference, extractor, compared)
         theirs.read(batch_size, cache, progress)
-    elif set(metrics) != {"is"}:
-        raise VugenError("only the Inception Score needs no reference: give --reference.")
     ours.read(batch_size, cache, progress)
     if not is_first():
-        return {}
+        return Report()
     if save_stats is not None and theirs is not None:
         spatial = theirs.gaussian("spatial") if "sfid" in metrics else None
         save_statistics(save_stats, theirs.gaussian("features"), spatial)
-    scores: list[dict[str, Any]] = []
-    for metric in (name for name in NAMES if name in metrics):
+    scores: list[Score] = []
+    for asked in (METRICS[key] for key in METRICS if key in metrics):
         try:
-            scores += _SCORES[metric](ours, theirs or ours, metric)
+            scores += asked.measure(ours, theirs or ours, asked)
         except TooFewImages as error:
             if len(metrics) == 1:
                 raise
             # The others are worth their pass over the images; this one says why it has no value.
-            scores.append({"metric": metric, "name": NAMES[metric], "value": None, "warning": str(error)})
+            scores.append(Score(metric=asked.key, name=asked.name, value=None, warning=str(error)))
     if extractor.name != "inception":
         for score in scores:
-            score["metric"], score["name"] = _foreign_name(score["metric"], extractor.name)
-    return {
-        "scores": scores,
-        "features": extractor.label,
-        **extractor.identity,
-        "resize": extractor.resize,
-        "images": ours.record,
-        "reference": theirs.record if theirs else None,
-        "versions": versions(),
-        "warning": extractor.warning,
-    }
-
-
-def versions() -> dict[str, str]:
-    """The versions of everything that had a hand in a number."""
-    packages = (
-        "torch",
-        "torch-fidelity",
-        "transformers",
-        "open-clip-torch",
-        "numpy",
-        "scipy",
-        "pillow",
-        "simplejpeg",
+            score.metric, score.name = _foreign_name(score.metric, extractor.name)
+    report = Report(
+        scores=scores,
+        features=extractor.label,
+        resize=extractor.resize,
+        images=ours.record,
+        reference=theirs.record if theirs else None,
+        versions=versions(),
+        warning=extractor.warning,
     )
-    return {"vugen-cli": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+    return report.model_copy(update=extractor.identity)
 
 
 def statistics_fit(path: Path, statistics: Statistics, extractor: Extractor, has_images: bool) -> bool:
@@ -243,19 +251,15 @@ def statistics_fit(path: Path, statistics: Statistics, extractor: Extractor, has
     )
 
 
-def _frechet(ours: _Side, theirs: _Side, metric: str) -> list[dict[str, Any]]:
-    output = OUTPUTS[metric]
+def _frechet(ours: Side, theirs: Side, metric: "Metric") -> list[Score]:
+    output = metric.output
     a, b = ours.gaussian(output), theirs.gaussian(output)
-    score: dict[str, Any] = {
-        "metric": metric,
-        "name": NAMES[metric],
-        "value": frechet_distance(a, b),
-        "warning": _singular(a, b),
-    }
+    value, warning = frechet_distance(a, b), _singular(a, b)
+    score = Score(metric=metric.key, name=metric.name, value=value, warning=warning)
     measured = output not in ours.given | theirs.given
-    if measured and a.mean.size <= JACKKNIFE_DIM and score["warning"] is None:
+    if measured and a.mean.size <= JACKKNIFE_DIM and warning is None:
         error = frechet_standard_error(ours.features[output], theirs.features[output])
-        score |= _normal_interval(score["value"], error, "jackknife over ten groups of each set")
+        _add_normal_interval(score, value, error, "jackknife over ten groups of each set")
     return [score]
 
 
@@ -274,97 +278,119 @@ def _singular(images: Statistics, reference: Statistics) -> str | None:
     )
 
 
-def _kernel(ours: _Side, theirs: _Side, metric: str) -> list[dict[str, Any]]:
-    distance = kernel.kernel_distance(ours.features["features"], theirs.features["features"])
-    score: dict[str, Any] = {
-        "metric": metric,
-        "name": NAMES[metric],
-        "value": distance.mean,
-        "std": distance.std,
-        "parameters": {
-            "subsets": kernel.SUBSETS,
-            "subset_size": distance.subset_size,
-            "kernel": "(x·y / d + 1)³",
-            "seed": kernel.SEED,
-        },
-        "warning": None,
+def _kernel(ours: Side, theirs: Side, metric: "Metric") -> list[Score]:
+    distance = kid.kernel_distance(ours.features[metric.output], theirs.features[metric.output])
+    parameters = {
+        "subsets": kid.SUBSETS,
+        "subset_size": distance.subset_size,
+        "kernel": "(x·y / d + 1)³",
+        "seed": kid.SEED,
     }
-    if distance.standard_error is not None:
-        score |= _normal_interval(
-            distance.mean, distance.standard_error, "subsampling, from the subsets' spread"
-        )
-    if distance.subset_size < kernel.SUBSET_SIZE:
-        score["warning"] = (
-            f"Too few images for the usual subsets of {kernel.SUBSET_SIZE}: they hold "
+    warning = None
+    if distance.subset_size < kid.SUBSET_SIZE:
+        warning = (
+            f"Too few images for the usual subsets of {kid.SUBSET_SIZE}: they hold "
             f"{distance.subset_size}, which changes the spread but not what is estimated."
         )
+    score = Score(
+        metric=metric.key,
+        name=metric.name,
+        value=distance.mean,
+        std=distance.std,
+        parameters=parameters,
+        warning=warning,
+    )
+    if distance.standard_error is not None:
+        how = "subsampling, from the subsets' spread"
+        _add_normal_interval(score, distance.mean, distance.standard_error, how)
     return [score]
 
 
-def _inception_score(ours: _Side, _: _Side, metric: str) -> list[dict[str, Any]]:
-    logits = ours.features["logits"]
+def _inception_score(ours: Side, _: Side, metric: "Metric") -> list[Score]:
+    logits = ours.features[metric.output]
     found = inception_score.inception_score(logits)
-    score = {
-        "metric": metric,
-        "name": NAMES[metric],
-        "value": found.mean,
-        "std": found.std,
-        **_normal_interval(found.mean, found.standard_error, "bootstrap of the images of each split"),
-        "parameters": {"splits": inception_score.SPLITS, "shuffled": True, "seed": inception_score.SEED},
-        "warning": None,
-    }
+    warning = None
     if len(logits) < 5000:
-        score["warning"] = (
+        warning = (
             f"{len(logits)} images are {len(logits) // inception_score.SPLITS} a split: the score grows with "
             f"their number; compare it only with scores from as many images."
         )
+    score = Score(
+        metric=metric.key,
+        name=metric.name,
+        value=found.mean,
+        std=found.std,
+        parameters={"splits": inception_score.SPLITS, "shuffled": True, "seed": inception_score.SEED},
+        warning=warning,
+    )
+    _add_normal_interval(score, found.mean, found.standard_error, "bootstrap of the images of each split")
     return [score]
 
 
-def _precision_recall(ours: _Side, theirs: _Side, _: str) -> list[dict[str, Any]]:
-    found = manifold.compare_manifolds(ours.features["features"], theirs.features["features"], density_k=None)
-    return _means(precision=found.precision, recall=found.recall, k=manifold.PRECISION_K)
+def _add_normal_interval(score: Score, value: float, error: float, method: str) -> None:
+    score.standard_error = error
+    score.interval = value - NORMAL_95 * error, value + NORMAL_95 * error
+    score.interval_method = method
 
 
-def _density_coverage(ours: _Side, theirs: _Side, _: str) -> list[dict[str, Any]]:
-    found = manifold.compare_manifolds(
-        ours.features["features"], theirs.features["features"], precision_k=None
-    )
-    return _means(density=found.density, coverage=found.coverage, k=manifold.DENSITY_K)
+def _precision_recall(ours: Side, theirs: Side, metric: "Metric") -> list[Score]:
+    sets = ours.features[metric.output], theirs.features[metric.output]
+    found = prdc.compare_manifolds(*sets, density_k=None)
+    return _means(precision=found.precision, recall=found.recall, k=prdc.PRECISION_K)
 
 
-_SCORES = {
-    "fid": _frechet,
-    "sfid": _frechet,
-    "kid": _kernel,
-    "is": _inception_score,
-    "pr": _precision_recall,
-    "dc": _density_coverage,
-}
+def _density_coverage(ours: Side, theirs: Side, metric: "Metric") -> list[Score]:
+    sets = ours.features[metric.output], theirs.features[metric.output]
+    found = prdc.compare_manifolds(*sets, precision_k=None)
+    return _means(density=found.density, coverage=found.coverage, k=prdc.DENSITY_K)
 
 
-def _means(k: int, **values: np.ndarray | None) -> list[dict[str, Any]]:
+def _means(k: int, **values: np.ndarray | None) -> list[Score]:
     return [
-        {
-            "metric": metric,
-            "name": metric,
-            "value": float(each.mean(dtype=np.float64)),
-            "interval": list(manifold.bootstrap_interval(each)),
-            "interval_method": "bootstrap of the images counted, the other set's manifold fixed",
-            "parameters": {"k": k, "resamples": manifold.RESAMPLES, "seed": manifold.SEED},
-            "warning": None,
-        }
-        for metric, each in values.items()
+        Score(
+            metric=name,
+            name=name,
+            value=float(each.mean(dtype=np.float64)),
+            interval=bootstrap_interval(each),
+            interval_method="bootstrap of the images counted, the other set's manifold fixed",
+            parameters={"k": k, "resamples": RESAMPLES, "seed": SEED},
+            warning=None,
+        )
+        for name, each in values.items()
         if each is not None
     ]
 
 
-def _normal_interval(value: float, error: float, method: str) -> dict[str, Any]:
-    return {
-        "standard_error": error,
-        "interval": [value - NORMAL_95 * error, value + NORMAL_95 * error],
-        "interval_method": method,
-    }
+@dataclass(frozen=True)
+class Metric:
+    """A metric of two sets; all there is to say of one stands in its line of `METRICS`.
+
+    Attributes:
+        key: what it is asked for by.
+        name: what it is called on Inception features.
+        output: which of the extractor's features it is taken on.
+        measure: (images, reference, this metric) -> its scores.
+        arrays: the arrays of a statistics file that stand in for images.
+    """
+
+    key: str
+    name: str
+    output: str
+    measure: Callable[[Side, Side, "Metric"], list[Score]]
+    arrays: frozenset[str] = frozenset()
+
+
+METRICS = {
+    metric.key: metric
+    for metric in (
+        Metric("fid", "FID", "features", _frechet, frozenset({"mu", "sigma"})),
+        Metric("kid", "KID", "features", _kernel),
+        Metric("is", "Inception Score", "logits", _inception_score),
+        Metric("sfid", "sFID", "spatial", _frechet, frozenset({"mu_s", "sigma_s"})),
+        Metric("pr", "precision, recall", "features", _precision_recall),
+        Metric("dc", "density, coverage", "features", _density_coverage),
+    )
+}
 
 
 def _foreign_name(metric: str, extractor: str) -> tuple[str, str]:

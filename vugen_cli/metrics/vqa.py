@@ -11,13 +11,9 @@ import torch
 
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics.prompted_images import (
-    Prompted,
-    PromptedImages,
-    by_prompt,
-    resampled_means,
-    score_entry,
-)
+from vugen_cli.metrics.bootstrap import by_prompt, resampled_means
+from vugen_cli.metrics.prompted_images import Prompted, PromptedImages, score_of
+from vugen_cli.metrics.report import Score
 from vugen_cli.vlm.chat import question_inputs
 from vugen_cli.vlm.frozen import load_model
 
@@ -84,7 +80,7 @@ class YesNoJudge:
         yes, no = (log_p[tokens].logsumexp(0) for tokens in (self.yes, self.no))
         return torch.sigmoid(yes - no).item()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """How the answers are obtained, as a record."""
         return {
             "vlm": self.path,
@@ -106,11 +102,11 @@ def _first_tokens(tokenizer: Any, word: str) -> set[int]:
     return found
 
 
-def vqa_scores(pairs: PromptedImages, judge: YesNoJudge, progress: bool = True) -> list[dict[str, Any]]:
+def vqa_scores(pairs: PromptedImages, judge: YesNoJudge, progress: bool = True) -> list[Score]:
     """The mean probability of yes to 'Does this figure show "{prompt}"? Please answer yes or no.'
 
     Returns:
-        One entry of a report.
+        One score.
 
     Raises:
         VugenError: the set cannot be read or the VLM cannot be asked.
@@ -122,19 +118,18 @@ def vqa_scores(pairs: PromptedImages, judge: YesNoJudge, progress: bool = True) 
     judged = pairs.judged(say, "VQAScore", progress=progress)
     prompts, values = [prompt for _, prompt, _ in judged], [value for _, _, value in judged]
     totals, counts = by_prompt(prompts, values)
-    return [
-        score_entry(
-            "vqa_score",
-            f"VQAScore, judged by {judge.name}",
-            float(np.mean(values)),
-            resampled_means(totals, counts),
-            std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
-            parameters={
-                **judge.describe(),
-                "question": QUESTION + SUFFIX,
-                "images": len(values),
-                "prompts": len(totals),
-            },
-            warning=judge.warning,
-        )
-    ]
+    score = score_of(
+        "vqa_score",
+        f"VQAScore, judged by {judge.name}",
+        float(np.mean(values)),
+        resampled_means(totals, counts),
+        parameters={
+            **judge.describe(),
+            "question": QUESTION + SUFFIX,
+            "images": len(values),
+            "prompts": len(totals),
+        },
+        warning=judge.warning,
+    )
+    score.std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return [score]

@@ -8,7 +8,6 @@ real scenes too, and another set of real scenes beside them: no sampler can come
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,10 @@ from PIL import Image
 
 from vugen_cli.data.sample import Sample
 from vugen_cli.errors import VugenError
+from vugen_cli.metrics.bootstrap import resampled_means
 from vugen_cli.metrics.encoders import vlm_extractor
-from vugen_cli.metrics.prompted_images import resampled_means, score_entry
+from vugen_cli.metrics.prompted_images import score_of
+from vugen_cli.metrics.report import Report
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.nano.conversations import DESCRIBE
 from vugen_cli.nano.judge import GROUPS, group_of, judge
@@ -53,7 +54,7 @@ def evaluation_scenes(each: int, size: int = 64, seed: int = 0) -> dict[str, lis
 
 def score_composition(
     sampler: Sampler, each: int, out: Path, seed: int = 0, guidance: float | None = None
-) -> dict[str, Any]:
+) -> Report:
     """Draw the prompts of `evaluation_scenes`, judge the pictures and the real scenes, and compare both.
 
     Args:
@@ -65,16 +66,16 @@ def score_composition(
         guidance: instead of the sampler's own.
 
     Returns:
-        A report as of `scores.score_sets`, of the pictures against the real scenes, with shares in percent by
-        group before its scores; {} on all but the first process of a job.
+        A report of the pictures against the real scenes, with shares in percent by group before its scores;
+        an empty one on all but the first process of a job.
 
     Raises:
         VugenError: the sampler was trained on something else, or its VLM cannot be asked.
     """
     if sampler.card["data"]["dataset"] != "openmoji":
         raise VugenError(
-            f"{sampler.path} was trained on {sampler.card['data']['dataset']}: --composition asks for "
-            "OpenMoji scenes, whose contents are known; take --vqa-score, --geneval or --dpg-bench"
+            f"{sampler.path} was trained on {sampler.card['data']['dataset']}, and composition is asked "
+            "of OpenMoji scenes, whose contents are known: take `vugen score prompts`"
         )
     groups = evaluation_scenes(each, sampler.card["image_size"], seed)
     samples = [sample for group in groups.values() for sample in group]
@@ -82,14 +83,14 @@ def score_composition(
     draw(sampler, prompts, 1, out, seed, guidance=guidance)  # by all processes of a job
     report = _compare_with_real(sampler, groups, each, out, seed)
     if not is_first():
-        return {}
+        return report
     drawn = [Image.open(out / f"{file_stem(prompt)}-0000.png").convert("RGB") for prompt in prompts]
     real = [sample.image for sample in samples if isinstance(sample.image, Image.Image)]
     said = {
         "drawn": _captions(sampler, drawn, "judge"),
         "real": _captions(sampler, real, "judge real scenes"),
     }
-    entries = []
+    shares = []
     for group, spoken in GROUPS.items():
         rows = [i for i, sample in enumerate(samples) if group_of(sample.meta["scene"]) == group]
         verdicts = {
@@ -101,8 +102,8 @@ def score_composition(
                 100 * np.array([verdict[what] for verdict in verdicts[which]], dtype=float)
                 for which in ("drawn", "real")
             )
-            entries.append(
-                score_entry(
+            shares.append(
+                score_of(
                     f"composition_{group}_{what}",
                     f"{what} right, {spoken} (real scenes: {real_right.mean():.1f})",
                     float(drawn_right.mean()),
@@ -123,12 +124,12 @@ def score_composition(
                     else None,
                 )
             )
-    return {**report, "scores": entries + report["scores"]}
+    return report.model_copy(update={"scores": shares + report.scores})
 
 
 def _compare_with_real(
     sampler: Sampler, groups: dict[str, list[Sample]], each: int, out: Path, seed: int
-) -> dict[str, Any]:
+) -> Report:
     """The drawn set against the real one, with what another real set scores in every score's name."""
     real, other = out / "real", out / "real-other"
     if is_first():
@@ -137,9 +138,9 @@ def _compare_with_real(
     wait_for_all("real scenes")
     extractor = vlm_extractor(sampler.vlm, sampler.vlm.device)
     ours, theirs = (score_sets(path, real, extractor, ("fid", "pr", "dc")) for path in (out, other))
-    for entry, best in zip(ours.get("scores", []), theirs.get("scores", []), strict=True):
-        entry["name"] += f" (another real set: {best['value']:.4g})"
-        entry.setdefault("parameters", {})["another_real_set"] = best["value"]
+    for score, best in zip(ours.scores, theirs.scores, strict=True):
+        score.name += f" (another real set: {best.value:.4g})"
+        score.parameters = {**score.parameters, "another_real_set": best.value}
     return ours
 
 

@@ -14,6 +14,7 @@ from vugen_cli.data.manifest import read_manifest
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.files import bundle, whole_file, write_json
 from vugen_cli.metrics.encoders import vlm_extractor
+from vugen_cli.metrics.report import Score
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.recipe import Expert, load_recipe
@@ -22,7 +23,7 @@ from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.sampling.trained import load_sampler, new_expert
 from vugen_cli.stages.train_reducer import train_reducer
 from vugen_cli.stages.train_sampler import train_sampler
-from vugen_cli.studies.reconstruct import reconstruct
+from vugen_cli.studies.reconstruct import Reconstruction, reconstruct
 
 PAGE = Path(__file__).with_name("report.html")
 PROMPTS = [
@@ -90,8 +91,9 @@ def run_demo(out: Path, device: torch.device) -> Path:
     _say("6/6 score: Fréchet distance to held-out scenes, on the VLM's own features")
     extractor = vlm_extractor(trained.vlm, device)
     reports = {name: score_sets(out / name, data, extractor) for name in ("untrained", "samples")}
-    write_json(out / "scores.json", {**reports, "reconstruction": reconstruction})
-    scores = {name: report["scores"][0] for name, report in reports.items()}
+    written = {name: report.written() for name, report in reports.items()}
+    write_json(out / "scores.json", {**written, "reconstruction": reconstruction.written()})
+    scores = {name: report.scores[0] for name, report in reports.items()}
 
     minutes = (time.perf_counter() - started) / 60
     report = out / "report.html"
@@ -99,10 +101,10 @@ def run_demo(out: Path, device: torch.device) -> Path:
         temporary.write_text(
             report_page(out, recipe.model_dump(), scores, reconstruction, minutes, device), encoding="utf-8"
         )
-    before, after = scores["untrained"]["value"], scores["samples"]["value"]
+    before, after = scores["untrained"].value, scores["samples"].value
     _say(
         f"done in {minutes:.1f} min: Fréchet distance {before:.2f} before training, {after:.2f} after; "
-        f"reconstruction {reconstruction['psnr']:.1f} dB"
+        f"reconstruction {reconstruction.psnr:.1f} dB"
     )
     return report
 
@@ -128,8 +130,8 @@ def device_name(device: torch.device) -> str:
 def report_page(
     out: Path,
     recipe: dict[str, Any],
-    scores: dict[str, dict[str, Any]],
-    reconstruction: dict[str, Any],
+    scores: dict[str, Score],
+    reconstruction: Reconstruction,
     minutes: float,
     device: torch.device,
 ) -> str:
@@ -139,15 +141,15 @@ def report_page(
         shutil.copyfile(out / f"{stage}.run" / "curves.png", out / f"curves-{stage}.png")
     counts = {split: f"{facts['count']:,}" for split, facts in manifest["splits"].items()}
     steps = {stage: recipe[f"train_{stage}"]["steps"] for stage in ("reducer", "sampler")}
-    count, quality = reconstruction["images"]["count"], f"{reconstruction['psnr']:.1f} dB"
+    count, quality = reconstruction.images.count, f"{reconstruction.psnr:.1f} dB"
     cards = [
         (
             "Fréchet distance to held-out scenes",
-            f"{scores['untrained']['value']:.2f} → {scores['samples']['value']:.2f}",
+            f"{scores['untrained'].value:.2f} → {scores['samples'].value:.2f}",
             "before → after training; on VLM features, not FID; lower is better. "
-            + (scores["samples"]["warning"] or ""),
+            + (scores["samples"].warning or ""),
         ),
-        ("Reconstruction", quality, f"PSNR of {count} held-out scenes; SSIM {reconstruction['ssim']:.3f}"),
+        ("Reconstruction", quality, f"PSNR of {count} held-out scenes; SSIM {reconstruction.ssim:.3f}"),
         ("Time", f"{minutes:.1f} min", f"every stage, on this machine ({device_name(device)})"),
     ]
     figures = [

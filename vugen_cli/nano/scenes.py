@@ -239,15 +239,12 @@ class OpenMojiScenes:
 REFERENCE_SCENES = 2000  # what is drawn where the embedded data set is named as reference but is not on disk
 
 
-def draw_reference(out: Path, images: Path) -> None:
-    """Prepare scenes of the embedded data set's validation split, as large as the samples."""
+def draw_reference(out: Path, size: int) -> None:
+    """Prepare scenes of the embedded data set's validation split, of `size` pixels a side."""
     import os
 
     from vugen_cli.data.writer import write_dataset
-    from vugen_cli.metrics.image_sets import open_images
 
-    first = next(iter(open_images(images, limit=1)), None)
-    size = 64 if first is None else min(first.shape[1:])
     typer.echo(
         f"The reference {out} is not on disk: drawing {REFERENCE_SCENES:,} scenes of {size} px into it."
     )

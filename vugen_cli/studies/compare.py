@@ -5,18 +5,17 @@ import html
 import re
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file
-from vugen_cli.metrics.image_sets import read_jsonl, sample_files
+from vugen_cli.metrics.samples import DrawnImage, read_samples
 
 PAGE = Path(__file__).with_name("compare.html")
 
-Row = dict[str, Any]  # a line of samples.jsonl, with `path` of its picture
+Shown = tuple[DrawnImage, Path]  # a line of samples.jsonl, and its picture
 
 
-def read_samples(folder: Path) -> list[Row]:
+def read_shown(folder: Path) -> list[Shown]:
     """What `vugen sample` left in a folder.
 
     Raises:
@@ -25,18 +24,17 @@ def read_samples(folder: Path) -> list[Row]:
     listing = folder / "samples.jsonl"
     if not listing.is_file():
         raise VugenError(f"{folder} holds no samples.jsonl: give a folder that `vugen sample` wrote")
-    sample_files(folder)  # refuses names that lead out of the folder
-    rows = [{**row, "path": folder / row["file"]} for row in read_jsonl(listing)]
-    if gone := [row["file"] for row in rows if not row["path"].is_file()]:
+    shown = [(sample, folder / sample.file) for sample in read_samples(folder)]
+    if gone := [path.name for _, path in shown if not path.is_file()]:
         raise VugenError(f"{folder} lacks {gone[0]}, which its samples.jsonl lists: draw it again")
-    return rows
+    return shown
 
 
-def write_comparison(sources: dict[str, list[Row]], out: Path) -> int:
+def write_comparison(sources: dict[str, list[Shown]], out: Path) -> int:
     """Write the page: a section a prompt, the sources side by side. It needs no other file and no network.
 
     Args:
-        sources: rows of each sampler, by the name to show.
+        sources: what each sampler drew, by the name to show.
         out: the HTML file.
 
     Returns:
@@ -45,28 +43,24 @@ def write_comparison(sources: dict[str, list[Row]], out: Path) -> int:
     Raises:
         VugenError: they have no prompt in common.
     """
-    prompts = [row["prompt"] for row in next(iter(sources.values()))]
-    common = [
-        prompt
-        for prompt in dict.fromkeys(prompts)
-        if all(any(row["prompt"] == prompt for row in rows) for rows in sources.values())
-    ]
+    first, *others = (dict.fromkeys(sample.prompt for sample, _ in shown) for shown in sources.values())
+    common = [prompt for prompt in first if prompt and all(prompt in other for other in others)]
     if not common:
         raise VugenError(f"{' and '.join(sources)} have no prompt in common: draw the same prompts with each")
     sections = []
     for prompt in common:
         columns = [
             f"<div><h3>{html.escape(name)}</h3><div class=pictures>"
-            + "".join(_figure(row) for row in rows if row["prompt"] == prompt)
+            + "".join(_figure(sample, path) for sample, path in shown if sample.prompt == prompt)
             + "</div></div>"
-            for name, rows in sources.items()
+            for name, shown in sources.items()
         ]
         sections.append(
             f"<section><h2>{html.escape(prompt)}</h2><div class=side>{''.join(columns)}</div></section>"
         )
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=html.escape(f"{len(sources)} samplers, {len(common)} prompts"),
-        about="; ".join(html.escape(_settings(name, rows[0])) for name, rows in sources.items()),
+        about="; ".join(html.escape(_settings(name, shown[0][0])) for name, shown in sources.items()),
         sections="\n".join(sections),
     )
     with whole_file(out) as temporary:
@@ -85,16 +79,18 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "sampler"
 
 
-def _figure(row: Row) -> str:
-    data = base64.b64encode(row["path"].read_bytes()).decode()
-    label = html.escape(f"seed {row.get('seed', '?')}, image {row.get('index', '?')}", quote=True)
-    alt = html.escape(f"{row['prompt']}, {label}", quote=True)
+def _figure(sample: DrawnImage, path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    seed, index = ("?" if each is None else each for each in (sample.seed, sample.index))
+    label = html.escape(f"seed {seed}, image {index}", quote=True)
+    alt = html.escape(f"{sample.prompt}, {label}", quote=True)
     image = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
     return f"<figure>{image}<figcaption>{label}</figcaption></figure>"
 
 
-def _settings(name: str, row: Row) -> str:
-    said = [f"{key} {row[key]}" for key in ("step", "steps", "guidance", "solver") if key in row]
-    return f"{name}: {row.get('sampler', 'samples')} ({', '.join(said)})".replace(
-        "(step ", "(trained to step "
-    )
+def _settings(name: str, sample: DrawnImage) -> str:
+    settings = {"steps": sample.steps, "guidance": sample.guidance, "solver": sample.solver}
+    said = [f"{key} {value}" for key, value in settings.items() if value is not None]
+    if sample.step is not None:
+        said.insert(0, f"trained to step {sample.step}")
+    return f"{name}: {sample.sampler or 'samples'} ({', '.join(said)})"

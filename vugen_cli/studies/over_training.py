@@ -3,10 +3,9 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-import typer
+from pydantic import Field, TypeAdapter, ValidationError
 
 from vugen_cli.checkpoint import read_card
 from vugen_cli.data.loader import ShardedImages
@@ -14,12 +13,22 @@ from vugen_cli.data.manifest import read_manifest
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.features import Extractor
+from vugen_cli.metrics.report import Record
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.processes import from_first, is_first
 from vugen_cli.sampling.draw import draw
 from vugen_cli.sampling.trained import load_sampler
 
-Curve = list[dict[str, Any]]
+
+class Point(Record):
+    """The samples of one kept checkpoint, scored."""
+
+    key: str = Field(description="hash of the checkpoint and of all that the score depends on")
+    step: int = Field(description="optimiser steps taken")
+    images: int = Field(description="training images seen")
+    metric: str = Field(description="as in a score")
+    name: str = Field(description="as in a score")
+    value: float = Field(description="the score")
 
 
 def kept_checkpoints(run: Path) -> list[Path]:
@@ -36,7 +45,7 @@ def kept_checkpoints(run: Path) -> list[Path]:
         )
     for path in found:
         if (stage := read_card(path).get("stage")) != "sampler":
-            raise VugenError(f"{path} is a {stage} checkpoint: --over-training draws with samplers")
+            raise VugenError(f"{path} is a {stage} checkpoint: give runs of `vugen train-sampler`")
     return found
 
 
@@ -50,7 +59,7 @@ def score_over_training(
     vlm: str | None = None,
     device: torch.device | str = "cpu",
     cache: Path | None = None,
-) -> dict[str, Curve]:
+) -> dict[str, list[Point]]:
     """Fréchet distance of every kept checkpoint's samples, at the same prompts and seeds.
 
     Prompts are the first captions of the reference's held-out images. What was scored is in
@@ -68,7 +77,7 @@ def score_over_training(
         cache: folder of cached features.
 
     Returns:
-        For each run, by name: rows of `step`, `images` seen, `metric`, `name` and `value`.
+        For each run, by name, a point for each checkpoint.
 
     Raises:
         VugenError: as `kept_checkpoints`, or a reference that cannot be read or has no captions.
@@ -76,8 +85,7 @@ def score_over_training(
     curves = {}
     for run, checkpoints in [(run, kept_checkpoints(run)) for run in runs]:
         listing = run / "over-training.json"
-        rows: Curve = json.loads(listing.read_text()) if listing.is_file() else []
-        known = {row["key"]: row for row in rows}
+        known = {point.key: point for point in _read_points(listing)}
         curve = []
         for path in checkpoints:
             card = read_card(path)
@@ -91,21 +99,35 @@ def score_over_training(
                 sampler = load_sampler(path, vlm, device)
                 draw(sampler, _captions(data, count), 1, samples, seed)
                 report = score_sets(samples, data, extractor, ("fid",), count=count, cache=cache)
-                score = from_first(report and report["scores"][0])
-                known[key] = {
-                    "key": key,
-                    "step": card["step"],
-                    "images": card["step"] * card["recipe"]["train_sampler"]["batch_size"],
-                    **{name: score[name] for name in ("metric", "name", "value")},
-                }
+                score = from_first(report.scores[0] if is_first() else None)
+                known[key] = Point(
+                    key=key,
+                    step=card["step"],
+                    images=card["step"] * card["recipe"]["train_sampler"]["batch_size"],
+                    metric=score.metric,
+                    name=score.name,
+                    value=score.value,
+                )
                 if is_first():
-                    write_json(listing, list(known.values()))
+                    write_json(listing, [point.written() for point in known.values()])
             curve.append(known[key])
         curves[str(run)] = curve
     return curves
 
 
-def plot_over_training(curves: dict[str, Curve], path: Path) -> None:
+def _read_points(listing: Path) -> list[Point]:
+    if not listing.is_file():
+        return []
+    try:
+        return TypeAdapter(list[Point]).validate_json(listing.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise VugenError(
+            f"{listing} is no list of scored checkpoints ({problem['msg']}): delete it to score them again"
+        ) from error
+
+
+def plot_over_training(curves: dict[str, list[Point]], path: Path) -> None:
     """A PNG of the metric against training steps and against images seen, all runs on the same axes."""
     import matplotlib
 
@@ -115,10 +137,15 @@ def plot_over_training(curves: dict[str, Curve], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for axis, by, label in zip(axes, ("step", "images"), ("training step", "images seen"), strict=True):
         for run, curve in curves.items():
-            axis.plot([row[by] for row in curve], [row["value"] for row in curve], marker="o", label=run)
+            axis.plot(
+                [getattr(point, by) for point in curve],
+                [point.value for point in curve],
+                marker="o",
+                label=run,
+            )
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(next(iter(curves.values()))[0]["name"])
+    axes[0].set_ylabel(next(iter(curves.values()))[0].name)
     axes[0].set_yscale("log")
     axes[0].legend(fontsize=8)
     with whole_file(path) as temporary:
@@ -132,30 +159,5 @@ def _captions(data: Path, count: int) -> list[str]:
     ]
     different = list(dict.fromkeys(captions))[:count]
     if not different:
-        raise VugenError(f"{data} has no captions: --over-training draws what its held-out images show")
+        raise VugenError(f"{data} has no captions: a study of training draws what held-out images show")
     return different
-
-
-def print_over_training(
-    runs: list[Path],
-    extractor: "Extractor",
-    reference: Path | None,
-    count: int,
-    cache: Path | None,
-    out: Path,
-    device: Any,
-) -> None:
-    """Score kept checkpoints, print a line each, and leave `out` and a picture of the same name."""
-    from vugen_cli.files import write_json
-
-    curves = score_over_training(
-        runs, extractor, reference=reference, count=count, device=device, cache=cache
-    )
-    if not is_first():
-        return
-    for name, curve in curves.items():
-        for row in curve:
-            typer.echo(f"{name}  step {row['step']:>8,}  {row['images']:>10,} images  {row['value']:.4f}")
-    write_json(out, {"over_training": curves})
-    plot_over_training(curves, out.with_suffix(".png"))
-    typer.echo(f"{next(iter(curves.values()))[0]['name']}: {out} and {out.with_suffix('.png')}.")

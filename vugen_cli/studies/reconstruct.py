@@ -3,11 +3,11 @@
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,18 +16,40 @@ from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.encoders import vlm_extractor
 from vugen_cli.metrics.frechet import frechet_distance
-from vugen_cli.metrics.image_sets import batches, open_images
+from vugen_cli.metrics.image_sets import image_batches, open_image_set
 from vugen_cli.metrics.lpips import load_lpips
 from vugen_cli.metrics.pairs import psnr, ssim
+from vugen_cli.metrics.report import Record, SetRecord
 from vugen_cli.moments import Moments
 from vugen_cli.pictures import save_grid
-from vugen_cli.processes import is_first, to_first, world_size
+from vugen_cli.processes import from_first, is_first, to_first, world_size
 from vugen_cli.sampling.trained import decode_images, load_autoencoder
 from vugen_cli.vlm.frozen import vlm_of
 
 GRID_IMAGES = 16
 COLUMNS = 8
 BATCH = 8
+
+
+class Fidelity(Record):
+    """How near reconstructions are to their originals."""
+
+    psnr: float = Field(description="mean peak signal-to-noise ratio, in dB")
+    ssim: float = Field(description="mean structural similarity")
+    lpips: float | None = Field(None, description="mean LPIPS, where its weights are at hand")
+    frechet: float | None = Field(description="Fréchet distance of the two sets; null for a single image")
+    checkpoint: str = Field("", description="what decoded them")
+
+
+class Reconstruction(Fidelity):
+    """Fidelity of what is decoded from z̃, beside that from all of z where `--full` was given."""
+
+    full: Fidelity | None = Field(None, description="the same keys, decoded from all of z")
+    features: str = Field(description="what the Fréchet distance is taken on")
+    images: SetRecord = Field(description="the originals: `path`, `count` and `bad`")
+    steps: int = Field(description="of the decoder")
+    seed: int = Field(description="of the decoder's noise")
+    size: int = Field(description="pixels a side")
 
 
 def reconstruct(
@@ -42,7 +64,7 @@ def reconstruct(
     allow_vlm_mismatch: bool = False,
     save_images: bool = False,
     full: Path | None = None,
-) -> dict[str, Any]:
+) -> Reconstruction:
     """Encode, reduce and decode a set of images, streaming; measure and show what is lost.
 
     Writes `reconstruction.png` (the first 16, each above what is made of it) and `reconstruction.json`.
@@ -62,10 +84,11 @@ def reconstruct(
         full: a checkpoint of the identity reducer, for a row decoded from all of z.
 
     Returns:
-        Mean `psnr` (dB), `ssim` and, where its weights are at hand, `lpips` over the images; `frechet`, the
-        distance between the set and its reconstructions (None for a single image), and its `features`; the
-        same under `full`; how many images there were, and those that could not be read. {} on all but the
-        first process of a job, which share the images out.
+        What was measured, which is also what `reconstruction.json` holds; to every process of a job, which
+        share the images out.
+
+    Raises:
+        VugenError: no image is readable, or the checkpoints do not fit each other or the VLM.
     """
     device = torch.device(device)
     autoencoder, _, card = load_autoencoder(checkpoint, device)
@@ -87,14 +110,14 @@ def reconstruct(
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
     with contextlib.suppress(VugenError):  # its weights are not at hand
         measures["lpips"], _ = load_lpips(device)
-    source = open_images(images, limit=count)
+    source = open_image_set(images, limit=count)
     reference = Moments()
     moments = {name: Moments() for name in ways}
     quality: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ways}  # by image
     shown: dict[str, dict[int, Tensor]] = {name: {} for name in ("original", *ways)}
     bar = tqdm(total=source.total, desc="reconstruct", unit="image", disable=not is_first())
     with bar as progress, torch.no_grad():
-        for indices, chunk in batches(source, BATCH):
+        for indices, chunk in image_batches(source, BATCH):
             squares = [adm_crop(i.transpose(1, 2, 0), size).copy() for i in chunk]
             originals = torch.stack([torch.from_numpy(i).permute(2, 0, 1) for i in squares])
             pictures = {"original": originals}
@@ -125,26 +148,27 @@ def reconstruct(
     if not source.count:
         raise VugenError(f"no readable image in {images}")
     if not is_first():
-        return {}
-    results: dict[str, dict[str, Any]] = {}
+        return from_first(None)
+    figures: dict[str, dict[str, float | None]] = {}
     for name, of_image in quality.items():
         rows_of = [of_image[index] for index in sorted(of_image)]
-        results[name] = {measure: float(np.mean([row[measure] for row in rows_of])) for measure in measures}
-        results[name]["frechet"] = frechet_distance(moments[name], reference) if source.count > 1 else None
-    report = {
-        **results["z reduced"],
-        **({"full": results["z in full"] | {"checkpoint": str(full)}} if full else {}),
+        figures[name] = {measure: float(np.mean([row[measure] for row in rows_of])) for measure in measures}
+        figures[name]["frechet"] = frechet_distance(moments[name], reference) if source.count > 1 else None
+    about = {
         "features": extractor.label,
-        "images": {"path": str(images), "count": source.count, "bad": source.bad},
+        "images": SetRecord(path=str(images), count=source.count, bad=source.bad),
         "checkpoint": str(checkpoint),
         "steps": steps or autoencoder.decoder.recipe.steps,
         "seed": seed,
         "size": size,
     }
-    write_json(out / "reconstruction.json", report)
+    report = Reconstruction.model_validate({**figures["z reduced"], **about})
+    if full:
+        report.full = Fidelity.model_validate({**figures["z in full"], "checkpoint": str(full)})
+    write_json(out / "reconstruction.json", report.written())
     first = {name: [rows[index] for index in sorted(rows)[:GRID_IMAGES]] for name, rows in shown.items()}
     save_rows(first, out / "reconstruction.png")
-    return report
+    return from_first(report)
 
 
 def save_pictures(folder: Path, pictures: Tensor, indices: list[int]) -> None:

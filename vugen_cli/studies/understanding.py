@@ -2,18 +2,34 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
-import typer
+from pydantic import Field
 from torch import Tensor, nn
 
-from vugen_cli.errors import VugenError
+from vugen_cli.metrics.report import Record
 from vugen_cli.sampling.trained import load_sampler
 from vugen_cli.vlm.chat import ask, question_inputs
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
 QUESTIONS = ("describe the picture", "what is in the picture?", "where is it?")
+
+
+class Understanding(Record):
+    """What a VLM answers without and with a sampler beside it."""
+
+    metric: str = Field(description="`understanding preserved`")
+    vlm: str = Field(description="the VLM, as the sampler's card names it")
+    sampler: str = Field(description="the checkpoint")
+    preserved: bool = Field(description="whether weights, logits and answers are the same, bit for bit")
+    weights_before: str = Field(description="SHA-256 over every weight")
+    weights_after: str = Field(description="the same, after the sampler has drawn")
+    images: int = Field(description="how many were asked about")
+    questions: list[str] = Field(description="what was asked about each")
+    logits_compared: int = Field(description="how many numbers")
+    logits_that_differ: int = Field(description="0 where understanding is preserved")
+    answers: list[list[str]] = Field(description="to each question, of each image")
+    answers_after: list[list[str]] = Field(description="the same, after the sampler has drawn")
 
 
 def score_understanding(
@@ -22,7 +38,7 @@ def score_understanding(
     vlm: str | None = None,
     device: torch.device | str = "cpu",
     allow_vlm_mismatch: bool = False,
-) -> dict[str, Any]:
+) -> Understanding:
     """Ask a VLM about images alone, then again beside a sampler that has just drawn; compare bit for bit.
 
     Args:
@@ -53,20 +69,20 @@ def score_understanding(
     after = weight_hash(loaded.vlm.model)
     pairs = list(zip(logits, logits_after, strict=True))
     differ = sum(int((a != b).sum()) for a, b in pairs)
-    return {
-        "metric": "understanding preserved",
-        "vlm": name,
-        "sampler": str(sampler),
-        "preserved": before == after and differ == 0 and answers == answers_after,
-        "weights_before": before,
-        "weights_after": after,
-        "images": len(images),
-        "questions": list(QUESTIONS),
-        "logits_compared": sum(a.numel() for a, _ in pairs),
-        "logits_that_differ": differ,
-        "answers": answers,
-        "answers_after": answers_after,
-    }
+    return Understanding(
+        metric="understanding preserved",
+        vlm=name,
+        sampler=str(sampler),
+        preserved=before == after and differ == 0 and answers == answers_after,
+        weights_before=before,
+        weights_after=after,
+        images=len(images),
+        questions=list(QUESTIONS),
+        logits_compared=sum(a.numel() for a, _ in pairs),
+        logits_that_differ=differ,
+        answers=answers,
+        answers_after=answers_after,
+    )
 
 
 @torch.no_grad()
@@ -88,21 +104,3 @@ def weight_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def print_understanding(result: dict[str, Any], out: Path) -> None:
-    from vugen_cli.files import write_json
-
-    verdict = "preserved, bit for bit" if result["preserved"] else "CHANGED"
-    typer.echo(f"understanding of {result['vlm']} with {result['sampler']}: {verdict}")
-    same = "equal" if result["weights_before"] == result["weights_after"] else "DIFFERENT"
-    typer.echo(f"  weights   {same} (sha256 {result['weights_before'][:16]})")
-    typer.echo(f"  logits    {result['logits_that_differ']} of {result['logits_compared']} differ")
-    for question, answers in zip(result["questions"], result["answers_after"], strict=True):
-        typer.echo(f"  asked     {question}\n  answered  {answers[0]}")
-    write_json(out, {"scores": [result]})
-    typer.echo(f"Written to {out}.")
-    if not result["preserved"]:
-        raise VugenError(
-            f"{result['vlm']} does not answer as it did: its weights were changed on disk or here"
-        )

@@ -16,8 +16,6 @@ from vugen_cli.errors import TooFewImages, VugenError
 PRECISION_K = 3
 DENSITY_K = 5
 BLOCK = 1024  # rows of the distance matrix that are held at once
-RESAMPLES = 1000
-SEED = 2020
 
 
 @dataclass(frozen=True)
@@ -90,19 +88,6 @@ def compare_manifolds(
         density=balls.double().numpy() / density_k if density_k is not None else None,
         coverage=coverage.numpy() if density_k is not None else None,
     )
-
-
-def bootstrap_interval(values: np.ndarray, seed: int = SEED) -> tuple[float, float]:
-    """95% percentile interval of the mean of values [n] over 1000 resamplings of the images.
-
-    The balls stay those of the sets that were given: the interval tells how much the images' luck of the
-    draw moves the mean, not the manifold.
-    """
-    rng = np.random.default_rng(seed)
-    values = np.asarray(values, dtype=np.float64)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _radii(rows: torch.Tensor, ks: list[int]) -> dict[int, torch.Tensor]:
