@@ -38,7 +38,7 @@ def main() -> None:
     card = read_card(options.sampler)
     settings = [f"train_sampler.steps={options.steps}", f"train_sampler.batch_size={options.batch_size}"]
     recipe = parse_recipe(
-        card["recipe"], str(options.sampler), [*settings, "engine.compile=false", "sampling.steps=1"]
+        card.recipe, str(options.sampler), [*settings, "engine.compile=false", "sampling.steps=1"]
     )
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"

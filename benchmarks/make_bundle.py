@@ -38,12 +38,10 @@ def main() -> None:
             autoencoder, _, _ = load_autoencoder(options.sampler, torch.device("cpu"))
             other, facts = load_decoder(options.decoder, autoencoder, torch.device("cpu"))
             tensors |= with_prefix(other.state_dict(), "autoencoder")
-            card["recipe"]["decoder"] = facts["recipe"]["decoder"]
-        card["recipe"] = parse_recipe(card["recipe"], str(options.sampler), options.set).model_dump(
-            mode="json"
-        )
-        card["vlm"]["name"] = card["recipe"]["vlm"]  # for `--set vlm=nano`: in training it had another
-        card["data"]["path"] = "data/openmoji"  # where users have the held-out scenes it is compared with
+            card.recipe["decoder"] = facts.recipe["decoder"]
+        card.recipe = parse_recipe(card.recipe, str(options.sampler), options.set).model_dump(mode="json")
+        card.vlm.name = card.recipe["vlm"]  # for `--set vlm=nano`: in training it had another
+        card.data.path = "data/openmoji"  # where users have the held-out scenes it is compared with
         half = {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
         save_checkpoint(bundle("sampler.safetensors"), half, card)
     size = sum(f.stat().st_size for f in bundle("").rglob("*") if f.is_file()) / 1e6

@@ -169,9 +169,9 @@ def sampler_scores(
 def decoding_speed(checkpoint: Path, device: torch.device, steps: int | None = None) -> float:
     """Images/s of decoding alone: the median of five batches of 16 after one to warm up."""
     autoencoder, _, card = load_autoencoder(checkpoint, device)
-    grid, channels = card["latents"]["grid"], card["latents"]["channels"]
+    grid, channels = card.latents.grid, card.latents.channels
     latents = torch.randn(16, *grid, channels, device=device)
-    noise = torch.randn(16, 3, card["image_size"], card["image_size"], device=device)
+    noise = torch.randn(16, 3, card.image_size, card.image_size, device=device)
     seconds = []
     for _ in range(6):
         started = time.perf_counter()

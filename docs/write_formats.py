@@ -11,17 +11,27 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from vugen_cli.card import Card, DataCard, Distilled, LatentsCard, StateCard, VAECard, VLMCard
 from vugen_cli.metrics.report import PromptsRecord, Report, Score, SetRecord
 from vugen_cli.metrics.samples import DrawnImage
 from vugen_cli.studies.over_training import Point
 from vugen_cli.studies.reconstruct import Fidelity, Reconstruction
 from vugen_cli.studies.understanding import Understanding
 
-MODELS = (DrawnImage, Report, Score, SetRecord, PromptsRecord, Point, Understanding, Fidelity, Reconstruction)
+CARDS = (Card, VLMCard, DataCard, LatentsCard, VAECard, Distilled, StateCard)
+REPORTS = (Report, Score, SetRecord, PromptsRecord, Point, Understanding, Fidelity, Reconstruction)
+MODELS = (*CARDS, DrawnImage, *REPORTS)
 
 PAGE = Path("docs/formats.md")
 HOW = "python docs/write_formats.py"
-WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", object: "anything"}
+WORDS = {
+    str: "text",
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+    object: "anything",
+    Any: "anything",
+}
 
 
 def with_tables(page: str) -> str:

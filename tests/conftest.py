@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from vugen_cli.card import Card
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.metrics.report import Record
 from vugen_cli.nano.scenes import OpenMojiScenes
@@ -112,3 +113,19 @@ def vugen(*arguments: str | Path, cwd: Path, timeout: float = 120) -> subprocess
         [sys.executable, "-m", "vugen_cli", *map(str, arguments)],
         cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
+
+
+def make_card(stage: str = "reducer", **changes: Any) -> Card:
+    """A card such as a small run writes, for tests that need just some of it."""
+    return Card.model_validate(
+        {
+            "stage": stage,
+            "step": 4,
+            "recipe": {},
+            "vlm": {"name": "vlm", "fingerprint": "0" * 64},
+            "data": {"path": "data", "dataset": "folder", "size": 64, "counts": {"train": 8}},
+            "latents": {"channels": 4, "grid": [8, 8], "width": 32},
+            "image_size": 64,
+            **changes,
+        }
+    )

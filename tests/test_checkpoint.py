@@ -6,27 +6,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_card
 
-from vugen_cli.checkpoint import load_checkpoint, part, read_card, save_checkpoint, with_prefix
+from vugen_cli.card import StateCard
+from vugen_cli.checkpoint import load_checkpoint, load_state, part, read_card, save_checkpoint, with_prefix
 from vugen_cli.errors import VugenError
+from vugen_cli.version import __version__
 
 TENSORS = {"a.w": torch.randn(3, 4), "a.b": torch.arange(3), "b.h": torch.randn(2).half()}
 
 
 def test_tensors_and_card_come_back(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_checkpoint(path, TENSORS, {"stage": "reducer", "latents": {"grid": [8, 8]}})
+    save_checkpoint(path, TENSORS, make_card())
     tensors, card = load_checkpoint(path, "reducer")
     assert all(
         torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype
         for name, tensor in TENSORS.items()
     )
-    assert read_card(path) == card and card["latents"] == {"grid": [8, 8]} and card["version"]
+    assert read_card(path) == card == make_card(version=__version__)
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("x", "y"):
-        save_checkpoint(tmp_path / f"{name}.safetensors", TENSORS, {"stage": "reducer"})
+        save_checkpoint(tmp_path / f"{name}.safetensors", TENSORS, make_card())
     assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
 
 
@@ -36,7 +39,7 @@ def test_prefixes_are_undone() -> None:
 
 def test_another_stage_is_refused_with_the_command_to_run(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_checkpoint(path, TENSORS, {"stage": "reducer"})
+    save_checkpoint(path, TENSORS, make_card())
     with pytest.raises(
         VugenError, match="is a reducer checkpoint, but a sampler is needed here.*train-sampler"
     ):
@@ -56,7 +59,7 @@ def test_what_is_not_safetensors_is_refused(tmp_path: Path, content: bytes) -> N
 
 def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_checkpoint(path, TENSORS, {"stage": "reducer"})
+    save_checkpoint(path, TENSORS, make_card())
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(VugenError, match="damaged"):
         load_checkpoint(path)
@@ -76,11 +79,50 @@ def test_a_file_of_another_tool_and_a_newer_format_are_refused(tmp_path: Path) -
         read_card(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ({"stage": "reducer"}, "step: Field required"),
+        ({**make_card().model_dump(), "latents": {"grid": [8]}}, r"latents\.channels"),
+        ({**make_card().model_dump(), "step": "many"}, "step: Input should be a valid integer"),
+        ([1, 2], "the card of .* is damaged"),
+    ],
+)
+def test_a_damaged_card_is_refused_with_its_key(tmp_path: Path, card: object, said: str) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "x.safetensors"
+    save_file(TENSORS, path, metadata={"vugen": json.dumps(card)})
+    with pytest.raises(VugenError, match=said):
+        read_card(path)
+
+
+def test_keys_that_a_later_version_adds_are_passed_over(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "x.safetensors"
+    save_file(TENSORS, path, metadata={"vugen": json.dumps({**make_card().model_dump(), "mood": "good"})})
+    assert read_card(path) == make_card()
+
+
+def test_a_state_is_no_checkpoint_and_a_checkpoint_no_state(tmp_path: Path) -> None:
+    whole, state = tmp_path / "x.safetensors", tmp_path / "s.safetensors"
+    save_checkpoint(whole, TENSORS, make_card())
+    save_checkpoint(
+        state, TENSORS, StateCard(stage="reducer-state", step=3, resolved={"data": {"path": "x"}})
+    )
+    assert load_state(state)[1].resolved == {"data": {"path": "x"}}
+    with pytest.raises(VugenError, match="s.safetensors is a reducer-state checkpoint: a sampler is needed"):
+        load_checkpoint(state, "sampler")
+    with pytest.raises(VugenError, match="is a reducer checkpoint: the state of a run is needed"):
+        load_state(whole)
+
+
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.safetensors"
-    save_checkpoint(path, TENSORS, {"stage": "reducer"})
+    save_checkpoint(path, TENSORS, make_card())
     before = path.read_bytes()
 
     def full(*_: object, **__: object) -> None:
@@ -88,5 +130,5 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(VugenError, match="No space left on device"):
-        save_checkpoint(path, TENSORS, {"stage": "sampler"})
+        save_checkpoint(path, TENSORS, make_card("sampler"))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

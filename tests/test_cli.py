@@ -127,7 +127,7 @@ def test_the_newest_sampler_here_is_taken_and_scored_against_its_reference(
 def vugen_card(path: Path) -> str:
     from vugen_cli.checkpoint import read_card
 
-    return json.dumps(read_card(path))
+    return read_card(path).model_dump_json()
 
 
 def test_reconstruct_measures_and_shows(trained: Path, scenes: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_both_stages_train_and_a_sampler_draws(family: FrozenVLM, scenes: Path, 
     with safe_open(out, "pt") as file:
         assert {key.split(".")[0] for key in file.keys()} == {"autoencoder", "expert"}  # noqa: SIM118
         assert not any("embed_tokens" in key for key in file.keys())  # noqa: SIM118
-    assert read_card(out)["latents"]["grid"] == list(GRIDS[name_of(family)][:2])
+    assert read_card(out).latents.grid == GRIDS[name_of(family)][:2]
     assert weight_hash(load_vlm(family.name).model) == before == weight_hash(sampler.vlm.model)
 
 
@@ -228,7 +228,7 @@ def test_chat_asks_the_vlm_of_a_sampler(trained: Path, tmp_path: Path) -> None:
         "--tokens",
         4,
         "--vlm",
-        read_card(trained / "sampler.safetensors")["vlm"]["name"],
+        read_card(trained / "sampler.safetensors").vlm.name,
         cwd=tmp_path,
     )
     beside = vugen(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_random_vlm, vugen
+from conftest import make_card, save_random_vlm, vugen
 
 from vugen_cli.errors import VugenError
 from vugen_cli.vlm.chat import ask
@@ -58,7 +58,7 @@ def test_the_fingerprint_is_of_the_weights_alone(vlm: FrozenVLM, vlm_path: Path,
 
 def test_another_vlm_is_refused_with_both_names(vlm: FrozenVLM, tmp_path: Path) -> None:
     other = load_vlm(str(save_random_vlm(tmp_path / "other", seed=1)))
-    card = {"vlm": {"name": "the-first-vlm", "fingerprint": vlm.fingerprint}}
+    card = make_card(vlm={"name": "the-first-vlm", "fingerprint": vlm.fingerprint})
     with pytest.raises(VugenError, match="the-first-vlm .* but this is .*other"):
         other.check(card, "x.safetensors")
 

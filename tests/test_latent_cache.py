@@ -73,7 +73,7 @@ def test_training_on_a_cache_never_encodes_and_has_the_losses_of_live_encoding(
     train_sampler(recipe, reducer, cache, tmp_path / "cached.safetensors", CPU)
     live, cached = losses(tmp_path / "live.safetensors"), losses(tmp_path / "cached.safetensors")
     assert len(live) == 4 and live == pytest.approx(cached, rel=2e-3)
-    assert read_card(tmp_path / "cached.safetensors")["data"]["path"] == str(scenes)
+    assert read_card(tmp_path / "cached.safetensors").data.path == str(scenes)
 
 
 def test_the_same_bytes_after_an_interruption(

@@ -9,6 +9,7 @@ import torch
 from test_networks import wake
 from test_training import changed, metrics
 
+from vugen_cli.card import LatentsCard
 from vugen_cli.checkpoint import fingerprint, load_checkpoint
 from vugen_cli.data.loader import Batch, ShardedImages, held_out_images
 from vugen_cli.errors import VugenError
@@ -115,7 +116,7 @@ def test_the_whole_line_runs_on_latent_diffusion_without_the_vaes_files(
     shutil.rmtree(kept)
     tensors, card = load_checkpoint(reducer)
     assert {name.split(".")[0] for name in tensors} == {"autoencoder", "vae"}
-    assert card["vae"]["fingerprint"] == fingerprint(vae.model)
+    assert card.vae and card.vae.fingerprint == fingerprint(vae.model)
     sampler = load_sampler(train_sampler(recipe, reducer, scenes, tmp_path / "s.safetensors", CPU))
     (_, _, picture) = next(sampler.sample(["a bear"]))
     assert picture.shape == (3, 64, 64) and picture.dtype == torch.uint8
@@ -131,7 +132,7 @@ def test_the_baseline_samples_the_vaes_latents(
     )
     reducer = train_reducer(recipe, scenes, tmp_path / "r.safetensors", CPU)
     module, _, card = load_autoencoder(reducer, CPU)
-    assert card["latents"] == {"channels": 24, "grid": [4, 4], "width": 6} and card["step"] == 0
+    assert card.latents == LatentsCard(channels=24, grid=(4, 4), width=6) and card.step == 0
     assert json.loads((tmp_path / "r.latents.json").read_text())["std"] == pytest.approx([1] * 24, abs=0.05)
     images = held_out_images(ShardedImages(scenes), 64)
     decoded = decode_images(vlm, module, images, seed=0)

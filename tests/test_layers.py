@@ -26,6 +26,7 @@ LAYERS = (
     "data",
     # one file each, at the top level
     "checkpoint",
+    "card",
     "pictures",
     "recipe",
     "hub",

@@ -79,9 +79,9 @@ def test_both_stages_train_on_a_mixture_and_their_cards_name_it(
     recipe = tiny_recipe.model_copy(update={"data": tiny_recipe.data.model_copy(update={"mixture": mixture})})
     cpu = torch.device("cpu")
     reducer = train_reducer(recipe, None, tmp_path / "r.safetensors", cpu)
-    card = read_card(train_sampler(recipe, reducer, None, tmp_path / "s.safetensors", cpu))["data"]
-    assert card["path"] == str(scenes) and card["counts"] == {"train": 116}
-    assert [source["weight"] for source in card["mixture"]] == [3, 1]
+    card = read_card(train_sampler(recipe, reducer, None, tmp_path / "s.safetensors", cpu)).data
+    assert card.path == str(scenes) and card.counts == {"train": 116}
+    assert [source["weight"] for source in card.mixture or []] == [3, 1]
 
 
 def test_sets_that_do_not_mix_are_refused(scenes: Path, other: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_the_bundled_vlm_reads_held_out_scenes(tmp_path: Path) -> None:
 def test_the_bundled_sampler_is_compared_with_the_set_that_prepare_writes() -> None:
     if not bundle("sampler.safetensors").is_file():
         pytest.skip("no bundle in this checkout")
-    assert read_card(bundle("sampler.safetensors"))["data"]["path"] == "data/openmoji"
+    assert read_card(bundle("sampler.safetensors")).data.path == "data/openmoji"
 
 
 def test_prompts_differ_in_every_layer_of_the_bundled_vlm() -> None:

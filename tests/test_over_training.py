@@ -29,7 +29,7 @@ def test_kept_checkpoints_are_scored_once_and_the_last_is_the_sampler(
     assert [path.stem for path in kept] == ["step-0000002", "step-0000004"]
     last, final = load_checkpoint(kept[-1], "sampler"), load_checkpoint(out, "sampler")
     assert last[1] == final[1] and all(torch.equal(last[0][name], final[0][name]) for name in final[0])
-    assert load_sampler(kept[0]).card["step"] == 2
+    assert load_sampler(kept[0]).card.step == 2
 
     command = ["study", "training", "s.run", "--features", "vlm", "--count", "8"]  # the VLM of the run
     result = CliRunner().invoke(app, command)

@@ -216,8 +216,8 @@ def test_a_reducer_of_any_kind_trains_its_decoder_and_comes_back_whole(
 ) -> None:
     path = train_reducer(changed(tiny_recipe, *overrides), scenes, tmp_path / "r.safetensors", CPU)
     module, tensors, card = load_autoencoder(path, CPU)
-    assert card["latents"]["channels"] == module.reducer.channels
-    assert card["latents"]["grid"] == ([4, 4] if "reducer.merge=2" in overrides else [8, 8])
+    assert card.latents.channels == module.reducer.channels
+    assert card.latents.grid == ((4, 4) if "reducer.merge=2" in overrides else (8, 8))
     assert all(torch.equal(tensors[f"autoencoder.{k}"], v) for k, v in module.state_dict().items())
     report = json.loads((tmp_path / "r.latents.json").read_text())
     assert report["std"] == pytest.approx([1] * module.reducer.channels, abs=0.02)

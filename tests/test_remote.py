@@ -15,7 +15,7 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import tiny_overrides
+from conftest import make_card, tiny_overrides
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
@@ -124,13 +124,15 @@ def test_a_manifest_cannot_name_a_file_outside_its_data_set(copy: Path) -> None:
 def test_a_command_that_only_a_checkpoint_names_is_not_run() -> None:
     command = "pipe:touch /tmp/{}"
     mixture = {"data": {"mixture": [{"path": command}]}}
-    cards = {"data": {"path": command}}, {"data": {"path": "x", "mixture": [{"path": command}]}}
+    data = {"path": "x", "dataset": "folder", "size": 64, "counts": {}}
+    cards = [make_card(data=data | named) for named in ({"path": command}, {"mixture": [{"path": command}]})]
+    harmless = make_card(data=data)
     for card in cards:
         with pytest.raises(VugenError, match="not run unless you give it"):
             data_of(Recipe(), None, card, own_recipe=True)
     with pytest.raises(VugenError, match="not run unless you give it"):
-        data_of(Recipe.model_validate(mixture), None, {"data": {"path": "x"}}, own_recipe=False)
-    assert data_of(Recipe.model_validate(mixture), None, {"data": {"path": "x"}}, own_recipe=True) is None
+        data_of(Recipe.model_validate(mixture), None, harmless, own_recipe=False)
+    assert data_of(Recipe.model_validate(mixture), None, harmless, own_recipe=True) is None
     assert data_of(Recipe(), command, cards[0]) == command
 
 

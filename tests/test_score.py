@@ -14,14 +14,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import written
+from conftest import make_card, written
 from PIL import Image
 from typer.testing import CliRunner
 
+from vugen_cli.checkpoint import save_checkpoint
 from vugen_cli.commands.score import app
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics import encoders, image_sets, inception, scores
-from vugen_cli.metrics import samples as samples_module
 from vugen_cli.metrics.encoders import load_extractor, vlm_extractor
 from vugen_cli.metrics.features import Extractor
 from vugen_cli.metrics.frechet import load_statistics
@@ -425,15 +425,15 @@ def test_newest_samples(tmp_path):
 def test_reference_from_the_samplers_card(tmp_path, monkeypatch):
     data = write_images(tmp_path / "data", 2, 1)
     sampler = tmp_path / "sampler.safetensors"
-    sampler.touch()
+    facts = {"path": str(data), "dataset": "folder", "size": 32, "counts": {}}
+    save_checkpoint(sampler, {"w": torch.zeros(1)}, make_card("sampler", data=facts))
     samples = write_samples(tmp_path / "samples", sampler=str(sampler))
 
     def reference_of(folder):
         return recorded_reference(open_image_set(folder), lambda out: pytest.fail(f"{out} was drawn"))
 
-    monkeypatch.setattr(samples_module, "read_card", lambda path: {"data": {"path": str(data)}})
     assert reference_of(samples) == data
-    monkeypatch.setattr(samples_module, "read_card", lambda path: {})
+    sampler.unlink()
     with pytest.raises(VugenError, match="names no reference"):
         reference_of(samples)
     gone = write_samples(tmp_path / "others", tmp_path / "gone", dataset="imagenet")

@@ -15,7 +15,8 @@ from conftest import save_random_vlm, tiny_overrides
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
-from vugen_cli.checkpoint import load_checkpoint, read_card, save_checkpoint
+from vugen_cli.card import StateCard
+from vugen_cli.checkpoint import load_checkpoint, read_card, read_header, save_checkpoint
 from vugen_cli.data.loader import ShardedImages
 from vugen_cli.engine.average import Average
 from vugen_cli.engine.device import cpu_flags, pick_device
@@ -48,9 +49,9 @@ def test_a_stage_leaves_checkpoint_metrics_curves_and_pictures(
 ) -> None:
     for stage in ("reducer", "sampler"):
         card = read_card(trained / f"{stage}.safetensors")
-        assert card["stage"] == stage and card["step"] == 4
-        assert card["data"]["path"] == str(scenes) and card["data"]["dataset"] == "openmoji"
-        assert card["vlm"]["name"] == str(vlm_path) and card["latents"]["grid"] == [8, 8]
+        assert card.stage == stage and card.step == 4
+        assert card.data.path == str(scenes) and card.data.dataset == "openmoji"
+        assert card.vlm.name == str(vlm_path) and card.latents.grid == (8, 8)
         run = trained / f"{stage}.run"
         assert [row["step"] for row in metrics(run)] == [0, 1, 2, 3]
         assert (run / "curves.png").stat().st_size and (run / "preview-0000004.png").stat().st_size
@@ -76,7 +77,7 @@ def test_training_leaves_the_vlm_bit_for_bit_as_it_was(
     reducer = train_reducer(recipe, scenes, tmp_path / "r.safetensors", CPU)
     train_sampler(recipe, reducer, scenes, tmp_path / "s.safetensors", CPU)
     assert {file: file.read_bytes() for file in path.iterdir()} == files
-    assert read_card(tmp_path / "s.safetensors")["vlm"]["fingerprint"] == before
+    assert read_card(tmp_path / "s.safetensors").vlm.fingerprint == before
 
 
 def test_the_same_command_gives_the_same_bytes(
@@ -151,7 +152,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(scenes: Path, vlm_path: Path, tm
     assert process.returncode == 130
     assert "run the same command again to go on" in errors.splitlines()[-1]
     (state,) = (tmp_path / "r.run").glob("state-*.safetensors")
-    assert read_card(state)["step"] == len(metrics(tmp_path / "r.run"))
+    assert read_header(state).step == len(metrics(tmp_path / "r.run"))
     assert not (tmp_path / "r.safetensors").exists()
 
 
@@ -253,7 +254,7 @@ def test_a_run_can_be_made_longer(scenes: Path, tiny_recipe: Recipe, tmp_path: P
     out = tmp_path / "r.safetensors"
     train_reducer(tiny_recipe, scenes, out, CPU)
     train_reducer(changed(tiny_recipe, "train_reducer.steps=6"), scenes, out, CPU)
-    assert read_card(out)["step"] == 6
+    assert read_card(out).step == 6
     assert [row["step"] for row in metrics(tmp_path / "r.run")] == list(range(6))
 
 
@@ -282,17 +283,19 @@ def test_states_are_written_in_the_background_whole_and_the_two_newest_are_kept(
     tensors = {"w": torch.randn(100)}
     with StateWriter(tmp_path) as writer:
         for step in (1, 2, 3):
-            writer.write(tensors, {"stage": "test-state", "step": step})
+            writer.write(tensors, StateCard(stage="test-state", step=step, resolved={}))
     kept = sorted(tmp_path.iterdir())
     assert [path.name for path in kept] == ["state-0000002.safetensors", "state-0000003.safetensors"]
-    save_checkpoint(tmp_path / "direct.safetensors", tensors, {"stage": "test-state", "step": 3})
+    save_checkpoint(
+        tmp_path / "direct.safetensors", tensors, StateCard(stage="test-state", step=3, resolved={})
+    )
     assert kept[1].read_bytes() == (tmp_path / "direct.safetensors").read_bytes()
 
 
 def test_a_state_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the folder should be")
     with pytest.raises(VugenError, match="cannot write"), StateWriter(tmp_path / "run") as writer:
-        writer.write({"w": torch.zeros(1)}, {"stage": "test-state", "step": 1})
+        writer.write({"w": torch.zeros(1)}, StateCard(stage="test-state", step=1, resolved={}))
 
 
 def test_a_resumed_run_may_find_its_data_elsewhere_but_not_take_another_step_size() -> None:

@@ -1,7 +1,6 @@
 """Checkpoints: one safetensors file a stage, with a JSON card in its header. No pickle is read or written.
 
-The card of a stage says all that the next stage needs: stage, format, recipe, step, the VLM's name and
-fingerprint, the latent grid, the data set, and the tool's version.
+The card (`vugen_cli/card.py`) says all that the next stage needs, so that one file is enough to go on.
 """
 
 import hashlib
@@ -9,41 +8,41 @@ import json
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from vugen_cli.errors import VugenError
+from vugen_cli.card import FORMAT, Card, StateCard
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import whole_file
 from vugen_cli.version import __version__
 
-FORMAT = 1
 LARGEST_HEADER = 100 * 2**20  # bytes; what the safetensors library itself accepts
 
 
-def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], card: Card | StateCard) -> None:
     """Write weights and card, whole or not at all.
 
     Args:
         path: ends in `.safetensors`.
         tensors: name -> tensor on any device; stored contiguous, in their own dtype.
-        card: JSON-able; `format` and `version` are added.
+        card: of the file; format and version become this tool's.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    full = {"format": FORMAT, "version": __version__, **card}
+    own = card.model_copy(update={"format": FORMAT, "version": __version__})
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         try:
-            save_file(plain, temporary, metadata={"vugen": json.dumps(full)})
+            save_file(plain, temporary, metadata={"vugen": own.model_dump_json(exclude_none=True)})
         except SafetensorError as error:  # the library wraps a full disk in its own exception
             raise VugenError(f"cannot write {path}: {error}") from error
 
 
-def read_card(path: str | Path) -> dict[str, Any]:
-    """The card of a checkpoint, from the header alone.
+def read_header(path: str | Path) -> Card | StateCard:
+    """The card of a checkpoint or of a run's state, from the header alone.
 
     Raises:
         VugenError: the file is missing, is not a safetensors file of this tool, or is newer than this tool.
@@ -62,23 +61,53 @@ def read_card(path: str | Path) -> dict[str, Any]:
         raise VugenError(f"{file} is not a readable safetensors file ({error})") from error
     if text is None:
         raise VugenError(f"{file} was not written by vugen: its header has no card")
-    card = json.loads(text)
-    if card.get("format", 0) > FORMAT:
+    try:
+        values = json.loads(text)
+        if values.get("format", 0) > FORMAT:
+            raise VugenError(
+                f"{file} is in format {values['format']}, newer than this vugen reads: upgrade vugen-cli"
+            )
+        kind = StateCard if str(values.get("stage")).endswith("-state") else Card
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise VugenError(f"the card of {file} is damaged: {key}: {first['msg']}") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise VugenError(f"the card of {file} is damaged: {first_line(error)}") from error
+
+
+def read_card(path: str | Path, stage: str | None = None) -> Card:
+    """The card of a trained checkpoint, from the header alone.
+
+    Args:
+        path: the file.
+        stage: the stage it must come from (`reducer`, `sampler`), or None for either.
+
+    Raises:
+        VugenError: as `read_header`, or the file is of another stage.
+    """
+    card = read_header(path)
+    if isinstance(card, StateCard):
+        wanted = f"a {stage}" if stage else "a reducer or sampler"
+        raise VugenError(f"{path} is a {card.stage} checkpoint: {wanted} is needed here")
+    if stage and card.stage != stage:
         raise VugenError(
-            f"{file} is in format {card['format']}, newer than this vugen reads: upgrade vugen-cli"
+            f"{path} is a {card.stage} checkpoint, but a {stage} is needed here: "
+            f"make one with `vugen train-{stage}`"
         )
     return card
 
 
 def check_checkpoint(path: str | Path) -> None:
-    """Make sure that a checkpoint is whole, without reading its weights.
+    """Make sure that a checkpoint or state is whole, without reading its weights.
 
     Raises:
-        VugenError: as `read_card`, or its weights are cut short.
+        VugenError: as `read_header`, or its weights are cut short.
     """
     from safetensors import SafetensorError, safe_open
 
-    read_card(path)
+    read_header(path)
     try:
         with safe_open(path, "pt"):
             pass
@@ -86,30 +115,37 @@ def check_checkpoint(path: str | Path) -> None:
         raise VugenError(f"{path} is damaged: {error}") from error
 
 
-def load_checkpoint(path: str | Path, stage: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and card of a checkpoint.
-
-    Args:
-        path: the file.
-        stage: the stage it must come from (`reducer`, `sampler`), or None for any.
+def load_checkpoint(path: str | Path, stage: str | None = None) -> tuple[dict[str, Tensor], Card]:
+    """Weights and card of a trained checkpoint.
 
     Raises:
-        VugenError: as `read_card`, or the file is of another stage, or its weights are cut short.
+        VugenError: as `read_card`, or its weights are cut short.
     """
+    card = read_card(path, stage)
+    return _load(path), card
+
+
+def load_state(path: str | Path) -> tuple[dict[str, Tensor], StateCard]:
+    """Tensors and card of a run's state.
+
+    Raises:
+        VugenError: as `read_header`, it is no state, or its tensors are cut short.
+    """
+    card = read_header(path)
+    if isinstance(card, Card):
+        raise VugenError(f"{path} is a {card.stage} checkpoint: the state of a run is needed here")
+    return _load(path), card
+
+
+def _load(path: str | Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    card = read_card(path)
-    if stage and card.get("stage") != stage:
-        command = {"reducer": "train-reducer", "sampler": "train-sampler"}[stage]
-        raise VugenError(
-            f"{path} is a {card.get('stage')} checkpoint, but a {stage} is needed here: "
-            f"make one with `vugen {command}`"
-        )
     try:
-        return load_file(path), card
+        tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise VugenError(f"{path} is damaged: {error}") from error
+    return tensors
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -16,11 +16,11 @@ def inspect(
       vugen inspect sampler.safetensors
       vugen inspect data/openmoji
     """
-    from vugen_cli.checkpoint import read_card
+    from vugen_cli.checkpoint import read_header
     from vugen_cli.data.manifest import read_manifest
 
     if not file.is_dir():
-        _show(read_card(file))
+        _show(read_header(file).model_dump(mode="json", exclude_none=True))
         return
     manifest = read_manifest(file)
     for split in manifest["splits"].values():

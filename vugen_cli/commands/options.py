@@ -1,13 +1,14 @@
 """Options that several commands share, and how they become a recipe."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vugen_cli.errors import VugenError
 
 if TYPE_CHECKING:
+    from vugen_cli.card import Card
     from vugen_cli.recipe import Recipe
 
 DataOption = Annotated[Path, typer.Option(help="Data set written by `vugen prepare`.")]
@@ -71,7 +72,7 @@ def training_recipe(
 
 
 def sampler_recipe(
-    card: dict[str, Any],
+    card: "Card",
     reducer: Path,
     recipe: str | None,
     steps: int | None,
@@ -86,7 +87,7 @@ def sampler_recipe(
     """
     from vugen_cli.recipe import load_recipe, parse_recipe
 
-    stored = card.get("recipe", {})
+    stored = card.recipe
     values = load_recipe(recipe).model_dump() if recipe else stored
     fixed = {key: stored[key] for key in (*kept, "vlm", "latents", "vlm_size") if key in stored}
     return parse_recipe(
@@ -95,7 +96,7 @@ def sampler_recipe(
 
 
 def data_of(
-    resolved: "Recipe", data: str | None, card: dict[str, Any] | None = None, own_recipe: bool = True
+    resolved: "Recipe", data: str | None, card: "Card | None" = None, own_recipe: bool = True
 ) -> str | None:
     """What to train on: --data, or the recipe's mixture (None), or what the checkpoint was trained on.
 
@@ -110,14 +111,13 @@ def data_of(
     """
     from vugen_cli.recipe import MixtureSource
 
-    known = (card or {}).get("data", {"path": "data/openmoji"})
     if data is not None:
         resolved.data.mixture = []
         return data
     if not resolved.data.mixture:
         own_recipe = False
-        resolved.data.mixture = [MixtureSource(**source) for source in known.get("mixture", [])]
-    named = [source.path for source in resolved.data.mixture] or [str(known["path"])]
+        resolved.data.mixture = [MixtureSource(**source) for source in (card and card.data.mixture) or []]
+    named = [source.path for source in resolved.data.mixture] or [card.data.path if card else "data/openmoji"]
     if card is not None and not own_recipe:
         for path in named:
             refuse_command(path)

@@ -160,14 +160,14 @@ def prepare_latents(
     from vugen_cli.stages.latent_cache import write_latents
 
     meet()
-    known = read_card(checkpoint)["data"]
-    if data is None and "mixture" in known:
+    known = read_card(checkpoint).data
+    if data is None and known.mixture:
         raise VugenError(
             f"{checkpoint} was trained on a mixture: give --data, once for each of its data sets"
         )
     if data is None:
-        refuse_command(known["path"])
-        data = Path(known["path"])
+        refuse_command(known.path)
+        data = Path(known.path)
     out = out or data.with_name(f"{data.name}-latents")
     try:
         manifest = write_latents(checkpoint, data, out, pick_device(device), vlm, flip)

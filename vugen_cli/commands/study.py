@@ -144,7 +144,7 @@ def training(
 
     where = join(pick_device(device))
     kept = [kept_checkpoints(run) for run in runs]  # what is missing is told before a network is loaded
-    extractor = load_extractor(features, read_card(kept[0][0])["vlm"]["name"], where)
+    extractor = load_extractor(features, read_card(kept[0][0]).vlm.name, where)
     curves = score_over_training(
         runs, extractor, reference=reference, count=count, device=where, cache=cache_folder()
     )

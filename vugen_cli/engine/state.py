@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vugen_cli.checkpoint import check_checkpoint, load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.card import StateCard
+from vugen_cli.checkpoint import check_checkpoint, load_state, part, save_checkpoint, with_prefix
 from vugen_cli.engine.average import Average
 from vugen_cli.engine.distributed import gathered, put
 from vugen_cli.engine.stage import Stage
@@ -50,7 +51,7 @@ class StateWriter:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
-    def write(self, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+    def write(self, tensors: dict[str, Tensor], card: StateCard) -> None:
         """Begin to write a state of tensors that nobody will change.
 
         Raises:
@@ -60,9 +61,9 @@ class StateWriter:
         self.thread = threading.Thread(target=self._write, args=(tensors, card))
         self.thread.start()
 
-    def _write(self, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+    def _write(self, tensors: dict[str, Tensor], card: StateCard) -> None:
         try:
-            save_checkpoint(self.run / f"state-{card['step']:07d}.safetensors", tensors, card)
+            save_checkpoint(self.run / f"state-{card.step:07d}.safetensors", tensors, card)
             for old in sorted(self.run.glob("state-*.safetensors"))[:-2]:
                 old.unlink()
         except BaseException as error:
@@ -102,7 +103,8 @@ def save_state(
         tensors |= with_prefix(moments, f"optimizer.{names[id(parameter)]}")
     tensors = gathered(tensors)
     if is_first():
-        writer.write(tensors, {"stage": f"{stage.name}-state", "step": step, "resolved": stage.resolved})
+        card = StateCard(stage=f"{stage.name}-state", step=step, resolved=stage.resolved)
+        writer.write(tensors, card)
 
 
 def newest_state(run: Path) -> Path | None:
@@ -132,8 +134,8 @@ def resume(
     path = from_first(newest_state(run) if is_first() else None)
     if path is None:
         return 0
-    tensors, card = load_checkpoint(path)
-    changed = [c for c in differences(card["resolved"], stage.resolved) if not is_free(c.partition(":")[0])]
+    tensors, card = load_state(path)
+    changed = [c for c in differences(card.resolved, stage.resolved) if not is_free(c.partition(":")[0])]
     if changed and not change_recipe:
         raise VugenError(
             f"{run} holds a run with other settings ({'; '.join(changed)}): give --out another name, "
@@ -162,7 +164,7 @@ def resume(
             else put(torch.empty_like(parameter, requires_grad=False), tensor)
             for key, tensor in part(tensors, f"optimizer.{name}").items()
         }
-    step = int(card["step"])
+    step = card.step
     if changed and is_first():
         with open(run / "changes.jsonl", "a") as file:
             file.write(json.dumps({"step": step, "changes": changed}, ensure_ascii=False) + "\n")

@@ -123,6 +123,4 @@ def _reference_of(sampler: str | None) -> str | None:
     """What the card of a sampler says that it was trained on, where the sampler is on disk."""
     if not sampler or not Path(sampler).is_file():
         return None
-    data = read_card(Path(sampler)).get("data")
-    path = data.get("path") if isinstance(data, dict) else None
-    return path if isinstance(path, str) else None
+    return read_card(sampler).data.path

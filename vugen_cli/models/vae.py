@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vugen_cli.card import VAECard
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.flow import Solver
 from vugen_cli.models.pixel_decoder import to_pixels, to_uint8
@@ -46,10 +47,10 @@ class FrozenVAE:
         """The inverse of `encode`: float32 pixels [B, 3, H, W], about [-1, 1]."""
         return self.model.decode(latents / self.scale + self.shift).sample.float()
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> VAECard:
         """What a checkpoint's card says of it; enough to build it again."""
         config = json.loads(self.model.to_json_string())
-        return {"name": self.name, "fingerprint": fingerprint(self.model), "config": config}
+        return VAECard(name=self.name, fingerprint=fingerprint(self.model), config=config)
 
 
 class VAEDecoder(nn.Module):

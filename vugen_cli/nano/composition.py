@@ -72,12 +72,12 @@ def score_composition(
     Raises:
         VugenError: the sampler was trained on something else, or its VLM cannot be asked.
     """
-    if sampler.card["data"]["dataset"] != "openmoji":
+    if sampler.card.data.dataset != "openmoji":
         raise VugenError(
-            f"{sampler.path} was trained on {sampler.card['data']['dataset']}, and composition is asked "
+            f"{sampler.path} was trained on {sampler.card.data.dataset}, and composition is asked "
             "of OpenMoji scenes, whose contents are known: take `vugen score prompts`"
         )
-    groups = evaluation_scenes(each, sampler.card["image_size"], seed)
+    groups = evaluation_scenes(each, sampler.card.image_size, seed)
     samples = [sample for group in groups.values() for sample in group]
     prompts = [sample.captions[0] for sample in samples]
     draw(sampler, prompts, 1, out, seed, guidance=guidance)  # by all processes of a job
@@ -134,7 +134,7 @@ def _compare_with_real(
     real, other = out / "real", out / "real-other"
     if is_first():
         _save_scenes(groups, real)
-        _save_scenes(evaluation_scenes(each, sampler.card["image_size"], seed + 1), other)
+        _save_scenes(evaluation_scenes(each, sampler.card.image_size, seed + 1), other)
     wait_for_all("real scenes")
     extractor = vlm_extractor(sampler.vlm, sampler.vlm.device)
     ours, theirs = (score_sets(path, real, extractor, ("fid", "pr", "dc")) for path in (out, other))

@@ -116,7 +116,7 @@ def _say(line: str) -> None:
 def _untrained(trained: Sampler) -> Sampler:
     """The same sampler with the generation expert as it was before its first step."""
     torch.manual_seed(0)
-    expert = new_expert(trained.vlm, trained.card["latents"], Expert())
+    expert = new_expert(trained.vlm, trained.card.latents, Expert())
     return Sampler(trained.vlm, expert.eval(), trained.autoencoder, trained.card, "untrained")
 
 

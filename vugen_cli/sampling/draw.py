@@ -60,7 +60,7 @@ def pick_sampler(given: Path | None) -> Path:
         return given
     for path in sorted(Path().glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
-            if read_card(path).get("stage") == "sampler":
+            if read_card(path).stage == "sampler":
                 print(f"sampler: {path}, the newest here")
                 return path
         except VugenError:
@@ -100,11 +100,11 @@ def draw(
         "seed": seed,
         **settings,
         "sampler": str(sampler.path),
-        "step": sampler.card["step"],
-        **({"decoder": sampler.card["decoder"]} if "decoder" in sampler.card else {}),
-        "vlm": sampler.card["vlm"]["name"],
-        "dataset": sampler.card["data"]["dataset"],
-        "reference": sampler.card["data"]["path"],
+        "step": sampler.card.step,
+        **({"decoder": sampler.card.decoder} if sampler.card.decoder else {}),
+        "vlm": sampler.card.vlm.name,
+        "dataset": sampler.card.data.dataset,
+        "reference": sampler.card.data.path,
     }
     rows: dict[tuple[int, int], dict[str, Any]] = {}
     shown: dict[tuple[int, int], torch.Tensor] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vugen_cli.card import Card
 from vugen_cli.engine.compiling import compile_layers
 from vugen_cli.engine.distributed import blocks
 from vugen_cli.engine.precision import passes
@@ -40,7 +41,7 @@ class Sampler:
         vlm: FrozenVLM,
         expert: GenerationExpert,
         autoencoder: Autoencoder,
-        card: dict[str, Any],
+        card: Card,
         path: str | Path,
     ):
         self.vlm, self.expert, self.autoencoder, self.card, self.path = (
@@ -50,7 +51,7 @@ class Sampler:
             card,
             Path(path),
         )
-        recipe = parse_recipe(card["recipe"], str(path))
+        recipe = parse_recipe(card.recipe, str(path))
         self.defaults: Sampling = recipe.sampling
         self.shift = recipe.flow.shift
         self.passes = passes(recipe.sampling.precision, vlm.device)
@@ -134,7 +135,7 @@ class Sampler:
     def _draw(self, keys: list[tuple[int, str, int]], prefix: Prefix, settings: dict[str, Any]) -> Tensor:
         """One batch of images, uint8 [B, 3, S, S] on the CPU; a key is (seed, prompt, image number)."""
         latents = self.latents(prefix, keys, settings)
-        size = self.card["image_size"]
+        size = self.card.image_size
         noise = torch.stack([seeded_noise((3, size, size), *key, "pixels") for key in keys])
         return self.decoder.decode(latents, noise.to(latents.device)).cpu()
 
@@ -142,7 +143,7 @@ class Sampler:
         """Sample z̃ [B, h, w, c] for a batch of prefixes, with classifier-free guidance (arXiv 2207.12598)
         within `guidance_interval` (arXiv 2404.07724).
         """
-        grid, channels = self.card["latents"]["grid"], self.card["latents"]["channels"]
+        grid, channels = self.card.latents.grid, self.card.latents.channels
         noise = torch.stack([seeded_noise((*grid, channels), *key, "latents") for key in keys]).to(
             self.vlm.device
         )

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vugen_cli.card import Card, LatentsCard, VAECard
 from vugen_cli.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
 from vugen_cli.engine.precision import passes
 from vugen_cli.errors import VugenError, first_line
@@ -23,20 +23,20 @@ from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
 
 
 def save_autoencoder(
-    autoencoder: Autoencoder, path: Path, card: dict[str, Any], others: dict[str, Tensor] | None = None
+    autoencoder: Autoencoder, path: Path, card: Card, others: dict[str, Tensor] | None = None
 ) -> None:
     """Write a checkpoint with all that decoding needs, a VAE included, and with other tensors."""
     weights = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith("alignment.")}
     tensors = with_prefix(weights, "autoencoder") | (others or {})
     if autoencoder.vae:
         tensors |= with_prefix(autoencoder.vae.model.state_dict(), "vae")
-        card = {**card, "vae": autoencoder.vae.card()}
+        card = card.model_copy(update={"vae": autoencoder.vae.card()})
     save_checkpoint(path, tensors, card)
 
 
 def load_autoencoder(
     path: str | Path, device: torch.device, stage: str | None = None
-) -> tuple[Autoencoder, dict[str, Tensor], dict[str, Any]]:
+) -> tuple[Autoencoder, dict[str, Tensor], Card]:
     """Reducer and pixel decoder of a checkpoint, with all its tensors and its card.
 
     Args:
@@ -48,18 +48,16 @@ def load_autoencoder(
         VugenError: as `load_checkpoint`, or the file is of neither stage.
     """
     tensors, card = load_checkpoint(path, stage)
-    if card.get("stage") not in ("reducer", "sampler"):
-        raise VugenError(f"{path} is a {card.get('stage')} checkpoint: a reducer or sampler is needed here")
-    recipe = parse_recipe(card["recipe"], str(path))
-    vae = stored_vae(card["vae"], part(tensors, "vae"), device) if "vae" in card else None
-    module = Autoencoder(recipe, card["latents"]["width"], vae)
+    recipe = parse_recipe(card.recipe, str(path))
+    vae = stored_vae(card.vae, part(tensors, "vae"), device) if card.vae else None
+    module = Autoencoder(recipe, card.latents.width, vae)
     load_weights(module, part(tensors, "autoencoder"), path)
     return module.to(device).eval().requires_grad_(False), tensors, card
 
 
 def load_decoder(
     path: str | Path, autoencoder: Autoencoder, device: torch.device
-) -> tuple[Autoencoder, dict[str, Any]]:
+) -> tuple[Autoencoder, Card]:
     """The autoencoder of another checkpoint, with its card, whose decoder suits the z̃ of this one.
 
     Raises:
@@ -133,11 +131,11 @@ def load_sampler(
     autoencoder, tensors, card = load_autoencoder(path, torch.device(device), "sampler")
     if decoder:
         autoencoder, other = load_decoder(decoder, autoencoder, torch.device(device))
-        card = {**card, "image_size": other["image_size"], "decoder": str(decoder)}
-        card["recipe"] = {**card["recipe"], "decoder": other["recipe"]["decoder"]}
+        drawing = {"recipe": {**card.recipe, "decoder": other.recipe["decoder"]}, "decoder": str(decoder)}
+        card = card.model_copy(update={**drawing, "image_size": other.image_size})
     frozen = vlm_of(card, path, vlm, device, allow_vlm_mismatch)
     recipe = frozen.recipe.expert.model_copy(update={"init": "fresh"})
-    expert = new_expert(frozen, card["latents"], recipe)
+    expert = new_expert(frozen, card.latents, recipe)
     load_weights(expert, part(tensors, "expert"), path)
     return Sampler(frozen, expert.eval().requires_grad_(False), autoencoder, card, path)
 
@@ -149,7 +147,7 @@ def save_sampler(sampler: Sampler, path: Path) -> None:
     )
 
 
-def new_expert(vlm: FrozenVLM, latents: dict[str, Any], recipe: Expert) -> GenerationExpert:
+def new_expert(vlm: FrozenVLM, latents: LatentsCard, recipe: Expert) -> GenerationExpert:
     """An untrained generation expert on the VLM's device.
 
     Args:
@@ -159,8 +157,8 @@ def new_expert(vlm: FrozenVLM, latents: dict[str, Any], recipe: Expert) -> Gener
     """
     expert = GenerationExpert(
         vlm.decoder,
-        latents["channels"],
-        tuple(latents["grid"]),
+        latents.channels,
+        latents.grid,
         fresh=recipe.init == "fresh",
         width=recipe.width,
         mlp=recipe.mlp,
@@ -209,7 +207,7 @@ def load_vae(name: str, device: torch.device) -> FrozenVAE:
     return FrozenVAE(model.to(device), name)
 
 
-def stored_vae(card: dict[str, Any], weights: dict[str, Tensor], device: torch.device) -> FrozenVAE:
+def stored_vae(card: VAECard, weights: dict[str, Tensor], device: torch.device) -> FrozenVAE:
     """The VAE that a checkpoint holds.
 
     Args:
@@ -219,6 +217,6 @@ def stored_vae(card: dict[str, Any], weights: dict[str, Tensor], device: torch.d
     """
     from diffusers import AutoencoderKL
 
-    model = AutoencoderKL.from_config(card["config"])
+    model = AutoencoderKL.from_config(card.config)
     model.load_state_dict(weights)
-    return FrozenVAE(model.to(device), card["name"])
+    return FrozenVAE(model.to(device), card.name)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vugen_cli.card import Card, DataCard, Distilled
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.loader import Batch, held_out_images, training_batches
 from vugen_cli.data.mixture import open_images
@@ -53,7 +54,7 @@ def distill(
         VugenError: bad data, VLM or checkpoint; a recipe with other networks; a loss that is not finite.
     """
     autoencoder, _, card = load_autoencoder(teacher, device)
-    expert, size = autoencoder.decoder, card["image_size"]
+    expert, size = autoencoder.decoder, card.image_size
     if isinstance(expert, VAEDecoder):
         raise VugenError(f"{teacher} decodes with a VAE, in one call already: nothing to distill")
     steps, solver = recipe.decoder.steps, recipe.decoder.solver
@@ -95,15 +96,17 @@ def distill(
             rows.append(decode_images(vlm, autoencoder, shown, recipe.seed, count, solver=way).cpu())
         save_grid(torch.cat(rows), path, columns=len(shown))
 
-    card = {
-        **{key: card[key] for key in ("vlm", "latents", "image_size")},
-        "stage": "reducer",
-        "step": settings.steps,
-        "recipe": recipe.model_dump(mode="json") | {"decoder": student.recipe.model_dump(mode="json")},
-        "data": images.card(),
-        "distilled": {"teacher": str(teacher), "steps": steps, "solver": solver},
-    }
-    resolved = {key: card[key] for key in ("vlm", "data", "latents", "image_size")} | {
+    card = Card(
+        stage="reducer",
+        step=settings.steps,
+        recipe=recipe.model_dump(mode="json") | {"decoder": student.recipe.model_dump(mode="json")},
+        vlm=card.vlm,
+        data=DataCard.model_validate(images.card()),
+        latents=card.latents,
+        image_size=size,
+        distilled=Distilled(teacher=str(teacher), steps=steps, solver=solver),
+    )
+    resolved = card.facts("vlm", "data", "latents", "image_size") | {
         "teacher": {"fingerprint": fingerprint(autoencoder), "steps": steps, "solver": solver},
         "recipe": recipe.model_dump(mode="json", include={"seed", "data", "decoder", "train_reducer"}),
     }

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vugen_cli.card import Card
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import ShardedImages
@@ -33,15 +34,15 @@ from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
 BATCH = 64  # images encoded together; part of the format, since kernels may round otherwise at another size
 
 
-def latent_facts(autoencoder: Autoencoder, vlm: FrozenVLM, recipe: Recipe, card: dict[str, Any]) -> Any:
+def latent_facts(autoencoder: Autoencoder, vlm: FrozenVLM, recipe: Recipe, card: Card) -> Any:
     """What the z̃ and the token ids of an image and its captions depend on, as `dataset.json` keeps it."""
     of_vae = autoencoder.vae is not None and autoencoder.reducer.recipe.kind == "vae"
     return {
         "reducer": fingerprint(autoencoder.reducer),
         "vlm": vlm.vision,
         "vae": fingerprint(autoencoder.vae.model) if of_vae and autoencoder.vae else None,
-        "grid": card["latents"]["grid"],
-        "channels": card["latents"]["channels"],
+        "grid": list(card.latents.grid),
+        "channels": card.latents.channels,
         **recipe.model_dump(mode="json", include=set(USE_OF_VLM)),
     }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vugen_cli.card import Card, DataCard, LatentsCard
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.loader import Batch, held_out_images, stored_images, training_batches
 from vugen_cli.data.mixture import open_images
@@ -86,22 +87,19 @@ def train_reducer(
         lap("frozen VLM")
         return reducer_loss(module, z, batch.images, recipe, generator, pictures)
 
-    card = {
-        "stage": "reducer",
-        "step": settings.steps,
-        "recipe": recipe.model_dump(mode="json"),
-        "vlm": vlm.card(),
-        "data": images.card(),
-        "latents": {
-            "channels": module.reducer.channels,
-            "grid": [side // recipe.reducer.merge for side in (height, width)],
-            "width": d,
-        },
-        "image_size": size,
-    }
+    grid = height // recipe.reducer.merge, width // recipe.reducer.merge
+    card = Card(
+        stage="reducer",
+        step=settings.steps,
+        recipe=recipe.model_dump(mode="json"),
+        vlm=vlm.card(),
+        data=DataCard.model_validate(images.card()),
+        latents=LatentsCard(channels=module.reducer.channels, grid=grid, width=d),
+        image_size=size,
+    )
     kept = {"reducer": fingerprint(module.reducer)} if reducer else {}
     resolved = (
-        {key: card[key] for key in ("vlm", "data", "latents", "image_size")}
+        card.facts("vlm", "data", "latents", "image_size")
         | kept
         | {
             "recipe": recipe.model_dump(
@@ -126,12 +124,12 @@ def train_reducer(
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, size)
     if recipe.reducer.kind == "vae":  # reducer and decoder are the VAE's: there is nothing to train
         module.eval()
-        card["step"] = 0
+        card.step = 0
     else:
 
         def save(path: Path, step: int) -> None:  # with the latents' running statistics
             if is_first():
-                save_autoencoder(module, path, {**card, "step": step})
+                save_autoencoder(module, path, card.model_copy(update={"step": step}))
 
         stage = Stage("reducer", module, loss, preview, resolved, save=save)
         train(stage, stream, settings, recipe, run, device, options)

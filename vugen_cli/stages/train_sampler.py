@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vugen_cli.card import DataCard
 from vugen_cli.checkpoint import fingerprint, part, save_checkpoint, with_prefix
 from vugen_cli.data.loader import Batch, training_batches
 from vugen_cli.data.mixture import open_images
@@ -60,7 +61,7 @@ def train_sampler(
     if images.latents:
         check_cache(images, latent_facts(autoencoder, vlm, recipe, reducer_card), recipe.data.flip)
     torch.manual_seed(recipe.seed)
-    expert = new_expert(vlm, reducer_card["latents"], recipe.expert)
+    expert = new_expert(vlm, reducer_card.latents, recipe.expert)
     if further:
         load_weights(expert, part(stored, "expert"), reducer)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
@@ -89,19 +90,20 @@ def train_sampler(
         t = draw_times(len(target), recipe.flow.time, recipe.flow.shift, generator)
         return flow_matching_loss(lambda x, t: expert(x, t, prefix), target, t, generator), {}
 
-    card = {
-        **reducer_card,
-        "stage": "sampler",
-        "step": settings.steps,
-        "recipe": recipe.model_dump(mode="json"),
-        "vlm": vlm.card(),
-        "data": images.card(),
-    }
+    card = reducer_card.model_copy(
+        update={
+            "stage": "sampler",
+            "step": settings.steps,
+            "recipe": recipe.model_dump(mode="json"),
+            "vlm": vlm.card(),
+            "data": DataCard.model_validate(images.card()),
+        }
+    )
     begun = {"expert": fingerprint(expert)} if further else {}
     if images.latents:  # rounded to float16: a run goes on with what it began with
         begun["cache"] = "float16"
     resolved = (
-        {key: card[key] for key in ("vlm", "data", "latents")}
+        card.facts("vlm", "data", "latents")
         | begun
         | {
             "recipe": recipe.model_dump(
@@ -134,7 +136,8 @@ def train_sampler(
     def save(path: Path, step: int) -> None:
         weights = gathered(expert.state_dict())
         if is_first():
-            save_checkpoint(path, with_prefix(weights, "expert") | stored, {**card, "step": step})
+            whole = with_prefix(weights, "expert") | stored
+            save_checkpoint(path, whole, card.model_copy(update={"step": step}))
 
     stage = Stage("sampler", expert, loss, preview, resolved, layers, save=save)
     train(stage, stream, settings, recipe, run, device, options)

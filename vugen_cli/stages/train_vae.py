@@ -110,7 +110,7 @@ def train_vae(
 
     resolved = {
         "recipe": recipe.model_dump(mode="json", include={"seed", "data", "vae", "train_vae"}),
-        **({"vlm": vlm.card()} if vlm else {}),
+        **({"vlm": vlm.card().model_dump(mode="json")} if vlm else {}),
         "data": dataset_card(data),
     }
     settings = recipe.train_vae

@@ -44,7 +44,7 @@ def kept_checkpoints(run: Path) -> list[Path]:
             "--set train_sampler.keep_every=500"
         )
     for path in found:
-        if (stage := read_card(path).get("stage")) != "sampler":
+        if (stage := read_card(path).stage) != "sampler":
             raise VugenError(f"{path} is a {stage} checkpoint: give runs of `vugen train-sampler`")
     return found
 
@@ -89,7 +89,7 @@ def score_over_training(
         curve = []
         for path in checkpoints:
             card = read_card(path)
-            data = reference or Path(card["data"]["path"])
+            data = reference or Path(card.data.path)
             asked = [read_manifest(data), count, seed, extractor.label, extractor.identity]
             digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
             digest.update(path.read_bytes())
@@ -102,8 +102,8 @@ def score_over_training(
                 score = from_first(report.scores[0] if is_first() else None)
                 known[key] = Point(
                     key=key,
-                    step=card["step"],
-                    images=card["step"] * card["recipe"]["train_sampler"]["batch_size"],
+                    step=card.step,
+                    images=card.step * card.recipe["train_sampler"]["batch_size"],
                     metric=score.metric,
                     name=score.name,
                     value=score.value,

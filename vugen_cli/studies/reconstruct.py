@@ -93,7 +93,7 @@ def reconstruct(
     device = torch.device(device)
     autoencoder, _, card = load_autoencoder(checkpoint, device)
     frozen = vlm_of(card, checkpoint, vlm, device, allow_vlm_mismatch)
-    size = card["image_size"]
+    size = card.image_size
     ways = {"z reduced": autoencoder}
     if full:
         whole, _, full_card = load_autoencoder(full, device)
@@ -103,8 +103,8 @@ def reconstruct(
                 f"--full {full} has a reducer of kind {whole.reducer.recipe.kind}: train one on all of z "
                 "with `vugen train-reducer --set reducer.kind=identity`"
             )
-        if full_card["image_size"] != size:
-            raise VugenError(f"--full {full} draws {full_card['image_size']} px, but {checkpoint} {size} px")
+        if full_card.image_size != size:
+            raise VugenError(f"--full {full} draws {full_card.image_size} px, but {checkpoint} {size} px")
         ways = {"z in full": whole, **ways}
     extractor = vlm_extractor(frozen, device)
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vugen_cli.card import Card, VLMCard
 from vugen_cli.checkpoint import combined_digest, weight_digests
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
@@ -152,11 +153,11 @@ class FrozenVLM:
             )
         return Prefix([layer.keys for layer in layers], [layer.values for layer in layers], mask)
 
-    def card(self) -> dict[str, str]:
+    def card(self) -> VLMCard:
         """What a checkpoint notes of the VLM it was trained on, for `check`."""
-        return {"name": self.name, "fingerprint": self.fingerprint, "vision": self.vision}
+        return VLMCard(name=self.name, fingerprint=self.fingerprint, vision=self.vision)
 
-    def check(self, card: dict[str, Any], checkpoint: str | Path, allow: bool = False) -> None:
+    def check(self, card: Card, checkpoint: str | Path, allow: bool = False) -> None:
         """Refuse a checkpoint that was trained on another VLM, unless that is allowed.
 
         A reducer fits wherever z is the same: the language side may have been trained further.
@@ -164,13 +165,13 @@ class FrozenVLM:
         Raises:
             VugenError: the fingerprints differ; names both models.
         """
-        trained = card["vlm"]
-        same = trained["fingerprint"] == self.fingerprint
-        if card.get("stage") == "reducer":
-            same = same or trained.get("vision") == self.vision
+        trained = card.vlm
+        same = trained.fingerprint == self.fingerprint
+        if card.stage == "reducer":
+            same = same or trained.vision == self.vision
         if not (same or allow):
             raise VugenError(
-                f"{checkpoint} was trained on the VLM {trained['name']} ({trained['fingerprint'][:12]}), "
+                f"{checkpoint} was trained on the VLM {trained.name} ({trained.fingerprint[:12]}), "
                 f"but this is {self.name} ({self.fingerprint[:12]}): pass the right one with --vlm, or "
                 "--allow-vlm-mismatch if you know that it fits"
             )
@@ -247,7 +248,7 @@ def load_model(
 
 
 def vlm_of(
-    card: dict[str, Any],
+    card: Card,
     checkpoint: str | Path,
     vlm: str | None = None,
     device: torch.device | str | None = None,
@@ -265,7 +266,7 @@ def vlm_of(
     Raises:
         VugenError: it cannot be loaded, or has other weights.
     """
-    frozen = load_vlm(vlm or card["vlm"]["name"], device, parse_recipe(card["recipe"], str(checkpoint)))
+    frozen = load_vlm(vlm or card.vlm.name, device, parse_recipe(card.recipe, str(checkpoint)))
     frozen.check(card, checkpoint, allow_mismatch)
     return frozen
 
