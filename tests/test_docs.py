@@ -114,7 +114,9 @@ def test_links_of_the_pages_lead_somewhere() -> None:
             place = page.parent / target
             assert place.exists(), f"{page.name}: {target}"
             # The site holds docs/ alone: files elsewhere are named there, not linked.
-            assert page.parent == ROOT or place.resolve().is_relative_to(ROOT / "docs"), f"{page.name}: {target}"
+            assert page.parent == ROOT or place.resolve().is_relative_to(ROOT / "docs"), (
+                f"{page.name}: {target}"
+            )
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 

@@ -98,7 +98,9 @@ def test_a_run_ends_where_a_command_fails(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_bundled_model_is_made_from_nothing_and_nothing_is_made_twice(tmp_path: Path) -> None:
     tiny_vlm = [f"nano_vlm.{size}" for size in ("vision_width=32", "vision_layers=1", "vision_heads=2")]
-    tiny_vlm += [f"nano_vlm.{size}" for size in ("width=64", "layers=2", "heads=2", "mlp=128", "vision_steps=1")]
+    tiny_vlm += [
+        f"nano_vlm.{size}" for size in ("width=64", "layers=2", "heads=2", "mlp=128", "vision_steps=1")
+    ]
     cut = {"COUNT": "24", "HELD_OUT": "8", "EXTRA": settings(*tiny_vlm)}
     commands, failure = run(ROOT / "nano.sh", tmp_path, **cut)
     assert not failure
@@ -159,7 +161,9 @@ def test_the_papers_comparison_leaves_a_table_for_each_decoder_and_every_figure(
         (tmp_path / f"coco/val2017/{number:012d}.jpg").write_bytes(picture(number))
     listing = {
         "images": [{"id": number, "file_name": f"{number:012d}.jpg"} for number in range(4)],
-        "annotations": [{"image_id": number, "id": number, "caption": f"a thing {number}"} for number in range(4)],
+        "annotations": [
+            {"image_id": number, "id": number, "caption": f"a thing {number}"} for number in range(4)
+        ],
     }
     (tmp_path / "coco/annotations/captions_val2017.json").write_text(json.dumps(listing))
     (tmp_path / "prompts.txt").write_text("a bear\na cat\n")
