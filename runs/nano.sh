@@ -10,6 +10,7 @@ set -eu
 OUT=${OUT:-out/nano}       # everything is written here
 COUNT=${COUNT:-40000}      # scenes to train on, in each of the two sets
 HELD_OUT=${HELD_OUT:-2000} # scenes to compare with
+JUDGED=${JUDGED:-620}      # pictures of each kind that are judged at the end
 EXTRA=${EXTRA:-}           # added to every training command, as in EXTRA="--steps 100 --batch-size 16"
 mkdir -p "$OUT"
 cd "$OUT"
@@ -68,5 +69,5 @@ train reducer one-step.safetensors --distill decoder.safetensors --steps 700 --b
 
 vugen sample "a bear in a forest" "two apples next to a tree" -n 4 --sampler sampler.safetensors \
     --decoder one-step.safetensors
-vugen score --fid --pr --features vlm
+vugen score --composition --sampler sampler.safetensors --count "$JUDGED"
 vugen reconstruct --reducer one-step.safetensors --images data/openmoji --count 500

@@ -101,7 +101,7 @@ def test_the_bundled_model_is_made_from_nothing_and_nothing_is_made_twice(tmp_pa
     tiny_vlm += [
         f"nano_vlm.{size}" for size in ("width=64", "layers=2", "heads=2", "mlp=128", "vision_steps=1")
     ]
-    cut = {"COUNT": "24", "HELD_OUT": "8", "EXTRA": settings(*tiny_vlm)}
+    cut = {"COUNT": "24", "HELD_OUT": "8", "JUDGED": "2", "EXTRA": settings(*tiny_vlm)}
     commands, failure = run(ROOT / "nano.sh", tmp_path, **cut)
     assert not failure
     made = trained(commands)
