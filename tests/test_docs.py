@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import tiny_overrides
 from PIL import Image
+from test_layers import LAYERS
 from typer.testing import CliRunner
 
+import vugen_cli
 from vugen_cli.app import app
+from vugen_cli.version import __version__
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,14 +102,46 @@ def test_the_two_setup_commands_are_one_line_each() -> None:
         assert block
         (line,) = block.group(1).strip().splitlines()
         assert line.startswith("python3 -m venv") and line.endswith(last)
-    assert line in (ROOT / ".ci/run").read_text().splitlines()
+    ci = (ROOT / ".ci/run").read_text().splitlines()
+    install, tests = ci.index(line.removesuffix(f" && {last}")), ci.index(line)
+    checks = [ci.index(f".venv/bin/{check}") for check in ("ruff format --check .", "ruff check .", "mypy")]
+    assert install < min(checks) and max(checks) < ci.index(".venv/bin/mkdocs build --strict --quiet") < tests
 
 
 def test_links_of_the_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+            place = page.parent / target
+            assert place.exists(), f"{page.name}: {target}"
+            # The site holds docs/ alone: files elsewhere are named there, not linked.
+            assert page.parent == ROOT or place.resolve().is_relative_to(ROOT / "docs"), (
+                f"{page.name}: {target}"
+            )
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_files_that_the_pages_name_are_there() -> None:
+    for page in PAGES:
+        for name in re.findall(r"`([\w/.-]+/[\w.-]+\.(?:py|sh|yaml|md))`", page.read_text()):
+            assert (ROOT / name).exists() or (ROOT / "vugen_cli" / name).exists(), f"{page.name}: {name}"
+
+
+def test_every_change_says_whether_bytes_change_and_versions_agree() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    entries = re.split(r"\n(?=- \*\*)", text.partition("\n## ")[2].partition("\n## ")[0])[1:]
+    assert entries
+    for entry in entries:
+        assert re.search(r"Bytes change: (no|yes, \w+)", " ".join(entry.split())), entry
+    assert f"\n## {__version__}" in text
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_packages_face_lists_every_package_in_the_order_of_imports() -> None:
+    listed = re.findall(r"^    (?:app, )?(\w+)  ", vugen_cli.__doc__ or "", re.MULTILINE)
+    packages = [name for name in LAYERS if (ROOT / "vugen_cli" / name).is_dir()]
+    assert listed == packages
+    assert sorted(vugen_cli.__all__) == vugen_cli.__all__
+    assert all(getattr(vugen_cli, name) for name in vugen_cli.__all__)
 
 
 def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,22 @@
 
 The Python API, which is what the commands call: `load_sampler`, `sample`, `reconstruct`, `score` and
 `VugenPipeline`. Each is imported when it is first used, so that importing the package costs nothing.
+
+Image -> z -> reducer -> z̃ -> pixel decoder -> image is stage 1; noise -> z̃, given a prompt, is stage 2. The
+packages tell it, and every import runs down this list (`tests/test_layers.py`):
+
+    app, commands  the command line: options in, one call into the library, one summary out
+    nano           the embedded world, a wing of its own: OpenMoji scenes, the small VLM, its judge, the demo
+    studies        questions about a trained sampler: reconstructions, over training, understanding, compare
+    stages         what is trained, and its losses: reducer and decoder, sampler, VAE, distillation, latents
+    sampling       a checkpoint ready to use; z̃ is drawn, with guidance, in `sampler.py`; diffusers pipeline
+    metrics        scores of image sets, pairs and prompts; FID is taken in `frechet.py`, on `features.py`
+    models         the networks: `reducer.py`, `pixel_decoder.py`; the velocity is `generation_expert.py`
+    vlm            the frozen VLM: images to z (`latents.py`), prompts to a prefix (`frozen.py`)
+    engine         the one training loop, resume, several processes, precision, logs; it knows no stage
+    data           sources, mixtures, remote sets; a shard is written in `writer.py`, read in `loader.py`
+    a file each    checkpoint (safetensors and a card), pictures, recipe (every key), hub, flow (path, loss,
+                   solvers), seeds, moments, files, processes, torchvision_repair, errors, version
 """
 
 from typing import TYPE_CHECKING, Any

@@ -177,9 +177,8 @@ def weight_digests(model: nn.Module) -> dict[str, bytes]:
         if tensor.is_floating_point():
             tensor = tensor.to(torch.bfloat16)
         data = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-        return hashlib.sha256(
-            f"{name} {tuple(item[1].shape)}".encode() + hashlib.sha256(data).digest()
-        ).digest()
+        weights = hashlib.sha256(data).digest()  # type: ignore[arg-type]  # typed as a buffer from 3.12 on
+        return hashlib.sha256(f"{name} {tuple(item[1].shape)}".encode() + weights).digest()
 
     weights = sorted(model.state_dict().items())
     with ThreadPoolExecutor() as pool:

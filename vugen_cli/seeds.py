@@ -28,7 +28,7 @@ class BatchGenerator(torch.Generator):
 
     def __new__(cls, device: torch.device | str = "cpu", size: int = 0) -> "BatchGenerator":
         """As `torch.Generator`, which takes its device here."""
-        return super().__new__(cls, device)
+        return super().__new__(cls, device)  # type: ignore[call-arg]  # torch's types know no __new__
 
     def __init__(self, device: torch.device | str = "cpu", size: int = 0):
         self.size, self.rows = size, slice(0, size)

@@ -182,7 +182,7 @@ class WebDatasetShards:
         return Sample(key=key, image=read_at(shard, *places[0:2]), captions=captions, meta=meta)
 
 
-def _index_shard(number: int, shard: Path, rows: array, keys: list[bytes]) -> None:
+def _index_shard(number: int, shard: Path, rows: "array[int]", keys: list[bytes]) -> None:
     """Append a shard's samples: neighbouring members that share their name up to the first dot."""
     last = None
     for name, offset, size in tar_members(shard):

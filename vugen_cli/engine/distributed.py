@@ -4,7 +4,7 @@ With one process nothing here does anything, and a step computes what it always 
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,8 @@ class Spread:
     """
 
     def __init__(self, stage: "Stage", engine: Engine, bfloat16: bool):
-        self.module = stage.module
-        self.network: nn.Module = Loss(stage)
+        self.module: Any = stage.module  # sharded, it has FSDP's methods
+        self.network: Any = Loss(stage)
         self.sharded = world_size() > 1 and engine.strategy == "fsdp" and bool(stage.layers)
         self.replicated = world_size() > 1 and not self.sharded
         if self.sharded:
@@ -190,6 +190,9 @@ class _Total(torch.autograd.Function):
         return total(gradient)
 
 
+_total: Callable[[Tensor], Tensor] = _Total.apply
+
+
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel over the batch of all processes; differentiable.
 
@@ -199,8 +202,8 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if world_size() == 1:
         return x.mean((0, 1, 2)), x.std((0, 1, 2))
     count = x.numel() // x.shape[-1] * world_size()
-    mean = _Total.apply(x.sum((0, 1, 2))) / count
-    return mean, (_Total.apply((x - mean).square().sum((0, 1, 2))) / (count - 1)).sqrt()
+    mean = _total(x.sum((0, 1, 2))) / count
+    return mean, (_total((x - mean).square().sum((0, 1, 2))) / (count - 1)).sqrt()
 
 
 def weight_of(count: int, device: torch.device) -> float:

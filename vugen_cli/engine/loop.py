@@ -109,7 +109,8 @@ def train(
 
             # The update, which a loss or gradient that is not finite turns into none, on the device.
             set_rate(optimizer, taken.rate)
-            optimizer.found_inf = (~agreed[: len(taken.names)].isfinite().all()).float()
+            found_inf = (~agreed[: len(taken.names)].isfinite().all()).float()
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # what AMP's scaler sets
             optimizer.step()
             average.update(step)
             taken.read, now = read_later(agreed), time.perf_counter()

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ def resume(
             f"{run} holds a run with other settings ({'; '.join(changed)}): give --out another name, "
             f"delete {run} to start over, or pass --change-recipe to go on with the new ones"
         )
-    parts = {
+    parts: dict[str, Mapping[str, Tensor]] = {
         "module": dict(stage.module.named_parameters()),
         "buffer": dict(stage.module.named_buffers()),
         "average": average.weights,

@@ -51,7 +51,7 @@ def inception_extractor(weights: Path | None = None, device: torch.device | str 
     except OSError as error:
         raise VugenError(f"cannot read the Inception weights {path}: {error.strerror or error}.") from error
     sha256 = hashlib.sha256(data).hexdigest()
-    network = _fold_normalisation(_network(path, data)).to(device)
+    network: Any = _fold_normalisation(_network(path, data)).to(device)
     on_cpu = torch.device(device).type == "cpu"
     if on_cpu:
         # oneDNN's channels-last convolutions are 1.3 to 1.6 times as fast here; features agree to 1e-6.

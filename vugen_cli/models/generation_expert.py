@@ -18,7 +18,7 @@ from vugen_cli.models.embeddings import TimeEmbedding, grid_positions
 from vugen_cli.vlm.prefix import Prefix
 
 
-class PrefixCache(DynamicCache):
+class PrefixCache(DynamicCache):  # type: ignore[misc]  # transformers is not followed
     """A read-only cache: `update` returns the prefix and the new states together and keeps neither."""
 
     def __init__(self, prefix: Prefix):
@@ -72,7 +72,7 @@ class GenerationExpert(nn.Module):
 
     def __init__(
         self,
-        decoder: nn.Module,
+        decoder: Any,
         channels: int,
         grid: tuple[int, int],
         fresh: bool = False,
@@ -86,7 +86,7 @@ class GenerationExpert(nn.Module):
         config = copied.config
         if fresh:
             copied = fresh_decoder(decoder, width, mlp)
-        self.decoder = without_dropout(copied).float().requires_grad_(True)
+        self.decoder: Any = without_dropout(copied).float().requires_grad_(True)
         width = width or config.hidden_size
         self.sections = bool((getattr(config, "rope_parameters", None) or {}).get("mrope_section"))
         self.inward = nn.Linear(channels, width)
@@ -157,7 +157,7 @@ def image_positions(start: Tensor, height: int, width: int, sections: bool) -> T
     return start[None, :, None] + places[:, None]
 
 
-def fresh_decoder(decoder: nn.Module, width: int | None, mlp: int | None) -> nn.Module:
+def fresh_decoder(decoder: Any, width: int | None, mlp: int | None) -> Any:
     """A decoder of the same class with new weights, no vocabulary and, if given, other widths.
 
     Raises:

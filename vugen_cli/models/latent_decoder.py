@@ -5,6 +5,8 @@ predicts the velocity; VAE latents are no thin manifold as pixels are, so there 
 clean prediction here.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,7 +35,7 @@ class LatentDecoder(nn.Module):
             from diffusers import UNet2DModel
 
             plain = len(widths) - 1
-            self.denoiser: nn.Module = UNet2DModel(
+            self.denoiser: Any = UNet2DModel(
                 **ends,
                 block_out_channels=tuple(widths),
                 layers_per_block=recipe.blocks,

@@ -58,7 +58,7 @@ class PixelDecoder(nn.Module):
         self.norm = nn.GroupNorm(8, widths[0])
         self.outward = nn.Conv2d(widths[0], folded, 3, padding=1)
         nn.init.zeros_(self.outward.weight)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
 
     @staticmethod
     def target(images: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class PixelDecoder(nn.Module):
         skips = []
         for shrink, blocks in zip(self.shrink, self.down, strict=True):
             x = shrink(x)
-            for block in blocks:
+            for block in blocks.children():
                 x = block(x, condition)
                 skips.append(x)
         height, width = x.shape[-2:]
@@ -101,7 +101,7 @@ class PixelDecoder(nn.Module):
                 middle.append(tokens.unflatten(1, (height, width)))
         x = x + tokens.transpose(1, 2).unflatten(2, (height, width))
         for blocks, grow in zip(self.up, self.grow, strict=True):
-            for block in blocks:
+            for block in blocks.children():
                 x = block(torch.cat([x, skips.pop()], 1), condition)
             if isinstance(grow, nn.Conv2d):
                 x = grow(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -157,9 +157,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.skip = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-        nn.init.zeros_(self.conv2.weight)
+        for parameter in (*self.modulation.parameters(), self.conv2.weight):
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x [B, width_in, H, W] and the condition [B, condition, h, w] -> [B, width, H, W]."""

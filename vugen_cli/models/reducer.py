@@ -34,6 +34,9 @@ class Reducer(nn.Module):
         mean, std: float32 [channels], what the network's output is normalised by outside training.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, recipe: ReducerRecipe, width: int):
         super().__init__()
         self.recipe = recipe

@@ -62,6 +62,8 @@ class VAEDecoder(nn.Module):
         vae: whose latents the reducer normalises.
     """
 
+    reducer: Reducer
+
     def __init__(self, recipe: DecoderRecipe, reducer: Reducer, vae: FrozenVAE):
         super().__init__()
         self.recipe = recipe.model_copy(update={"steps": 1})

@@ -52,6 +52,8 @@ class NanoTraining(nn.Module):
             encoder is trained already and stays bit for bit, and only the language loss is left.
     """
 
+    rarity: Tensor | None
+
     def __init__(self, model: Any, tokenizer: Any, sizes: NanoVLM, rarity: Tensor | None):
         super().__init__()
         self.ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
@@ -92,6 +94,7 @@ class NanoTraining(nn.Module):
         target = torch.zeros(len(captions), len(self.tokenizer))
         for row, ids in enumerate(self.tokenizer(captions, add_special_tokens=False)["input_ids"]):
             target[row, ids] = 1.0
+        assert self.rarity is not None
         target = target.to(z.device) * self.rarity
         target = target / target.sum(1, keepdim=True).clamp_min(1e-6)
         return functional.cross_entropy(self.words(z.mean(1)).float(), target)

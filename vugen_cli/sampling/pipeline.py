@@ -19,7 +19,7 @@ from vugen_cli.vlm.frozen import WORDS
 WEIGHTS = "sampler.safetensors"
 
 
-class VugenPipeline(DiffusionPipeline):
+class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not typed
     """Draws as `vugen sample` does; see `__call__`.
 
     A saved pipeline is a folder: `model_index.json`, `sampler.safetensors` (expert, reducer and decoder, the
@@ -43,7 +43,7 @@ class VugenPipeline(DiffusionPipeline):
         """
         return cls(load_sampler(path, **options))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Write the whole pipeline, the VLM included, to a folder.
 
         Raises:
@@ -67,7 +67,7 @@ class VugenPipeline(DiffusionPipeline):
         write_json(folder / self.config_name, {"_class_name": type(self).__name__, **self.config})
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
         """The pipeline that `save_pretrained` wrote.
 
         Args:

@@ -33,7 +33,7 @@ def describe_latents(batches: Iterable[Tensor]) -> dict[str, Any]:
     """
     moments = Moments()
     counts: Tensor = torch.zeros(0)
-    cubes = fourths = 0.0
+    cubes = fourths = torch.zeros(())
     bins = round(2 * REACH / BIN)
     for batch in batches:
         rows = batch.detach().double().cpu().flatten(0, -2)

@@ -154,9 +154,10 @@ def plot_over_training(curves: dict[str, list[Point]], path: Path) -> None:
 
 
 def _captions(data: Path, count: int) -> list[str]:
-    captions = [
-        meta["captions"][0] for _, meta in ShardedImages(data).held_out().in_order() if meta["captions"]
-    ]
+    # COCO is often prepared as val alone.
+    split = "val" if "val" in read_manifest(data)["splits"] else "train"
+    held_out = ShardedImages(data, split).in_order()
+    captions = [meta["captions"][0] for _, meta in held_out if meta["captions"]]
     different = list(dict.fromkeys(captions))[:count]
     if not different:
         raise VugenError(f"{data} has no captions: a study of training draws what held-out images show")

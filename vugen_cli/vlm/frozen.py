@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vugen_cli.card import Card, VLMCard
 from vugen_cli.checkpoint import combined_digest, weight_digests
@@ -44,7 +44,7 @@ class FrozenVLM:
         self.name, self.model, self.processor = name, model.eval().requires_grad_(False), processor
         self.recipe = recipe or Recipe()
         self.projector = find_projector(model)
-        self.decoder: nn.Module = model.get_decoder().base_model  # without a vocabulary head
+        self.decoder: Any = model.get_decoder().base_model  # without a vocabulary head
         self.device: torch.device = next(model.parameters()).device
         digests = weight_digests(model)
         self.fingerprint = combined_digest(digests)

@@ -1,0 +1,73 @@
+#!/bin/sh
+# The bundled model from nothing: the scenes, the small VLM, the latent space, the sampler, the decoder of one step.
+# About ten hours on two CPU cores; the numbers are in recipes/nano.yaml and below.
+#
+#     sh runs/nano.sh             # everything, into out/nano
+#     VLM=nano sh runs/nano.sh    # with the VLM that ships: the reducer, the sampler and the decoder only
+#
+# Stopped, the same line goes on where it was: what is finished is not made again.
+set -eu
+OUT=${OUT:-out/nano}       # everything is written here
+COUNT=${COUNT:-40000}      # scenes to train on, in each of the two sets
+HELD_OUT=${HELD_OUT:-2000} # scenes to compare with
+JUDGED=${JUDGED:-620}      # pictures of each kind that are judged at the end
+EXTRA=${EXTRA:-}           # added to every training command, as in EXTRA="--steps 100 --batch-size 16"
+mkdir -p "$OUT"
+cd "$OUT"
+
+# train STAGE OUT OPTIONS...: nothing if OUT is there; a training that was stopped goes on by itself.
+train() {
+    stage=$1 made=$2
+    shift 2
+    [ -e "$made" ] || vugen "train-$stage" "$@" --out "$made" $EXTRA
+}
+
+# -----------------------------------------------------------------------------
+# Scenes. Two subjects in one scene take the most training, so the later parts learn from a set rich in them.
+
+vugen prepare --dataset openmoji --count "$COUNT"
+vugen prepare --dataset openmoji --count "$HELD_OUT" --split val
+vugen prepare --dataset openmoji --count "$COUNT" --pairs 0.6 --seed 1 --out data/pairs
+
+# -----------------------------------------------------------------------------
+# The VLM. After the first part its vision side stays as it is, and only the language side learns: two subjects
+# need their share of the pictures, the number of one subject needs the standard set again.
+
+if [ -z "${VLM:-}" ]; then
+    train vlm vlm-1 --data data/openmoji
+    train vlm vlm-2 --data data/openmoji --init vlm-1 --steps 3200 --batch-size 32 --set train_vlm.lr=8e-4
+    train vlm vlm-3 --data data/pairs --init vlm-2 --steps 1800 --batch-size 32 --set train_vlm.lr=8e-4
+    train vlm vlm --data data/openmoji --init vlm-3 --steps 600 --batch-size 32 --set train_vlm.lr=5e-4
+    VLM=vlm
+fi
+
+# -----------------------------------------------------------------------------
+# Stage 1: z to z̃ of 24 channels, with a decoder. Then z̃ of every scene, once: the sampler needs no encoder.
+
+train reducer reducer.safetensors --data data/openmoji --vlm "$VLM"
+vugen prepare --latents reducer.safetensors --data data/openmoji --out latents
+vugen prepare --latents reducer.safetensors --data data/pairs --out latents-pairs
+
+# -----------------------------------------------------------------------------
+# Stage 2: the velocity field in z̃, in four parts.
+
+train sampler sampler-1.safetensors --reducer reducer.safetensors --data latents
+train sampler sampler-2.safetensors --init sampler-1.safetensors --data latents --steps 8400
+train sampler sampler-3.safetensors --init sampler-2.safetensors --data latents-pairs --steps 10800
+train sampler sampler.safetensors --init sampler-3.safetensors --data latents-pairs --steps 13800 \
+    --set train_sampler.lr=7e-4 --set train_sampler.cooldown=0.4
+
+# -----------------------------------------------------------------------------
+# The decoder, further and then in one step. It needs the reducer only: on a second machine it can run beside stage 2.
+
+train reducer decoder.safetensors --reducer reducer.safetensors --steps 1500
+train reducer one-step.safetensors --distill decoder.safetensors --steps 700 --batch-size 16 \
+    --set decoder.steps=8 --set decoder.losses.perceptual=0.1 --set train_reducer.lr=4e-4 --set train_reducer.ema=0.99
+
+# -----------------------------------------------------------------------------
+# Look at it, and measure it. benchmarks/make_bundle.py puts these files into the package.
+
+vugen sample "a bear in a forest" "two apples next to a tree" -n 4 --sampler sampler.safetensors \
+    --decoder one-step.safetensors
+vugen score --composition --sampler sampler.safetensors --count "$JUDGED"
+vugen reconstruct --reducer one-step.safetensors --images data/openmoji --count 500
