@@ -69,5 +69,5 @@ train reducer one-step.safetensors --distill decoder.safetensors --steps 700 --b
 
 vugen sample "a bear in a forest" "two apples next to a tree" -n 4 --sampler sampler.safetensors \
     --decoder one-step.safetensors
-vugen score --composition --sampler sampler.safetensors --count "$JUDGED"
+vugen study composition --sampler sampler.safetensors --count "$JUDGED"
 vugen reconstruct --reducer one-step.safetensors --images data/openmoji --count 500

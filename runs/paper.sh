@@ -73,7 +73,7 @@ table() {
     [ -n "$DPG_BENCH" ] || return 0
     [ -e "dpg-$name/samples.jsonl" ] ||
         $VUGEN sample --prompts "$DPG_BENCH/prompts" -n 4 --sampler "$sampler" --out "dpg-$name" "$@"
-    $VUGEN score --dpg-bench "$DPG_BENCH" --vlm "$JUDGE" --images "dpg-$name" --out "dpg-$name.json"
+    $VUGEN score prompts --dpg-bench "$DPG_BENCH" --vlm "$JUDGE" --images "dpg-$name" --out "dpg-$name.json"
 }
 
 table vugen sampler.safetensors
@@ -84,13 +84,13 @@ table baseline baseline-sampler.safetensors
 # The figures: reconstructions from z and z̃, scores over training, the same prompts side by side, one prompt's seeds.
 
 $VUGEN reconstruct --reducer reducer.safetensors --full identity.safetensors --images data/coco --count 5000
-$VUGEN score --over-training sampler.run --over-training baseline-sampler.run --features "$FEATURES" \
+$VUGEN study training sampler.run baseline-sampler.run --features "$FEATURES" \
     --reference data/coco --out over-training.json
 $VUGEN compare sampler.safetensors baseline-sampler.safetensors --prompt "A bear looking forward in a forest."
 for name in sampler baseline-sampler; do
     $VUGEN sample "A bear looking forward in a forest." -n "$SEEDS" --sampler "$name.safetensors" --out "bears-$name"
-    $VUGEN score --diversity --features vlm --images "bears-$name" --out "bears-$name.json"
+    $VUGEN study diversity --features vlm --images "bears-$name" --out "bears-$name.json"
 done
 
 # And the VLM answers as before.
-$VUGEN score --understanding --sampler sampler.safetensors --images data/coco --out understanding.json
+$VUGEN study understanding --sampler sampler.safetensors --images data/coco --out understanding.json
