@@ -73,7 +73,8 @@ def test_the_recipes_solver_is_the_default() -> None:
 
 @pytest.mark.parametrize("size", [64, 96])
 def test_differentiable_features_are_those_of_the_vlm(vlm: FrozenVLM, size: int) -> None:
-    see = VisionFeatures(vlm, size)
+    see = VisionFeatures(vlm)
+    see.check(size)
     images = see._example(size)
     assert cosine_distance(see(images.float() / 127.5 - 1), vlm.encode(images)) < (
         1e-6 if size == 64 else 1e-3
@@ -89,7 +90,7 @@ def test_a_processor_that_does_something_else_is_refused(
 ) -> None:
     monkeypatch.setattr(vlm, "encode", lambda images: torch.randn(1, 8, 8, 32))
     with pytest.raises(VugenError, match=r"does more than resize and normalise.*perceptual=0"):
-        VisionFeatures(vlm, 64)
+        VisionFeatures(vlm).check(64)
 
 
 def test_missing_lpips_weights_are_one_line(

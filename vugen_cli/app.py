@@ -16,6 +16,7 @@ from vugen_cli.commands.chat import chat
 from vugen_cli.commands.compare import compare
 from vugen_cli.commands.demo import demo
 from vugen_cli.commands.inspect import inspect
+from vugen_cli.commands.plan import plan
 from vugen_cli.commands.prepare import prepare
 from vugen_cli.commands.reconstruct import reconstruct
 from vugen_cli.commands.sample import sample
@@ -56,6 +57,7 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "train-vlm": train_vlm,
     "train-vae": train_vae,
     "inspect": inspect,
+    "plan": plan,
     "demo": demo,
 }
 for name, command in COMMANDS.items():

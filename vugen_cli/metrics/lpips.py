@@ -40,11 +40,8 @@ def load_lpips(
     for name, url in FILES.items():
         if not (folder / name).is_file():
             raise VugenError(f"LPIPS needs {folder / name}: get it from {url}, or do without LPIPS.")
-    repair_torchvision()
-    from torchvision.models.vgg import cfgs, make_layers
-
     paths = [folder / name for name in FILES]
-    vgg = make_layers(cfgs["D"]).eval().requires_grad_(False)
+    vgg = vgg16()
     try:
         states = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
         prefix = "features."
@@ -53,7 +50,28 @@ def load_lpips(
     except Exception as error:  # torch.load and load_state_dict raise a dozen kinds on another file
         reason = first_line(error)
         raise VugenError(f"{paths[0]} or {paths[1].name} holds no weights of LPIPS: {reason}.") from error
-    vgg.to(device)
+    lpips = lpips_of(vgg.to(device), weights, device)
+    return lpips, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def vgg16() -> torch.nn.Sequential:
+    """The convolutions of VGG16, untrained, in evaluation mode."""
+    repair_torchvision()
+    from torchvision.models.vgg import cfgs, make_layers
+
+    return make_layers(cfgs["D"]).eval().requires_grad_(False)
+
+
+def lpips_of(
+    vgg: torch.nn.Sequential, weights: list[torch.Tensor], device: torch.device | str
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The function that `load_lpips` returns, of networks on a device.
+
+    Args:
+        vgg: from `vgg16`.
+        weights: of each of LAYERS, [1, channels, 1, 1].
+        device: where both are.
+    """
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
 
     def lpips(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -70,4 +88,4 @@ def load_lpips(
                 distance = distance + ((left - right).square() * weight).sum(1).mean(dim=(1, 2))
         return distance
 
-    return lpips, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return lpips

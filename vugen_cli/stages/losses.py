@@ -40,7 +40,8 @@ def picture_losses(
     losses: dict[str, tuple[float, PictureLoss]] = {}
     if weights.perceptual:
         assert vlm
-        see = VisionFeatures(vlm, size)
+        see = VisionFeatures(vlm)
+        see.check(size)
         losses["perceptual"] = (
             weights.perceptual,
             lambda predicted, _, z: cosine_distance(see(predicted), z),
@@ -68,13 +69,12 @@ class VisionFeatures:
 
     Args:
         vlm: frozen; a Llava-style model, whose encoder takes one picture as [3, side, side].
-        size: pixels a side of the pictures that will come.
 
     Raises:
         VugenError: its processor does something else.
     """
 
-    def __init__(self, vlm: FrozenVLM, size: int):
+    def __init__(self, vlm: FrozenVLM):
         self.vlm = vlm
         processor = vlm.processor.image_processor
         sizes = dict(getattr(processor, "size", None) or {})
@@ -82,24 +82,34 @@ class VisionFeatures:
         crop = dict(getattr(processor, "crop_size", None) or {})
         self.crop = crop.get("height") if getattr(processor, "do_center_crop", False) else None
         mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
-        refused = VugenError(
+        self.refused = VugenError(
             f"losses.perceptual: the image processor of {vlm.name} does more than resize and normalise, so "
             "its encoder gives no gradient to pixels; set decoder.losses.perceptual=0, or "
             "vae.losses.perceptual=0 for train-vae"
         )
         if not self.side or mean is None or std is None:
-            raise refused
+            raise self.refused
         self.mode = {2: "bilinear", 3: "bicubic"}.get(int(getattr(processor, "resample", 3) or 3), "bicubic")
         self.mean = torch.tensor(mean, device=vlm.device).view(1, 3, 1, 1)
         self.std = torch.tensor(std, device=vlm.device).view(1, 3, 1, 1)
+
+    def check(self, size: int) -> None:
+        """Compare with the processor.
+
+        Args:
+            size: pixels a side of the pictures that will come.
+
+        Raises:
+            VugenError: it does something else.
+        """
         images = self._example(size)
         try:
             with torch.no_grad():
-                difference = cosine_distance(self(images.float() / 127.5 - 1), vlm.encode(images))
+                difference = cosine_distance(self(images.float() / 127.5 - 1), self.vlm.encode(images))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise refused from error
+            raise self.refused from error
         if difference > 0.02:
-            raise refused
+            raise self.refused
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """z [B, h, w, d] of float pixels [B, 3, S, S] in [-1, 1]."""

@@ -1,1 +1,1 @@
-"""Questions about a trained sampler: reconstruct, over training, understanding, compare."""
+"""Questions about a sampler: plan, before it is trained; reconstruct, over training, and so on after."""

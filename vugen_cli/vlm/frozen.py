@@ -30,6 +30,12 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # laye
 class FrozenVLM:
     """A Hugging Face image-text-to-text model used for its latents and its prompt states.
 
+    Args:
+        name: as the user gave it; stored in checkpoints.
+        model, processor: the transformers objects.
+        recipe: says how the VLM is used.
+        digests: of its weights, from `weight_digests`; default computed. None are kept of a model on `meta`.
+
     Attributes:
         name: as the user gave it; stored in checkpoints.
         model, processor: the transformers objects.
@@ -40,13 +46,20 @@ class FrozenVLM:
         words: every word of the captions it was trained on, where its directory lists them.
     """
 
-    def __init__(self, name: str, model: Any, processor: Any, recipe: Recipe | None = None):
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        processor: Any,
+        recipe: Recipe | None = None,
+        digests: dict[str, bytes] | None = None,
+    ):
         self.name, self.model, self.processor = name, model.eval().requires_grad_(False), processor
         self.recipe = recipe or Recipe()
         self.projector = find_projector(model)
         self.decoder: Any = model.get_decoder().base_model  # without a vocabulary head
         self.device: torch.device = next(model.parameters()).device
-        digests = weight_digests(model)
+        digests = weight_digests(model) if digests is None else digests
         self.fingerprint = combined_digest(digests)
         behind = [self.decoder, model.get_output_embeddings()]  # what z does not pass through
         if self.recipe.latents == "encoder":

@@ -1,0 +1,201 @@
+"""The networks of a recipe as fake tensors, built from configs alone, and the steps that train them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vugen_cli.engine.distributed import blocks, recompute
+from vugen_cli.errors import VugenError, first_line
+from vugen_cli.flow import draw_times, flow_matching_loss
+from vugen_cli.hub import reach_hub
+from vugen_cli.metrics.lpips import LAYERS, lpips_of, vgg16
+from vugen_cli.models.autoencoder import Autoencoder
+from vugen_cli.models.generation_expert import GenerationExpert
+from vugen_cli.models.vae import FrozenVAE
+from vugen_cli.recipe import PictureLosses, Recipe, Training
+from vugen_cli.sampling.trained import new_expert
+from vugen_cli.stages.losses import Alignment, PictureLoss, VisionFeatures, cosine_distance, reducer_loss
+from vugen_cli.studies.fake_step import Cost, cost, faked, flops_of
+from vugen_cli.vlm.configured import configured_vlm
+from vugen_cli.vlm.frozen import FrozenVLM
+from vugen_cli.vlm.prefix import Prefix
+
+
+class FakeNetworks:
+    """The networks of a recipe; none has a weight in memory.
+
+    Args:
+        recipe: the whole run's.
+        size: pixels a side of the images.
+        prompt_tokens: of each prompt.
+        gpu: as on a GPU; else as on a CPU, where the expert's attention is another.
+
+    Attributes:
+        vlm, autoencoder, expert: the networks.
+        vae: None where the recipe names none.
+        z, latents: shapes [h, w, d] and [h, w, c].
+
+    Raises:
+        VugenError: a config is missing, or the networks do not fit each other.
+    """
+
+    def __init__(self, recipe: Recipe, size: int, prompt_tokens: int, gpu: bool = True):
+        self.recipe, self.size, self.prompt_tokens, self.gpu = recipe, size, prompt_tokens, gpu
+        self.generator = torch.Generator()
+        meta = configured_vlm(recipe.vlm, recipe)
+        self.vlm = FrozenVLM(meta.name, faked(meta.model), meta.processor, recipe, digests={})
+        self.vae = FrozenVAE(faked(vae_model(recipe)), recipe.decoder.vae) if recipe.decoder.vae else None
+        if recipe.reducer.kind == "vae" and self.vae:
+            width, height, side = self.vae.encode(self.images(1)).shape[1:]
+            self.z = [height, side, width]
+        else:
+            self.z = list(self.vlm.encode(self.images(1)).shape[1:])
+        with torch.device("meta"):
+            autoencoder = Autoencoder(recipe, self.z[2], self.vae)
+            if recipe.decoder.losses.repa:
+                autoencoder.alignment = Alignment(recipe.decoder.channels[-1], self.z[2])
+        self.autoencoder: Autoencoder = faked(autoencoder)
+        grid = [side // recipe.reducer.merge for side in self.z[:2]]
+        self.latents = [*grid, autoencoder.reducer.channels]
+        with torch.device("meta"):
+            expert = new_expert(meta, {"channels": self.latents[2], "grid": grid}, recipe.expert)
+        if not gpu:
+            expert.decoder.set_attn_implementation("eager")
+        self.expert: GenerationExpert = faked(expert)
+        if recipe.engine.recompute:
+            recompute(blocks(self.expert))
+
+    def images(self, count: int) -> Tensor:
+        """Black images, uint8 [count, 3, size, size]."""
+        return torch.zeros(count, 3, self.size, self.size, dtype=torch.uint8)
+
+    def reducer_cost(self) -> Cost:
+        """A step of stage 1."""
+        pictures = self._picture_losses(self.recipe.decoder.losses)
+
+        def step(count: int) -> Tensor:
+            images = self.images(count)
+            z = self.autoencoder.z(self.vlm, images)
+            return reducer_loss(self.autoencoder, z, images, self.recipe, self.generator, pictures)[0]
+
+        return self._cost(step, self.recipe.train_reducer, self.autoencoder)
+
+    def sampler_cost(self) -> Cost:
+        """A step of stage 2, from images."""
+        flow = self.recipe.flow
+
+        def step(count: int) -> Tensor:
+            prefix = self.prefix(count)
+            target = self.encode(count)
+            t = draw_times(count, flow.time, flow.shift, self.generator)
+            return flow_matching_loss(lambda x, t: self.expert(x, t, prefix), target, t, self.generator)
+
+        return self._cost(step, self.recipe.train_sampler, self.expert)
+
+    def vae_cost(self, training: nn.Module) -> Cost:
+        """A step of `vugen train-vae`; `training` is a fake `VAETraining`."""
+        from vugen_cli.data.loader import Batch
+
+        def step(count: int) -> Tensor:
+            batch = Batch(self.images(count), [""] * count, [{}] * count, 0)
+            return training.loss(batch, self.generator, 0)[0]
+
+        return self._cost(step, self.recipe.train_vae, training)
+
+    @torch.no_grad()
+    def encode(self, count: int) -> Tensor:
+        """z̃ of some images, as `prepare --latents` computes it."""
+        self.autoencoder.eval()
+        return self.autoencoder.encode(self.vlm, self.images(count))
+
+    def encode_flops(self) -> float:
+        """z̃ of an image."""
+        return flops_of(self.encode)
+
+    def prefix_flops(self) -> float:
+        """Keys and values of a prompt."""
+        return flops_of(self.prefix)
+
+    def velocity_flops(self) -> float:
+        """One evaluation of the expert while sampling, for one picture."""
+
+        def step(count: int) -> Tensor:
+            return self.expert(torch.zeros(count, *self.latents), torch.zeros(count), self.prefix(count))
+
+        return flops_of(step) - self.prefix_flops()
+
+    def decode_flops(self) -> float:
+        """One picture from z̃, by a decoder that takes one step."""
+        decoder = self.autoencoder.eval().decoder
+
+        def step(count: int) -> Tensor:
+            noise = torch.zeros(count, 3, self.size, self.size)
+            return decoder.decode(torch.zeros(count, *self.latents), noise, 1, "euler")
+
+        return flops_of(step)
+
+    def prefix(self, count: int) -> Prefix:
+        """Of some prompts."""
+        return self.vlm.prefix([[0] * self.prompt_tokens] * count)
+
+    def _cost(self, step: Callable[[int], Tensor], settings: Training, module: nn.Module) -> Cost:
+        module.train()
+        return cost(step, module, in_bfloat16(settings), self.gpu)
+
+    def _picture_losses(self, weights: PictureLosses) -> dict[str, tuple[float, PictureLoss]]:
+        """As `stages.losses.picture_losses`, without LPIPS's weights and without trying the processor."""
+        losses: dict[str, tuple[float, PictureLoss]] = {}
+        if weights.perceptual:
+            see = VisionFeatures(self.vlm)
+            losses["perceptual"] = (weights.perceptual, lambda x, _, z: cosine_distance(see(x), z))
+        if weights.lpips:
+            with torch.device("meta"):
+                vgg = vgg16()
+            widths = [vgg[layer - 1].out_channels for layer in LAYERS]
+            lpips = lpips_of(faked(vgg), [torch.ones(1, width, 1, 1) for width in widths], "cpu")
+            losses["lpips"] = (weights.lpips, lambda x, y, _: lpips(x / 2 + 0.5, y / 2 + 0.5).mean())
+        return losses
+
+
+def vae_model(recipe: Recipe) -> Any:
+    """The `AutoencoderKL` of a recipe on `meta`; where it is not there yet, the one that `train-vae` makes.
+
+    Raises:
+        VugenError: what is there is no `AutoencoderKL`, or the hub cannot be reached.
+    """
+    from diffusers import AutoencoderKL
+
+    from vugen_cli.stages.train_vae import VAETraining
+
+    name = recipe.decoder.vae or ""
+    if is_vae_to_train(recipe):
+        with torch.device("meta"):
+            return VAETraining(recipe.vae).model
+    path = Path(name)
+    if (path / "vae" / "config.json").is_file():
+        path = path / "vae"
+    try:
+        local = path.is_dir() or not reach_hub(name)
+        config = AutoencoderKL.load_config(str(path) if path.is_dir() else name, local_files_only=local)
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(config)
+    except VugenError as error:
+        raise VugenError(f"decoder.vae: {str(error).removeprefix('the VLM ')}") from error
+    except Exception as error:  # a foreign directory can fail in many ways
+        raise VugenError(
+            f"decoder.vae: {name} is not the config of an AutoencoderKL: {first_line(error)}"
+        ) from error
+
+
+def in_bfloat16(settings: Training) -> bool:
+    """Whether a stage multiplies in bfloat16 on hardware that can."""
+    return settings.precision in ("auto", "bfloat16")
+
+
+def is_vae_to_train(recipe: Recipe) -> bool:
+    """Whether the recipe names a VAE that is neither here nor a hub id."""
+    name = recipe.decoder.vae
+    return bool(name) and not Path(str(name)).is_dir() and str(name).count("/") != 1

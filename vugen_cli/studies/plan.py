@@ -1,0 +1,512 @@
+"""What a recipe would take on given GPUs: parameters, memory, FLOPs, time and disk, from configs alone.
+
+Every network is built on `meta` and its training step run on fake tensors (`fake_step`), so parameters are
+exact, FLOPs are torch's own count, and memory is what the step would hold. Time is FLOPs over peak and MFU,
+which is the one number that is assumed.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vugen_cli.data.manifest import read_manifest
+from vugen_cli.engine.distributed import blocks
+from vugen_cli.engine.profiling import PEAKS
+from vugen_cli.errors import VugenError
+from vugen_cli.flow import Solver, solve
+from vugen_cli.recipe import Recipe, Training
+from vugen_cli.stages.train_vae import VAETraining
+from vugen_cli.studies.fake_networks import FakeNetworks, in_bfloat16, is_vae_to_train
+from vugen_cli.studies.fake_step import Cost, faked
+
+# Memory in GB (10^9 bytes) and dense bfloat16 FLOP/s, from NVIDIA's data sheets; of SXM cards where there are
+# several.
+GPUS = {
+    "b200": (180, PEAKS["B200"]),
+    "h200": (141, PEAKS["H200"]),
+    "h100": (80, PEAKS["H100"]),
+    "a100-80": (80, PEAKS["A100"]),
+    "a100-40": (40, PEAKS["A100"]),
+    "l40s": (48, PEAKS["L40S"]),
+    "l4": (24, PEAKS["L4"]),
+    "4090": (24, PEAKS["RTX 4090"]),
+}
+# torchtitan reports 33% (eager) and 39% (compiled) for an 8 B language model on 8 H100, lmms-engine 30 to 40%
+# for VLMs. None is published for a model like this, and vugen's own has not been measured on a GPU.
+MFU = 0.35
+RESERVED = 3e9  # bytes of a GPU for CUDA's context, NCCL, cuBLAS and fragmentation; assumed
+LAUNCH = 5e-6  # seconds to start a kernel
+LINK = 50e9  # bytes/s of a GPU to other nodes: InfiniBand of 400 Gbit/s
+STRATEGIES = ("ddp", "fsdp", "hsdp")
+PIXEL_BYTES = 0.7  # of photographs at 256 px, JPEG of quality 95
+STATE_BYTES = 16  # of a trained weight: itself, its average and two moments, in float32
+TAR_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs of a plan: their kind (of GPUS), how many, over how many nodes, and the MFU assumed."""
+
+    gpu: str
+    gpus: int
+    nodes: int
+    mfu: float
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a GPU that training may use."""
+        return GPUS[self.gpu][0] * 1e9 - RESERVED
+
+    @property
+    def flops(self) -> float:
+        """FLOP/s of a GPU in training."""
+        return GPUS[self.gpu][1] * self.mfu
+
+    def shards(self, strategy: str) -> int:
+        """GPUs that share one copy of what is sharded."""
+        return {"ddp": 1, "fsdp": self.gpus, "hsdp": self.gpus // self.nodes}[strategy]
+
+
+@dataclass
+class Work:
+    """A stage as networks.
+
+    Attributes:
+        module: what it trains.
+        vlm: the VLM, if the stage needs it.
+        frozen: what else is on the GPU and in the finished checkpoint.
+        cost: of a step.
+        layers: of the module, which fsdp shares out; none where a stage is always replicated.
+    """
+
+    name: str
+    settings: Training
+    module: nn.Module
+    vlm: nn.Module | None
+    frozen: list[nn.Module]
+    cost: Cost
+    layers: list[nn.Module] = field(default_factory=list)
+
+
+@dataclass
+class Memory:
+    """Bytes of a GPU while a stage trains.
+
+    Attributes:
+        weights, gradients, optimiser, average: of what is trained, or of this GPU's share.
+        frozen: the VLM, and in stage 2 reducer and decoder.
+        in_flight: layers gathered just before they are used.
+        activations: what a micro-batch holds at its worst moment, temporaries and autocast's copies included.
+        total: their sum.
+        largest: the largest micro-batch that fits; 0 if none does.
+    """
+
+    weights: float
+    gradients: float
+    optimiser: float
+    average: float
+    frozen: float
+    in_flight: float
+    activations: float
+    total: float
+    largest: int
+
+
+@dataclass
+class StagePlan:
+    """What a stage takes.
+
+    Attributes:
+        parameters: that it trains.
+        micro_batch: images a GPU at a time.
+        flops: of an image: forward, backward, and the frozen networks.
+        memory: by strategy, at the micro-batch.
+        checkpoint_bytes: on disk: two states and the checkpoints that stay.
+    """
+
+    name: str
+    parameters: int
+    steps: int
+    batch_size: int
+    micro_batch: int
+    flops: float
+    memory: dict[str, Memory]
+    images_per_s: float
+    days: float
+    gpu_hours: float
+    checkpoint_bytes: float
+
+
+@dataclass
+class PassPlan:
+    """What something takes that trains nothing; on all GPUs, each with its own images."""
+
+    name: str
+    flops: float
+    images_per_s: float
+
+
+@dataclass
+class Plan:
+    """All that `vugen plan` says: plain values, in bytes, FLOPs and seconds."""
+
+    recipe: str
+    vlm: str
+    machine: Machine
+    image_size: int
+    z: list[int]
+    latents: list[int]
+    prompt_tokens: int
+    images: int | None
+    parameters: dict[str, int]
+    stages: list[StagePlan]
+    passes: list[PassPlan]
+    disk: dict[str, float]
+    problems: list[str]
+    notes: list[str]
+
+
+def make_plan(recipe: Recipe, machine: Machine, images: int | None = None) -> Plan:
+    """Plan a whole run.
+
+    Args:
+        recipe: its `vlm` may be all that `configured_vlm` takes.
+        machine: where it shall run.
+        images: of the data set; default those of the recipe's mixture, where it is there.
+
+    Raises:
+        VugenError: there is no such GPU, the GPUs cannot be shared out, or the networks cannot be built.
+    """
+    if machine.gpu not in GPUS:
+        raise VugenError(f"--gpu {machine.gpu}: known are {', '.join(GPUS)}")
+    if machine.gpus % machine.nodes:
+        raise VugenError(f"{machine.gpus} GPUs cannot be shared out evenly over {machine.nodes} nodes")
+    known = data_of(recipe)
+    images = images or known.images
+    side = recipe.decoder.image_size or known.size
+    networks = FakeNetworks(recipe, side, recipe.prompt_tokens)
+    multiple = networks.autoencoder.decoder.multiple
+    problems: list[str] = []
+    if side % multiple:
+        networks.size = max(1, side // multiple) * multiple
+        problems.append(
+            f"images of {side} px: the decoder needs a multiple of {multiple}; planned at {networks.size} px"
+        )
+    works = list(stages(recipe, networks))
+    passes, encoding = passes_of(recipe, networks, machine)
+    planned = [stage_plan(work, recipe, machine) for work in works]
+    for stage in [stage for stage in planned if stage.name == "train-sampler"]:
+        planned.append(spared(stage, encoding))
+    each = known.bytes or PIXEL_BYTES * side**2
+    disk = {
+        "data": each * (images or 1e6),
+        "latents": latent_bytes(networks.latents, recipe.data.flip) * (images or 1e6),
+        "checkpoints": sum(stage.checkpoint_bytes for stage in planned),
+    }
+    notes = [
+        f"memory is that of uncompiled networks; {RESERVED / 1e9:.0f} GB of a GPU are left to CUDA and NCCL"
+    ]
+    if not images:
+        notes.append("disk of data and latents is that of 1,000,000 images: say how many with --images")
+    if not recipe.decoder.image_size:
+        notes.append(f"decoder.image_size is not set: images are taken to have {side} px")
+    notes += [note for work in works for note in slow(work, recipe, machine)]
+    problems += [problem for work in works for problem in stage_problems(work, recipe, machine)]
+    return Plan(
+        recipe.name,
+        recipe.vlm,
+        machine,
+        networks.size,
+        networks.z,
+        networks.latents,
+        networks.prompt_tokens,
+        images,
+        parameters(networks),
+        planned,
+        passes,
+        disk,
+        problems,
+        notes,
+    )
+
+
+def stages(recipe: Recipe, networks: FakeNetworks) -> Iterator[Work]:
+    """The stages of a recipe, in order; a VAE is trained where it is not there yet."""
+    vlm, expert = networks.vlm.model, networks.expert
+    vae = [networks.vae.model] if networks.vae else []
+    if is_vae_to_train(recipe):
+        with torch.device("meta"):
+            training = VAETraining(recipe.vae)
+        training = faked(training)
+        yield Work("train-vae", recipe.train_vae, training, None, [], networks.vae_cost(training))
+    if recipe.reducer.kind != "vae":
+        cost = networks.reducer_cost()
+        yield Work("train-reducer", recipe.train_reducer, networks.autoencoder, vlm, vae, cost)
+    frozen, cost = [networks.autoencoder, *vae], networks.sampler_cost()
+    yield Work("train-sampler", recipe.train_sampler, expert, vlm, frozen, cost, blocks(expert))
+
+
+def stage_plan(work: Work, recipe: Recipe, machine: Machine) -> StagePlan:
+    """What a stage takes on a machine."""
+    settings, trained = work.settings, trainable(work.module)
+    micro = micro_batch(work, recipe, machine)
+    rate = machine.gpus * machine.flops / work.cost.flops
+    seconds = settings.steps * settings.batch_size / rate
+    finished = 4 * sum(count(part.parameters()) for part in (work.module, *work.frozen))
+    kept = 1 + (settings.steps // settings.keep_every if settings.keep_every else 0)
+    return StagePlan(
+        name=work.name,
+        parameters=trained,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        micro_batch=micro,
+        flops=work.cost.flops,
+        memory={s: memory(work, recipe, machine, s, micro) for s in STRATEGIES},
+        images_per_s=rate,
+        days=seconds / 86400,
+        gpu_hours=machine.gpus * seconds / 3600,
+        checkpoint_bytes=2 * STATE_BYTES * trained + kept * finished,
+    )
+
+
+def spared(stage: StagePlan, encoding: float) -> StagePlan:
+    """Stage 2 from a latent cache, which spares `encoding` FLOPs an image."""
+    flops = stage.flops - encoding
+    share = flops / stage.flops
+    return replace(
+        stage,
+        name="train-sampler, from latents",
+        flops=flops,
+        images_per_s=stage.images_per_s / share,
+        days=stage.days * share,
+        gpu_hours=stage.gpu_hours * share,
+        checkpoint_bytes=0,
+    )
+
+
+def micro_batch(work: Work, recipe: Recipe, machine: Machine) -> int:
+    """Images that a GPU has at a time."""
+    return math.ceil(work.settings.batch_size / (machine.gpus * recipe.engine.accumulate))
+
+
+def memory(work: Work, recipe: Recipe, machine: Machine, strategy: str, images: int) -> Memory:
+    """Bytes of a GPU while a stage trains on some images at a time."""
+    shards = machine.shards(strategy)
+    own = shards if work.layers else 1
+    bfloat16 = in_bfloat16(work.settings)
+    trained = trainable(work.module)
+    weights, gradients = 4 * count(work.module.parameters()) / own, 4 * trained / own
+    # A process alone makes its gradients as it goes back; DDP's buckets and fsdp's shares are always there.
+    grows = machine.gpus == recipe.engine.accumulate == 1
+    casts = own == 1
+    # FSDP gathers the next layer while one computes; going back, one more layer's gradients wait in float32.
+    largest = max((count(layer.parameters()) for layer in work.layers), default=0)
+    in_flight = largest * (3 * (2 if bfloat16 else 4) + 4) if own > 1 else 0
+    frozen = sum(frozen_bytes(part, 1) for part in work.frozen)
+    if work.vlm:
+        frozen += frozen_bytes(work.vlm, shards if recipe.engine.shard_vlm else 1)
+    fixed = 2 * weights + gradients + 2 * gradients + frozen + in_flight
+    activations = work.cost.peak(images, grows, casts) - grows * gradients
+    room = machine.memory - fixed + grows * gradients
+    most = work.cost.most_images(room, grows, casts)
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimiser=2 * gradients,
+        average=weights,
+        frozen=frozen,
+        in_flight=in_flight,
+        activations=activations,
+        total=fixed + activations,
+        largest=most,
+    )
+
+
+def frozen_bytes(model: nn.Module, shards: int) -> float:
+    """Of a frozen network on a GPU; shared out (`engine.shard_vlm`), two layers are gathered at a time."""
+    whole = size([*model.parameters(), *model.buffers()])
+    if shards == 1:
+        return whole
+    layers = [size(layer.parameters()) for layer in blocks(model)]
+    return whole - sum(layers) * (1 - 1 / shards) + 2 * max(layers, default=0)
+
+
+def passes_of(recipe: Recipe, networks: FakeNetworks, machine: Machine) -> tuple[list[PassPlan], float]:
+    """What trains nothing, and the FLOPs of an image's z̃."""
+    encode, sampling = networks.encode_flops(), recipe.sampling
+    times = call_times(sampling.steps, sampling.solver, recipe.flow.shift)
+    first, last = sampling.guidance_interval
+    everywhere = (first, last) == (0, 1)
+    guided = [t for t in times if sampling.guidance != 1 and (everywhere or first <= t < last)]
+    draw = networks.prefix_flops() + (len(times) + len(guided)) * networks.velocity_flops()
+    decoder = networks.autoencoder.decoder.recipe  # of a VAE's decoder, which takes one step
+    draw += len(call_times(decoder.steps, decoder.solver)) * networks.decode_flops()
+    rate = machine.gpus * machine.flops
+    latents = encode * (2 if recipe.data.flip else 1)
+    return [
+        PassPlan("prepare --latents", latents, rate / latents),
+        PassPlan("sample", draw, rate / draw),
+    ], encode
+
+
+def call_times(steps: int, solver: Solver, shift: float = 1.0) -> list[float]:
+    """The times at which `flow.solve` asks for a velocity."""
+    times: list[float] = []
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        times.append(t)
+        return x
+
+    solve(velocity, torch.zeros(1), steps, solver, shift)
+    return times
+
+
+def parameters(networks: FakeNetworks) -> dict[str, int]:
+    """Of each part, exactly; each weight once in a part."""
+    vlm, autoencoder = networks.vlm, networks.autoencoder
+    parts: dict[str, nn.Module | None] = {
+        "VLM": vlm.model,
+        "VLM: language model's layers": vlm.decoder,
+        "VLM: projector": vlm.projector,
+        "VAE": networks.vae.model if networks.vae else None,
+        "reducer": autoencoder.reducer,
+        "decoder": autoencoder.decoder,
+        "expert": networks.expert,
+    }
+    return {name: count(part.parameters()) for name, part in parts.items() if part is not None}
+
+
+class Data(NamedTuple):
+    """What is known of the images: pixels a side, how many, and the bytes of each on disk."""
+
+    size: int = 64  # as `vugen prepare` draws them where nothing else is said
+    images: int | None = None
+    bytes: float | None = None
+
+
+def data_of(recipe: Recipe) -> Data:
+    """The recipe's mixture, where it is there."""
+    if not recipe.data.mixture or not all(Path(s.path).is_dir() for s in recipe.data.mixture):
+        return Data()
+    manifests = [read_manifest(source.path) for source in recipe.data.mixture]
+    splits = [manifest["splits"]["train"] for manifest in manifests]
+    images = sum(split["count"] for split in splits)
+    stored = sum(shard["bytes"] for split in splits for shard in split["shards"])
+    return Data(max(manifest["size"] for manifest in manifests), images, stored / images)
+
+
+def latent_bytes(latents: list[int], flip: bool) -> int:
+    """Of a sample of a latent cache: .npy of float16, .txt and .json in a tar, a block of header each."""
+    array = 128 + 2 * math.prod(latents) * (2 if flip else 1)
+    return TAR_BLOCK * (math.ceil(array / TAR_BLOCK) + 6)
+
+
+def stage_problems(work: Work, recipe: Recipe, machine: Machine) -> list[str]:
+    """What of a stage will not work on a machine."""
+    settings, engine = work.settings, recipe.engine
+    key = work.name.replace("-", "_")
+    problems = []
+    if settings.batch_size % (machine.gpus * engine.accumulate):
+        problems.append(
+            f"{key}.batch_size={settings.batch_size} cannot be shared out evenly over {machine.gpus} GPUs"
+            + (f" in {engine.accumulate} parts (engine.accumulate)" if engine.accumulate > 1 else "")
+            + f": take a multiple of {machine.gpus * engine.accumulate}"
+        )
+    images = micro_batch(work, recipe, machine)
+    needed = memory(work, recipe, machine, engine.strategy, images)
+    if needed.largest < images:
+        held = f"{work.name}: {images} images a GPU need {needed.total / 1e9:.0f} GB under {engine.strategy}"
+        if needed.largest:
+            parts = math.ceil(settings.batch_size / machine.gpus / needed.largest)
+            problems.append(f"{held}, and {needed.largest} fit: set engine.accumulate={parts}")
+        else:
+            fits = [s for s in STRATEGIES if memory(work, recipe, machine, s, 1).largest]
+            ways = (
+                f"engine.strategy={fits[0]} would do"
+                if fits
+                else "no strategy does: a larger GPU, or more of them"
+            )
+            problems.append(f"{held}, and not even one fits: {ways}")
+    return problems
+
+
+def slow(work: Work, recipe: Recipe, machine: Machine) -> list[str]:
+    """Why a stage will take longer than planned."""
+    settings, engine, notes = work.settings, recipe.engine, []
+    computes = micro_batch(work, recipe, machine) * work.cost.flops / machine.flops
+    operations = len(work.cost.each)
+    if computes < operations * LAUNCH:
+        notes.append(
+            f"{work.name}: {operations} operations take {1000 * operations * LAUNCH:.0f} ms to start and "
+            f"{1000 * computes:.2f} ms to compute: MFU will be far below {machine.mfu:.0%}; take larger "
+            "batches on fewer GPUs"
+        )
+    travels = 3 * 2 * sum(count(layer.parameters()) for layer in work.layers) / LINK
+    if engine.strategy == "fsdp" and machine.nodes > 1 and travels > computes:
+        notes.append(
+            f"{work.name}: fsdp over {machine.nodes} nodes moves weights for {1000 * travels:.0f} ms in each "
+            f"pass over a micro-batch that takes {1000 * computes:.0f} ms: hsdp or larger batches wait less"
+        )
+    if not in_bfloat16(settings):
+        notes.append(f"{work.name}: precision is {settings.precision}, and times are those of bfloat16")
+    return notes
+
+
+def trainable(module: nn.Module) -> int:
+    """Weights that get a gradient."""
+    return count(p for p in module.parameters() if p.requires_grad)
+
+
+def count(tensors: Iterable[Tensor]) -> int:
+    """Their numbers."""
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Their bytes."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def as_lines(plan: Plan) -> list[str]:
+    """The plan as a person reads it."""
+    machine = plan.machine
+    lines = [
+        f"{plan.recipe}, VLM {plan.vlm}, on {machine.gpus} {machine.gpu} in {machine.nodes} "
+        f"node{'s' * (machine.nodes > 1)}; MFU {machine.mfu:.0%} assumed",
+        f"images {plan.image_size} px, z {shape(plan.z)}, reduced {shape(plan.latents)}, prompts of "
+        f"{plan.prompt_tokens} tokens",
+        "",
+        "Parameters",
+        *(f"  {name:32}{number:>16,}" for name, number in plan.parameters.items()),
+        "",
+        f"{'Compute':34}{'GFLOP/image':>12}{'images/s':>12}{'days':>10}{'GPU-hours':>12}",
+    ]
+    for stage in plan.stages:
+        lines.append(
+            f"  {stage.name:32}{stage.flops / 1e9:>12,.1f}{stage.images_per_s:>12,.0f}{stage.days:>10,.2f}"
+            f"{stage.gpu_hours:>12,.1f}"
+        )
+    lines += [f"  {p.name:32}{p.flops / 1e9:>12,.1f}{p.images_per_s:>12,.0f}" for p in plan.passes]
+    titles = ("weights", "grads", "optim", "EMA", "frozen", "flight", "activ.", "total", "fits")
+    for stage in plan.stages:
+        if "latents" in stage.name:
+            continue
+        lines += ["", f"Memory of a GPU in GB, {stage.name}, {stage.micro_batch} images at a time"]
+        lines.append("  " + " " * 6 + "".join(f"{title:>9}" for title in titles))
+        for strategy, memory in stage.memory.items():
+            values = list(asdict(memory).values())
+            cells = "".join(f"{value / 1e9:>9.2f}" for value in values[:-1])
+            lines.append(f"  {strategy:6}{cells}{memory.largest:>9,}")
+    lines += ["", "Disk in GB", *(f"  {name:32}{number / 1e9:>12,.1f}" for name, number in plan.disk.items())]
+    lines += ["", *(f"Will not work: {p}" for p in plan.problems), *(f"Note: {note}" for note in plan.notes)]
+    return lines
+
+
+def shape(sizes: list[int]) -> str:
+    """As in 8 x 8 x 24."""
+    return " x ".join(map(str, sizes))
