@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vugen_cli.card import LatentsCard
+from vugen_cli.data.loader import Batch
 from vugen_cli.engine.distributed import blocks, recompute
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.flow import draw_times, flow_matching_loss
@@ -18,6 +20,7 @@ from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import PictureLosses, Recipe, Training
 from vugen_cli.sampling.trained import new_expert
 from vugen_cli.stages.losses import Alignment, PictureLoss, VisionFeatures, cosine_distance, reducer_loss
+from vugen_cli.stages.train_vae import VAETraining
 from vugen_cli.studies.fake_step import Cost, cost, faked, flops_of
 from vugen_cli.vlm.configured import configured_vlm
 from vugen_cli.vlm.frozen import FrozenVLM
@@ -58,10 +61,11 @@ class FakeNetworks:
             if recipe.decoder.losses.repa:
                 autoencoder.alignment = Alignment(recipe.decoder.channels[-1], self.z[2])
         self.autoencoder: Autoencoder = faked(autoencoder)
-        grid = [side // recipe.reducer.merge for side in self.z[:2]]
-        self.latents = [*grid, autoencoder.reducer.channels]
+        grid = self.z[0] // recipe.reducer.merge, self.z[1] // recipe.reducer.merge
+        latents = LatentsCard(channels=autoencoder.reducer.channels, grid=grid, width=self.z[2])
+        self.latents = [*grid, latents.channels]
         with torch.device("meta"):
-            expert = new_expert(meta, {"channels": self.latents[2], "grid": grid}, recipe.expert)
+            expert = new_expert(meta, latents, recipe.expert)
         if not gpu:
             expert.decoder.set_attn_implementation("eager")
         self.expert: GenerationExpert = faked(expert)
@@ -95,9 +99,8 @@ class FakeNetworks:
 
         return self._cost(step, self.recipe.train_sampler, self.expert)
 
-    def vae_cost(self, training: nn.Module) -> Cost:
+    def vae_cost(self, training: VAETraining) -> Cost:
         """A step of `vugen train-vae`; `training` is a fake `VAETraining`."""
-        from vugen_cli.data.loader import Batch
 
         def step(count: int) -> Tensor:
             batch = Batch(self.images(count), [""] * count, [{}] * count, 0)
@@ -154,8 +157,8 @@ class FakeNetworks:
         if weights.lpips:
             with torch.device("meta"):
                 vgg = vgg16()
-            widths = [vgg[layer - 1].out_channels for layer in LAYERS]
-            lpips = lpips_of(faked(vgg), [torch.ones(1, width, 1, 1) for width in widths], "cpu")
+            convolutions: list[Any] = [vgg[layer - 1] for layer in LAYERS]
+            lpips = lpips_of(faked(vgg), [torch.ones(1, c.out_channels, 1, 1) for c in convolutions], "cpu")
             losses["lpips"] = (weights.lpips, lambda x, y, _: lpips(x / 2 + 0.5, y / 2 + 0.5).mean())
         return losses
 
@@ -167,8 +170,6 @@ def vae_model(recipe: Recipe) -> Any:
         VugenError: what is there is no `AutoencoderKL`, or the hub cannot be reached.
     """
     from diffusers import AutoencoderKL
-
-    from vugen_cli.stages.train_vae import VAETraining
 
     name = recipe.decoder.vae or ""
     if is_vae_to_train(recipe):

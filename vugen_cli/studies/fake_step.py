@@ -56,7 +56,7 @@ def faked(module: nn.Module) -> Any:
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = fake(tensor)
+                    tensors[name] = fake(tensor)  # type: ignore[assignment]
     assert all(tensor.is_meta for tensor in kept), "only networks on `meta` cost nothing"
     return module
 
@@ -166,7 +166,7 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(self, weights: list[nn.Parameter]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = self.bytes = self.gradients = self.casts = 0
         self.known: dict[int, Any] = {}
         self.weights = {id(weight.untyped_storage()) for weight in weights}
