@@ -148,7 +148,7 @@ def _load(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with `prefix.`, without it."""
     return {
         name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")
@@ -156,7 +156,7 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The inverse of `part`."""
+    """The inverse of `select`."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 

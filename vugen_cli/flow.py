@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vugen_cli.seeds import draw
+from vugen_cli.seeds import random_rows
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], t [B]) -> velocity [B, ...]
 Solver = Literal["euler", "heun", "midpoint"]
@@ -30,9 +30,9 @@ def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) 
         shift: see `shift_time`.
     """
     if kind == "uniform":
-        t = draw(torch.rand, (count,), generator)
+        t = random_rows(torch.rand, (count,), generator)
     else:
-        t = torch.sigmoid(draw(torch.randn, (count,), generator))
+        t = torch.sigmoid(random_rows(torch.randn, (count,), generator))
     return shift_time(t, shift)
 
 
@@ -51,7 +51,7 @@ def flow_matching_loss(velocity: Velocity, data: Tensor, t: Tensor, generator: t
         t: [B] from `draw_times`.
         generator: draws the noise; on the data's device.
     """
-    noise = draw(torch.randn, data.shape, generator, data.dtype)
+    noise = random_rows(torch.randn, data.shape, generator, data.dtype)
     predicted = velocity(interpolate(noise, data, t), t)
     return (predicted.float() - (data - noise)).square().mean()
 

@@ -10,7 +10,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.models.embeddings import grid_positions
 from vugen_cli.moments import Moments
 from vugen_cli.recipe import Reducer as ReducerRecipe
-from vugen_cli.seeds import draw
+from vugen_cli.seeds import random_rows
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,16 +82,16 @@ class Reducer(nn.Module):
         raw, log_variance = self.raw(z)
         latents = self._normalised(raw)
         size = (len(latents), 1, 1, 1)
-        spread = noise * draw(torch.rand, size, generator)
+        spread = noise * random_rows(torch.rand, size, generator)
         penalised = self.recipe.normalise in ("kl", "l2")
         if penalised:
             spread = spread / self.std
-        latents = latents + spread * draw(torch.randn, latents.shape, generator)
+        latents = latents + spread * random_rows(torch.randn, latents.shape, generator)
         if not penalised:
             return latents, latents.new_zeros(())
         if log_variance is None:
             return latents, raw.square().mean()
-        posterior = draw(torch.randn, latents.shape, generator)
+        posterior = random_rows(torch.randn, latents.shape, generator)
         latents = latents + (0.5 * log_variance).exp() / self.std * posterior
         return latents, 0.5 * (raw.square() + log_variance.exp() - 1 - log_variance).mean()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vugen_cli.card import Card, LatentsCard, VAECard
-from vugen_cli.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.checkpoint import load_checkpoint, save_checkpoint, select, with_prefix
 from vugen_cli.engine.precision import passes
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
@@ -49,9 +49,9 @@ def load_autoencoder(
     """
     tensors, card = load_checkpoint(path, stage)
     recipe = parse_recipe(card.recipe, str(path))
-    vae = stored_vae(card.vae, part(tensors, "vae"), device) if card.vae else None
+    vae = stored_vae(card.vae, select(tensors, "vae"), device) if card.vae else None
     module = Autoencoder(recipe, card.latents.width, vae)
-    load_weights(module, part(tensors, "autoencoder"), path)
+    load_weights(module, select(tensors, "autoencoder"), path)
     return module.to(device).eval().requires_grad_(False), tensors, card
 
 
@@ -136,7 +136,7 @@ def load_sampler(
     frozen = vlm_of(card, path, vlm, device, allow_vlm_mismatch)
     recipe = frozen.recipe.expert.model_copy(update={"init": "fresh"})
     expert = new_expert(frozen, card.latents, recipe)
-    load_weights(expert, part(tensors, "expert"), path)
+    load_weights(expert, select(tensors, "expert"), path)
     return Sampler(frozen, expert.eval().requires_grad_(False), autoencoder, card, path)
 
 
