@@ -62,7 +62,7 @@ def test_gradients_reach_every_trained_weight_and_no_fitted_one(kind: str) -> No
         (latents * torch.randn(latents.shape)).sum().backward()
         for name, parameter in parameters.items():
             # attention does not change with its keys' bias (softmax), nor normalised latents with a last bias
-            if name.endswith("in_proj_bias") or name in ("net.bias", "net.3.bias", "net.outward.1.bias"):
+            if name.endswith("in_proj_bias") or name in ("net.bias", "net.3.bias", "net.proj_out.1.bias"):
                 continue
             assert parameter.grad is not None and parameter.grad.any(), name
 

@@ -98,7 +98,7 @@ def save_state(
     names = {id(p): n for n, p in stage.module.named_parameters()}
     tensors = with_prefix(dict(stage.module.named_parameters()), "module")
     tensors |= with_prefix(dict(stage.module.named_buffers()), "buffer")
-    tensors |= with_prefix(ema.weights, "average")
+    tensors |= with_prefix(ema.weights, "ema")
     for parameter, moments in optimizer.state.items():
         tensors |= with_prefix(moments, f"optimizer.{names[id(parameter)]}")
     tensors = gathered(tensors)
@@ -144,7 +144,7 @@ def resume(
     parts: dict[str, Mapping[str, Tensor]] = {
         "module": dict(stage.module.named_parameters()),
         "buffer": dict(stage.module.named_buffers()),
-        "average": ema.weights,
+        "ema": ema.weights,
     }
     for prefix, into in parts.items():
         saved = select(tensors, prefix)

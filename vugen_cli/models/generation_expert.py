@@ -88,13 +88,13 @@ class GenerationExpert(nn.Module):
             copied = fresh_decoder(decoder, width, mlp)
         self.decoder: Any = without_dropout(copied).float().requires_grad_(True)
         width = width or config.hidden_size
-        self.sections = bool((getattr(config, "rope_parameters", None) or {}).get("mrope_section"))
-        self.inward = nn.Linear(channels, width)
-        self.time = TimeEmbedding(width)
-        self.position = nn.Parameter(grid_positions(*grid, width))
-        self.outward = nn.Linear(width, channels)
-        nn.init.zeros_(self.outward.weight)
-        nn.init.zeros_(self.outward.bias)
+        self.mrope = bool((getattr(config, "rope_parameters", None) or {}).get("mrope_section"))
+        self.proj_in = nn.Linear(channels, width)
+        self.time_embed = TimeEmbedding(width)
+        self.pos_embed = nn.Parameter(grid_positions(*grid, width))
+        self.proj_out = nn.Linear(width, channels)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, noised: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
         """Velocity [B, h, w, channels].
@@ -105,9 +105,9 @@ class GenerationExpert(nn.Module):
             prefix: of B prompts, from `FrozenVLM.prefix`.
         """
         batch, height, width, _ = noised.shape
-        tokens = self.inward(noised.flatten(1, 2)) + self.position + self.time(t)[:, None]
+        tokens = self.proj_in(noised.flatten(1, 2)) + self.pos_embed + self.time_embed(t)[:, None]
         count = height * width
-        positions = image_positions(prefix.lengths, height, width, self.sections)
+        positions = image_positions(prefix.lengths, height, width, self.mrope)
         visible = torch.cat([prefix.mask, prefix.mask.new_ones(batch, count)], 1)
         mask = torch.zeros(visible.shape, dtype=tokens.dtype, device=tokens.device)
         mask = mask.masked_fill(~visible, torch.finfo(tokens.dtype).min)[:, None, None].expand(
@@ -120,7 +120,7 @@ class GenerationExpert(nn.Module):
             past_key_values=PrefixCache(prefix),
             use_cache=False,
         ).last_hidden_state
-        return self.outward(hidden).unflatten(1, (height, width))
+        return self.proj_out(hidden).unflatten(1, (height, width))
 
 
 def without_dropout(module: nn.Module) -> nn.Module:
@@ -183,10 +183,10 @@ def fresh_decoder(decoder: Any, width: int | None, mlp: int | None) -> Any:
             for name, projection in list(attention.named_children()):
                 if isinstance(projection, nn.Linear):
                     size = head * (heads if name in ("q_proj", "o_proj") else config.num_key_value_heads)
-                    inward, outward = (
+                    width_in, width_out = (
                         (size, config.hidden_size) if name == "o_proj" else (config.hidden_size, size)
                     )
-                    fitted = nn.Linear(inward, outward, bias=projection.bias is not None)
+                    fitted = nn.Linear(width_in, width_out, bias=projection.bias is not None)
                     nn.init.normal_(fitted.weight, std=config.initializer_range)
                     setattr(attention, name, fitted)
     return slim

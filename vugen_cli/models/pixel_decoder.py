@@ -32,32 +32,34 @@ class PixelDecoder(nn.Module):
         self.recipe = recipe
         widths, condition = recipe.channels, recipe.channels[-1]
         folded = 3 * recipe.patch**2
-        self.time = TimeEmbedding(condition)
-        self.latents = nn.Conv2d(channels, condition, 3, padding=1)
-        self.inward = nn.Conv2d(folded + condition // 4, widths[0], 3, padding=1)
-        self.beside = nn.Conv2d(condition, condition // 4, 1)
-        self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
+        self.time_embed = TimeEmbedding(condition)
+        self.latent_embed = nn.Conv2d(channels, condition, 3, padding=1)
+        self.conv_in = nn.Conv2d(folded + condition // 4, widths[0], 3, padding=1)
+        self.cond_proj = nn.Conv2d(condition, condition // 4, 1)
+        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         skips = []
         for level, width in enumerate(widths):
-            self.shrink.append(nn.Conv2d(widths[level - 1], width, 3, 2, 1) if level else nn.Identity())
+            self.downsample.append(nn.Conv2d(widths[level - 1], width, 3, 2, 1) if level else nn.Identity())
             self.down.append(
                 nn.ModuleList(ResidualBlock(width, width, condition) for _ in range(recipe.blocks))
             )
             skips += [width] * recipe.blocks
-        self.middle = nn.ModuleList(
+        self.mid = nn.ModuleList(
             TransformerBlock(widths[-1], recipe.heads, condition) for _ in range(recipe.middle_layers)
         )
-        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             self.up.append(
                 nn.ModuleList(
                     ResidualBlock(width + skips.pop(), width, condition) for _ in range(recipe.blocks)
                 )
             )
-            self.grow.append(nn.Conv2d(width, widths[level - 1], 3, padding=1) if level else nn.Identity())
-        self.norm = nn.GroupNorm(8, widths[0])
-        self.outward = nn.Conv2d(widths[0], folded, 3, padding=1)
-        nn.init.zeros_(self.outward.weight)
+            self.upsample.append(
+                nn.Conv2d(width, widths[level - 1], 3, padding=1) if level else nn.Identity()
+            )
+        self.norm_out = nn.GroupNorm(8, widths[0])
+        self.conv_out = nn.Conv2d(widths[0], folded, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
 
     @staticmethod
@@ -81,31 +83,31 @@ class PixelDecoder(nn.Module):
             latents: z̃ [B, h, w, c]; the grid is stretched over the image whatever its size.
             middle: a list to which the features half through the transformer are added, [B, H', W', width].
         """
-        time = self.time(t)[:, :, None, None]
-        condition = functional.silu(self.latents(latents.permute(0, 3, 1, 2)) + time)
+        time = self.time_embed(t)[:, :, None, None]
+        condition = functional.silu(self.latent_embed(latents.permute(0, 3, 1, 2)) + time)
         x = functional.pixel_unshuffle(noised, self.recipe.patch)
-        beside = functional.interpolate(self.beside(condition), x.shape[-2:], mode="bilinear")
-        x = self.inward(torch.cat([x, beside.to(x.dtype)], 1).contiguous(memory_format=torch.channels_last))
+        beside = functional.interpolate(self.cond_proj(condition), x.shape[-2:], mode="bilinear")
+        x = self.conv_in(torch.cat([x, beside.to(x.dtype)], 1).contiguous(memory_format=torch.channels_last))
         skips = []
-        for shrink, blocks in zip(self.shrink, self.down, strict=True):
-            x = shrink(x)
+        for downsample, blocks in zip(self.downsample, self.down, strict=True):
+            x = downsample(x)
             for block in blocks.children():
                 x = block(x, condition)
                 skips.append(x)
         height, width = x.shape[-2:]
         tokens = x.flatten(2).transpose(1, 2)
         seen = functional.interpolate(condition, (height, width), mode="nearest").flatten(2).transpose(1, 2)
-        for number, layer in enumerate(self.middle):
+        for number, layer in enumerate(self.mid):
             tokens = layer(tokens, seen, height, width)
-            if middle is not None and number == (len(self.middle) - 1) // 2:
+            if middle is not None and number == (len(self.mid) - 1) // 2:
                 middle.append(tokens.unflatten(1, (height, width)))
         x = x + tokens.transpose(1, 2).unflatten(2, (height, width))
-        for blocks, grow in zip(self.up, self.grow, strict=True):
+        for blocks, upsample in zip(self.up, self.upsample, strict=True):
             for block in blocks.children():
                 x = block(torch.cat([x, skips.pop()], 1), condition)
-            if isinstance(grow, nn.Conv2d):
-                x = grow(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
-        x = self.outward(functional.silu(self.norm(x)))
+            if isinstance(upsample, nn.Conv2d):
+                x = upsample(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        x = self.conv_out(functional.silu(self.norm_out(x)))
         clean = functional.pixel_shuffle(x, self.recipe.patch).float()
         return (clean - noised) / (1 - t).clamp_min(NEAREST)[:, None, None, None]
 
@@ -178,10 +180,10 @@ class TransformerBlock(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(condition, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.table = nn.Parameter(torch.zeros(heads, (2 * WINDOW + 1) ** 2))
-        self.gate = nn.Linear(width, 8 * width)
-        self.shrink = nn.Linear(4 * width, width)
+        self.proj = nn.Linear(width, width)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(heads, (2 * WINDOW + 1) ** 2))
+        self.ff_in = nn.Linear(width, 8 * width)
+        self.ff_out = nn.Linear(4 * width, width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
@@ -193,16 +195,16 @@ class TransformerBlock(nn.Module):
         h = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=self.positions(height, width).to(q.dtype)
         )
-        x = x + gate1 * self.out(h.transpose(1, 2).flatten(2))
+        x = x + gate1 * self.proj(h.transpose(1, 2).flatten(2))
         h = modulate(self.norm(x), scale2, bias2)
-        value, gate = self.gate(h).chunk(2, -1)
-        return x + gate2 * self.shrink(value * functional.gelu(gate))
+        value, gate = self.ff_in(h).chunk(2, -1)
+        return x + gate2 * self.ff_out(value * functional.gelu(gate))
 
     def positions(self, height: int, width: int) -> Tensor:
         """Attention bias [1, heads, N, N]; -inf outside the 17 x 17 window."""
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        dy = (y.flatten()[:, None] - y.flatten()).to(self.table.device)
-        dx = (x.flatten()[:, None] - x.flatten()).to(self.table.device)
+        dy = (y.flatten()[:, None] - y.flatten()).to(self.relative_position_bias_table.device)
+        dx = (x.flatten()[:, None] - x.flatten()).to(self.relative_position_bias_table.device)
         index = (dy.clamp(-WINDOW, WINDOW) + WINDOW) * (2 * WINDOW + 1) + dx.clamp(-WINDOW, WINDOW) + WINDOW
         near = (dy.abs() <= WINDOW) & (dx.abs() <= WINDOW)
-        return self.table[:, index].masked_fill(~near, float("-inf"))[None]
+        return self.relative_position_bias_table[:, index].masked_fill(~near, float("-inf"))[None]

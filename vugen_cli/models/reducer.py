@@ -153,7 +153,7 @@ class GridAttention(nn.Module):
 
     def __init__(self, recipe: ReducerRecipe, width: int, out: int):
         super().__init__()
-        self.inward = nn.Linear(width, recipe.hidden)
+        self.proj_in = nn.Linear(width, recipe.hidden)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 recipe.hidden,
@@ -166,16 +166,16 @@ class GridAttention(nn.Module):
             )
             for _ in range(recipe.layers)
         )
-        self.outward = nn.Sequential(nn.LayerNorm(recipe.hidden), nn.Linear(recipe.hidden, out))
+        self.proj_out = nn.Sequential(nn.LayerNorm(recipe.hidden), nn.Linear(recipe.hidden, out))
 
     def forward(self, z: Tensor) -> Tensor:
         """[B, h, w, width] -> [B, h, w, out], any grid."""
         height, width = z.shape[1:3]
-        x = self.inward(z.flatten(1, 2))
+        x = self.proj_in(z.flatten(1, 2))
         x = x + grid_positions(height, width, x.shape[-1]).to(x)
         for block in self.blocks:
             x = block(x)
-        return self.outward(x).unflatten(1, (height, width))
+        return self.proj_out(x).unflatten(1, (height, width))
 
 
 def merge(z: Tensor, factor: int) -> Tensor:

@@ -108,7 +108,11 @@ def distill(
         distilled=Distilled(teacher=str(teacher), steps=steps, solver=solver),
     )
     resolved = card.facts("vlm", "data", "latents", "image_size") | {
-        "teacher": {"fingerprint": fingerprint(autoencoder), "steps": steps, "solver": solver},
+        "teacher": {
+            "fingerprint": fingerprint(autoencoder, "autoencoder."),
+            "steps": steps,
+            "solver": solver,
+        },
         "recipe": recipe.model_dump(mode="json", include={"seed", "data", "decoder", "train_reducer"}),
     }
     run = out.with_suffix(".run")

@@ -39,7 +39,7 @@ def latent_facts(autoencoder: Autoencoder, vlm: FrozenVLM, recipe: Recipe, card:
     """What the z̃ and the token ids of an image and its captions depend on, as `dataset.json` keeps it."""
     of_vae = autoencoder.vae is not None and autoencoder.reducer.recipe.kind == "vae"
     return {
-        "reducer": fingerprint(autoencoder.reducer),
+        "reducer": fingerprint(autoencoder.reducer, "autoencoder.reducer."),
         "vlm": vlm.vision,
         "vae": fingerprint(autoencoder.vae.model) if of_vae and autoencoder.vae else None,
         "grid": list(card.latents.grid),

@@ -97,7 +97,7 @@ def train_reducer(
         latents=LatentsCard(channels=module.reducer.channels, grid=grid, width=d),
         image_size=size,
     )
-    kept = {"reducer": fingerprint(module.reducer)} if reducer else {}
+    kept = {"reducer": fingerprint(module.reducer, "autoencoder.reducer.")} if reducer else {}
     resolved = (
         card.facts("vlm", "data", "latents", "image_size")
         | kept

@@ -99,7 +99,7 @@ def train_sampler(
             "data": DataCard.model_validate(images.card()),
         }
     )
-    begun = {"expert": fingerprint(expert)} if further else {}
+    begun = {"expert": fingerprint(expert, "expert.")} if further else {}
     if images.latents:  # rounded to float16: a run goes on with what it began with
         begun["cache"] = "float16"
     resolved = (
