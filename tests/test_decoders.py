@@ -141,7 +141,7 @@ def test_alignment_is_zero_where_the_head_tells_z() -> None:
 
 def test_every_term_reaches_reducer_and_decoder_and_none_the_vlm(vlm: FrozenVLM, tiny_recipe: Recipe) -> None:
     recipe = changed(
-        tiny_recipe, "decoder.losses.perceptual=0.3", "decoder.losses.repa=0.7", "reducer.normalise=l2"
+        tiny_recipe, "decoder.losses.perceptual=0.3", "decoder.losses.repa=0.7", "reducer.normalise=kl"
     )
     torch.manual_seed(0)
     module = Autoencoder(recipe, 32)
@@ -156,8 +156,8 @@ def test_every_term_reaches_reducer_and_decoder_and_none_the_vlm(vlm: FrozenVLM,
         )
 
     total, values = loss()
-    assert list(values) == ["flow", "perceptual", "repa", "l2"]
-    expected = values["flow"] + 0.3 * values["perceptual"] + 0.7 * values["repa"] + 1e-3 * values["l2"]
+    assert list(values) == ["flow", "perceptual", "repa", "kl"]
+    expected = values["flow"] + 0.3 * values["perceptual"] + 0.7 * values["repa"] + 1e-3 * values["kl"]
     assert torch.allclose(total, expected)
     for name in values:
         module.zero_grad()
@@ -165,7 +165,7 @@ def test_every_term_reaches_reducer_and_decoder_and_none_the_vlm(vlm: FrozenVLM,
         reached = {
             n.split(".")[0] for n, p in module.named_parameters() if p.grad is not None and p.grad.any()
         }
-        assert reached >= ({"reducer"} if name == "l2" else {"reducer", "decoder"}), name
+        assert reached >= ({"reducer"} if name == "kl" else {"reducer", "decoder"}), name
     assert all(p.grad is None for p in vlm.model.parameters())
 
 

@@ -76,21 +76,18 @@ class Reducer(nn.Module):
         """z̃ as the decoder sees it in training, and the penalty that keeps its scale (a scalar).
 
         The noise (RAE, arXiv 2510.11690) has a standard deviation drawn between 0 and `noise` for each image.
-        It is in units of z̃'s own spread; under `kl` and `l2` it is in units of the network's output, whose
-        scale the penalty holds, and so is the posterior's noise under `kl` (arXiv 1312.6114).
+        It is in units of z̃'s own spread; under `kl` it is in units of the network's output, whose scale the
+        penalty holds, and so is the posterior's noise (arXiv 1312.6114).
         """
         raw, log_variance = self.raw(z)
         latents = self._normalised(raw)
         size = (len(latents), 1, 1, 1)
         spread = noise * random_rows(torch.rand, size, generator)
-        penalised = self.recipe.normalise in ("kl", "l2")
-        if penalised:
+        if log_variance is not None:
             spread = spread / self.std
         latents = latents + spread * random_rows(torch.randn, latents.shape, generator)
-        if not penalised:
-            return latents, latents.new_zeros(())
         if log_variance is None:
-            return latents, raw.square().mean()
+            return latents, latents.new_zeros(())
         posterior = random_rows(torch.randn, latents.shape, generator)
         latents = latents + (0.5 * log_variance).exp() / self.std * posterior
         return latents, 0.5 * (raw.square() + log_variance.exp() - 1 - log_variance).mean()
@@ -101,8 +98,6 @@ class Reducer(nn.Module):
         if self.recipe.normalise == "kl":
             mean, log_variance = out.chunk(2, -1)
             return mean, log_variance.clamp(-30, 20)
-        if self.recipe.normalise == "layer":
-            out = functional.layer_norm(out, out.shape[-1:])
         return out, None
 
     def _normalised(self, raw: Tensor) -> Tensor:
@@ -113,7 +108,7 @@ class Reducer(nn.Module):
         with torch.no_grad():
             self.mean.lerp_(mean, 0.02)
             self.std.lerp_(std, 0.02)
-        if self.recipe.normalise != "channel":  # layer, kl and l2 hold the scale; this only follows it
+        if self.recipe.normalise == "kl":  # which holds the scale; this only follows it
             return (raw - self.mean) / self.std
         return (raw - mean) / std
 

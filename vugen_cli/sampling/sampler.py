@@ -137,7 +137,7 @@ class Sampler:
         latents = self.latents(prefix, keys, settings)
         size = self.card.image_size
         noise = torch.stack([seeded_noise((3, size, size), *key, "pixels") for key in keys])
-        return self.decoder.decode(latents, noise.to(latents.device)).cpu()
+        return self.autoencoder.decode(latents, noise.to(latents.device)).cpu()
 
     def latents(self, prefix: Prefix, keys: list[tuple[int, str, int]], settings: dict[str, Any]) -> Tensor:
         """Sample z̃ [B, h, w, c] for a batch of prefixes, with classifier-free guidance (arXiv 2207.12598)

@@ -105,7 +105,7 @@ def decode_images(
     noise = torch.stack([seeded_noise(images.shape[1:], seed, "reconstruct", i) for i in numbers])
     with passes(vlm.recipe.sampling.precision, vlm.device)():
         latents = autoencoder.encode(vlm, images)
-        return autoencoder.decoder.decode(latents, noise.to(latents.device), steps, solver)
+        return autoencoder.decode(latents, noise.to(latents.device), steps, solver)
 
 
 def load_sampler(
@@ -185,10 +185,7 @@ def load_vae(name: str, device: torch.device) -> FrozenVAE:
         raise VugenError(
             f"decoder.vae: no VAE at {name}: give a diffusers directory or a hub id (owner/name)"
         )
-    try:
-        local = path.is_dir() or not reach_hub(name)
-    except VugenError as error:
-        raise VugenError(f"decoder.vae: {str(error).removeprefix('the VLM ')}") from error
+    local = path.is_dir() or not reach_hub(name, "decoder.vae:")
     try:
         source = str(path) if path.is_dir() else name
         config = AutoencoderKL.load_config(source, local_files_only=local)

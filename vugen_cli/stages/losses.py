@@ -192,7 +192,7 @@ def reducer_loss(
     if module.alignment and middle:
         values["repa"] = module.alignment(middle[0], z)
         total = total + recipe.decoder.losses.repa * values["repa"]
-    if recipe.reducer.normalise in ("kl", "l2"):
-        values[recipe.reducer.normalise] = penalty
+    if recipe.reducer.normalise == "kl":
+        values["kl"] = penalty
         total = total + recipe.reducer.penalty * penalty
     return total, values if len(values) > 1 else {}

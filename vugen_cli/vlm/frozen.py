@@ -238,7 +238,7 @@ def load_model(
         raise VugenError(f"no VLM at {path}: give a Hugging Face directory, a hub id (owner/name) or `nano`")
     if local and not (path / "config.json").is_file():
         raise VugenError(f"{path} has no config.json: it is not a Hugging Face model directory")
-    local = local or not reach_hub(name)
+    local = local or not reach_hub(name, "the VLM")
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
