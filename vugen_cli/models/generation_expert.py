@@ -105,7 +105,10 @@ class GenerationExpert(nn.Module):
             prefix: of B prompts, from `FrozenVLM.prefix`.
         """
         batch, height, width, _ = noised.shape
-        tokens = self.proj_in(noised.flatten(1, 2)) + self.pos_embed + self.time_embed(t)[:, None]
+        # N = h w image tokens follow T of the prompt, padding included.
+        tokens = (
+            self.proj_in(noised.flatten(1, 2)) + self.pos_embed + self.time_embed(t)[:, None]
+        )  # [B, N, width]
         count = height * width
         positions = image_positions(prefix.lengths, height, width, self.mrope)
         visible = torch.cat([prefix.mask, prefix.mask.new_ones(batch, count)], 1)

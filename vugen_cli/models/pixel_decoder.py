@@ -83,32 +83,38 @@ class PixelDecoder(nn.Module):
             latents: z̃ [B, h, w, c]; the grid is stretched over the image whatever its size.
             middle: a list to which the features half through the transformer are added, [B, H', W', width].
         """
-        time = self.time_embed(t)[:, :, None, None]
-        condition = functional.silu(self.latent_embed(latents.permute(0, 3, 1, 2)) + time)
-        x = functional.pixel_unshuffle(noised, self.recipe.patch)
+        # B images, h x w the grid of z̃, p the patch, d and D the condition's and the outermost width,
+        # H' x W' = (H / p) x (W / p), halved again at each level, N = H' W' of the innermost.
+        time = self.time_embed(t)[:, :, None, None]  # [B, d, 1, 1]
+        condition = functional.silu(self.latent_embed(latents.permute(0, 3, 1, 2)) + time)  # [B, d, h, w]
+        x = functional.pixel_unshuffle(noised, self.recipe.patch)  # [B, 3 p², H', W']
         beside = functional.interpolate(self.cond_proj(condition), x.shape[-2:], mode="bilinear")
-        x = self.conv_in(torch.cat([x, beside.to(x.dtype)], 1).contiguous(memory_format=torch.channels_last))
+        x = torch.cat([x, beside.to(x.dtype)], 1)  # [B, 3 p² + d / 4, H', W']
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))  # [B, D, H', W']
         skips = []
         for downsample, blocks in zip(self.downsample, self.down, strict=True):
-            x = downsample(x)
+            x = downsample(x)  # half as high and wide, but for the outermost
             for block in blocks.children():
                 x = block(x, condition)
                 skips.append(x)
         height, width = x.shape[-2:]
-        tokens = x.flatten(2).transpose(1, 2)
+        tokens = x.flatten(2).transpose(1, 2)  # [B, N, width]
+        # The condition at each token, [B, N, d].
         seen = functional.interpolate(condition, (height, width), mode="nearest").flatten(2).transpose(1, 2)
         for number, layer in enumerate(self.mid):
             tokens = layer(tokens, seen, height, width)
             if middle is not None and number == (len(self.mid) - 1) // 2:
                 middle.append(tokens.unflatten(1, (height, width)))
-        x = x + tokens.transpose(1, 2).unflatten(2, (height, width))
+        x = x + tokens.transpose(1, 2).unflatten(2, (height, width))  # [B, width, H', W'] of the innermost
         for blocks, upsample in zip(self.up, self.upsample, strict=True):
             for block in blocks.children():
                 x = block(torch.cat([x, skips.pop()], 1), condition)
             if isinstance(upsample, nn.Conv2d):
+                # twice as high and wide
                 x = upsample(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
-        x = self.conv_out(functional.silu(self.norm_out(x)))
-        clean = functional.pixel_shuffle(x, self.recipe.patch).float()
+        x = self.conv_out(functional.silu(self.norm_out(x)))  # [B, 3 p², H', W']
+        clean = functional.pixel_shuffle(x, self.recipe.patch).float()  # x̂ [B, 3, H, W]
+        # u = (x̂ - x_t) / (1 - t)
         return (clean - noised) / (1 - t).clamp_min(NEAREST)[:, None, None, None]
 
     def integrate(self, latents: Tensor, noise: Tensor, steps: int, solver: Solver) -> Tensor:
@@ -189,15 +195,15 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, height: int, width: int) -> Tensor:
         """x and condition [B, height * width, ...] -> [B, height * width, ...]."""
-        scale1, bias1, gate1, scale2, bias2, gate2 = self.modulation(condition).chunk(6, -1)
+        scale1, bias1, gate1, scale2, bias2, gate2 = self.modulation(condition).chunk(6, -1)  # [B, N, width]
         h = modulate(self.norm(x), scale1, bias1)
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, -1]
         h = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=self.positions(height, width).to(q.dtype)
         )
         x = x + gate1 * self.proj(h.transpose(1, 2).flatten(2))
         h = modulate(self.norm(x), scale2, bias2)
-        value, gate = self.ff_in(h).chunk(2, -1)
+        value, gate = self.ff_in(h).chunk(2, -1)  # [B, N, 4 width]
         return x + gate2 * self.ff_out(value * functional.gelu(gate))
 
     def positions(self, height: int, width: int) -> Tensor:

@@ -85,16 +85,18 @@ class Reducer(nn.Module):
         spread = noise * random_rows(torch.rand, size, generator)
         if log_variance is not None:
             spread = spread / self.std
+        # z̃ + a n, a ~ U(0, `decoder.noise`), n ~ N(0, 1)
         latents = latents + spread * random_rows(torch.randn, latents.shape, generator)
         if log_variance is None:
             return latents, latents.new_zeros(())
         posterior = random_rows(torch.randn, latents.shape, generator)
         latents = latents + (0.5 * log_variance).exp() / self.std * posterior
+        # KL(N(m, s²) ‖ N(0, 1)) = (m² + s² - 1 - log s²) / 2
         return latents, 0.5 * (raw.square() + log_variance.exp() - 1 - log_variance).mean()
 
     def raw(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's output before normalising, float32 [B, h, w, channels], and KL's log-variance."""
-        out = self.net(merge(z, self.recipe.merge)).float()
+        out = self.net(merge(z, self.recipe.merge)).float()  # W z: [B, h, w, channels], twice those for KL
         if self.recipe.normalise == "kl":
             mean, log_variance = out.chunk(2, -1)
             return mean, log_variance.clamp(-30, 20)
@@ -102,7 +104,7 @@ class Reducer(nn.Module):
 
     def _normalised(self, raw: Tensor) -> Tensor:
         if not self.training or not self.trained:
-            return (raw - self.mean) / self.std
+            return (raw - self.mean) / self.std  # z̃ = (W z - μ) / σ
         mean, std = self.statistics(raw)
         std = std + 1e-5
         with torch.no_grad():
@@ -120,7 +122,7 @@ class Reducer(nn.Module):
         for z in batches:
             raw = self.raw(z)[0].double().flatten(0, 2)
             count, total, squares = count + len(raw), total + raw.sum(0), squares + raw.square().sum(0)
-        mean = total / count
+        mean = total / count  # μ = E[W z], σ² = E[(W z)²] - μ²
         self.mean.copy_(mean)
         self.std.copy_((squares / count - mean**2).clamp_min(1e-10).sqrt())
 
@@ -135,6 +137,7 @@ class Reducer(nn.Module):
         moments = Moments()
         for z in batches:
             moments.update(merge(z, self.recipe.merge).flatten(0, 2))
+        # W: the first eigenvectors of E[z zᵀ] - E[z] E[z]ᵀ
         _, vectors = torch.linalg.eigh(torch.from_numpy(moments.covariance))  # eigenvalues ascend
         directions = vectors.flip(1)[:, : self.channels].T
         largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
@@ -166,7 +169,7 @@ class GridAttention(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """[B, h, w, width] -> [B, h, w, out], any grid."""
         height, width = z.shape[1:3]
-        x = self.proj_in(z.flatten(1, 2))
+        x = self.proj_in(z.flatten(1, 2))  # [B, h w, hidden]
         x = x + grid_positions(height, width, x.shape[-1]).to(x)
         for block in self.blocks:
             x = block(x)
