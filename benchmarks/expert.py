@@ -157,7 +157,9 @@ def prefix_of(language: Any, ids: Tensor) -> Prefix:
     cache = DynamicCache()
     language(input_ids=ids, past_key_values=cache, use_cache=True)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    return Prefix([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], mask)
+    return Prefix(
+        [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], mask, False
+    )
 
 
 def joint(language: Any, expert: GenerationExpert, ids: Tensor, x: Tensor, t: Tensor) -> Tensor:

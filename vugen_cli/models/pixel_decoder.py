@@ -198,19 +198,27 @@ class TransformerBlock(nn.Module):
         scale1, bias1, gate1, scale2, bias2, gate2 = self.modulation(condition).chunk(6, -1)  # [B, N, width]
         h = modulate(self.norm(x), scale1, bias1)
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, -1]
-        h = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.positions(height, width).to(q.dtype)
-        )
+        bias = relative_position_bias(self.relative_position_bias_table, height, width)  # [1, heads, N, N]
+        h = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         x = x + gate1 * self.proj(h.transpose(1, 2).flatten(2))
         h = modulate(self.norm(x), scale2, bias2)
         value, gate = self.ff_in(h).chunk(2, -1)  # [B, N, 4 width]
         return x + gate2 * self.ff_out(value * functional.gelu(gate))
 
-    def positions(self, height: int, width: int) -> Tensor:
-        """Attention bias [1, heads, N, N]; -inf outside the 17 x 17 window."""
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        dy = (y.flatten()[:, None] - y.flatten()).to(self.relative_position_bias_table.device)
-        dx = (x.flatten()[:, None] - x.flatten()).to(self.relative_position_bias_table.device)
-        index = (dy.clamp(-WINDOW, WINDOW) + WINDOW) * (2 * WINDOW + 1) + dx.clamp(-WINDOW, WINDOW) + WINDOW
-        near = (dy.abs() <= WINDOW) & (dx.abs() <= WINDOW)
-        return self.relative_position_bias_table[:, index].masked_fill(~near, float("-inf"))[None]
+
+def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
+    """Attention bias of a grid from a learned table; -inf outside the 17 x 17 window.
+
+    Args:
+        table: [heads, 17 * 17], of the offsets (dy, dx) of a query from its key, each from -8 to 8.
+        height, width: of the grid, N = height * width.
+
+    Returns:
+        [1, heads, N, N], a view of every window of the table, copied once on its device: no index is built.
+    """
+    table = table.unflatten(1, (2 * WINDOW + 1, 2 * WINDOW + 1))
+    sides = 2 * (width - 1 - WINDOW,) + 2 * (height - 1 - WINDOW,)  # what is negative is cut off
+    offsets = functional.pad(table, sides, value=float("-inf"))  # [heads, 2 height - 1, 2 width - 1]
+    # bias[y, x, y', x'] = offsets[y - y' + height - 1, x - x' + width - 1]
+    bias = offsets.flip(1, 2).unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)
+    return bias.flatten(1, 2).flatten(2)[None]

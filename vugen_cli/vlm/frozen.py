@@ -164,7 +164,8 @@ class FrozenVLM:
                 f"{self.name} cannot be used: {self.decoder.config.num_hidden_layers - len(layers)} of its "
                 f"{self.decoder.config.num_hidden_layers} decoder layers keep no keys and values of their own"
             )
-        return Prefix([layer.keys for layer in layers], [layer.values for layer in layers], mask)
+        padded = any(len(row) < length for row in rows)
+        return Prefix([layer.keys for layer in layers], [layer.values for layer in layers], mask, padded)
 
     def card(self) -> VLMCard:
         """What a checkpoint notes of the VLM it was trained on, for `check`."""
