@@ -132,7 +132,7 @@ def models(options: argparse.Namespace) -> tuple[Any, GenerationExpert]:
     )
     language = LlamaModel(config).to(options.device)
     expert = GenerationExpert(language, CHANNELS, GRID).to(options.device)
-    nn.init.normal_(expert.outward.weight, std=0.02)
+    nn.init.normal_(expert.proj_out.weight, std=0.02)
     return language, expert
 
 
@@ -157,7 +157,9 @@ def prefix_of(language: Any, ids: Tensor) -> Prefix:
     cache = DynamicCache()
     language(input_ids=ids, past_key_values=cache, use_cache=True)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    return Prefix([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], mask)
+    return Prefix(
+        [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], mask, False
+    )
 
 
 def joint(language: Any, expert: GenerationExpert, ids: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -165,7 +167,7 @@ def joint(language: Any, expert: GenerationExpert, ids: Tensor, x: Tensor, t: Te
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     text = language.embed_tokens(ids)
-    image = expert.inward(x.flatten(1, 2)) + expert.position + expert.time(t)[:, None]
+    image = expert.proj_in(x.flatten(1, 2)) + expert.pos_embed + expert.time_embed(t)[:, None]
     split = [text.shape[1], image.shape[1]]
     total = sum(split)
     cos, sin = language.rotary_emb(text, torch.arange(total, device=x.device)[None])
@@ -183,7 +185,7 @@ def joint(language: Any, expert: GenerationExpert, ids: Tensor, x: Tensor, t: Te
         text, image = (h + layer.self_attn.o_proj(out) for (layer, h), out in zip(pair, outs, strict=True))
         text = text + ours.mlp(ours.post_attention_layernorm(text))
         image = image + theirs.mlp(theirs.post_attention_layernorm(image))
-    return expert.outward(expert.decoder.norm(image)).unflatten(1, GRID)
+    return expert.proj_out(expert.decoder.norm(image)).unflatten(1, GRID)
 
 
 @torch.no_grad()

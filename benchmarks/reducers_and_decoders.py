@@ -175,7 +175,7 @@ def decoding_speed(checkpoint: Path, device: torch.device, steps: int | None = N
     seconds = []
     for _ in range(6):
         started = time.perf_counter()
-        autoencoder.decoder.decode(latents, noise, steps).cpu()
+        autoencoder.decode(latents, noise, steps).cpu()
         seconds.append(time.perf_counter() - started)
     return 16 / sorted(seconds[1:])[2]
 

@@ -9,7 +9,7 @@ import torch
 from conftest import make_card
 
 from vugen_cli.card import StateCard
-from vugen_cli.checkpoint import load_checkpoint, load_state, part, read_card, save_checkpoint, with_prefix
+from vugen_cli.checkpoint import load_checkpoint, load_state, read_card, save_checkpoint, select, with_prefix
 from vugen_cli.errors import VugenError
 from vugen_cli.version import __version__
 
@@ -34,7 +34,7 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_prefixes_are_undone() -> None:
-    assert part(with_prefix({"w": TENSORS["a.w"]}, "a"), "a").keys() == {"w"}
+    assert select(with_prefix({"w": TENSORS["a.w"]}, "a"), "a").keys() == {"w"}
 
 
 def test_another_stage_is_refused_with_the_command_to_run(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ PROMPTS = ["a bear", "two red apples and a very small cat on a beach", "a dog in
 def expert_of(vlm: FrozenVLM) -> GenerationExpert:
     torch.manual_seed(0)
     expert = GenerationExpert(vlm.decoder, 4, (4, 4))
-    torch.nn.init.normal_(expert.outward.weight, std=0.02)
+    torch.nn.init.normal_(expert.proj_out.weight, std=0.02)
     return expert.train()
 
 
@@ -95,7 +95,7 @@ def test_the_pixel_decoder_is_one_graph_with_its_middle_features(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)
     decoder = PixelDecoder(tiny_recipe.decoder, 4)
-    torch.nn.init.normal_(decoder.outward.weight, std=0.02)
+    torch.nn.init.normal_(decoder.conv_out.weight, std=0.02)
     x, t, z = torch.randn(2, 3, 32, 32), torch.rand(2), torch.randn(2, 4, 4, 4)
     middle: list[torch.Tensor] = []
     expected = decoder(x, t, z, middle)

@@ -52,7 +52,7 @@ def test_every_solver_ends_on_the_clean_picture_of_a_perfect_decoder(solver: str
     """A network that always predicts the same picture has a straight path: any solver must land on it."""
     decoder = PixelDecoder(SMALL, 4).eval()  # its last convolution starts at zero: it predicts its bias
     with torch.no_grad():
-        decoder.outward.bias.fill_(0.5)
+        decoder.conv_out.bias.fill_(0.5)
     noise, latents = torch.randn(2, 3, 16, 16), torch.randn(2, 2, 2, 4)
     for steps in (1, 2, 4, 8):
         picture = decoder.decode(latents, noise, steps, solver)  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ def test_alignment_is_zero_where_the_head_tells_z() -> None:
     torch.manual_seed(0)
     head = Alignment(6, 5)
     middle = torch.randn(2, 4, 4, 6)
-    told = head.outward(head.net(middle))
+    told = head.proj_out(head.mlp(middle))
     assert head(middle, told).item() == pytest.approx(0, abs=1e-6)
     assert head(middle, -told).item() == pytest.approx(2, abs=1e-6)
     assert head(middle, torch.randn(2, 8, 8, 5)).item() > 0.2
@@ -141,7 +141,7 @@ def test_alignment_is_zero_where_the_head_tells_z() -> None:
 
 def test_every_term_reaches_reducer_and_decoder_and_none_the_vlm(vlm: FrozenVLM, tiny_recipe: Recipe) -> None:
     recipe = changed(
-        tiny_recipe, "decoder.losses.perceptual=0.3", "decoder.losses.repa=0.7", "reducer.normalise=l2"
+        tiny_recipe, "decoder.losses.perceptual=0.3", "decoder.losses.repa=0.7", "reducer.normalise=kl"
     )
     torch.manual_seed(0)
     module = Autoencoder(recipe, 32)
@@ -156,8 +156,8 @@ def test_every_term_reaches_reducer_and_decoder_and_none_the_vlm(vlm: FrozenVLM,
         )
 
     total, values = loss()
-    assert list(values) == ["flow", "perceptual", "repa", "l2"]
-    expected = values["flow"] + 0.3 * values["perceptual"] + 0.7 * values["repa"] + 1e-3 * values["l2"]
+    assert list(values) == ["flow", "perceptual", "repa", "kl"]
+    expected = values["flow"] + 0.3 * values["perceptual"] + 0.7 * values["repa"] + 1e-3 * values["kl"]
     assert torch.allclose(total, expected)
     for name in values:
         module.zero_grad()
@@ -165,7 +165,7 @@ def test_every_term_reaches_reducer_and_decoder_and_none_the_vlm(vlm: FrozenVLM,
         reached = {
             n.split(".")[0] for n, p in module.named_parameters() if p.grad is not None and p.grad.any()
         }
-        assert reached >= ({"reducer"} if name == "l2" else {"reducer", "decoder"}), name
+        assert reached >= ({"reducer"} if name == "kl" else {"reducer", "decoder"}), name
     assert all(p.grad is None for p in vlm.model.parameters())
 
 

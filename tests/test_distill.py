@@ -24,7 +24,7 @@ def teacher(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny reducer with a decoder whose pictures depend on noise and z̃; four steps of training do not."""
     module, _, card = load_autoencoder(trained / "reducer.safetensors", CPU)
     wake(module.decoder)
-    torch.nn.init.normal_(module.decoder.outward.weight, std=0.15)
+    torch.nn.init.normal_(module.decoder.conv_out.weight, std=0.15)
     out = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     save_autoencoder(module, out, card)
     return out

@@ -15,7 +15,7 @@ from test_training import metrics, wait_for
 
 from vugen_cli.checkpoint import load_checkpoint, load_state
 from vugen_cli.files import bundle
-from vugen_cli.seeds import BatchGenerator, draw
+from vugen_cli.seeds import BatchGenerator, random_rows
 
 # Every command in one job: starting two processes takes longer than all that they do here.
 SCRIPT = """
@@ -23,11 +23,11 @@ import json
 import sys
 from vugen_cli.app import app, main
 from vugen_cli.errors import VugenError
-from vugen_cli.processes import rank, wait_for_all
+from vugen_cli.processes import barrier, rank
 
 for words in json.loads(open(sys.argv[1]).read()):
     app(words, standalone_mode=False)
-    wait_for_all("command ended")  # the next one may read what the first process writes last
+    barrier("command ended")  # the next one may read what the first process writes last
 
 # One process fails where the other waits for it.
 import vugen_cli.engine.train_reducer as stage
@@ -270,11 +270,11 @@ def worker(launcher: int, number: int) -> int:
 
 
 def test_rows_meet_the_same_numbers_however_the_batch_is_shared_out() -> None:
-    whole = draw(torch.randn, (12, 3), torch.Generator().manual_seed(7))
+    whole = random_rows(torch.randn, (12, 3), torch.Generator().manual_seed(7))
     parts = []
     for begin in range(0, 12, 4):
         generator = BatchGenerator("cpu")
         generator.size, generator.rows = 12, slice(begin, begin + 4)
         generator.manual_seed(7)
-        parts.append(draw(torch.randn, (4, 3), generator))
+        parts.append(random_rows(torch.randn, (4, 3), generator))
     assert torch.equal(whole, torch.cat(parts))

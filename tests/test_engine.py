@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from vugen_cli.data.loader import Batch
 from vugen_cli.engine import loop
-from vugen_cli.engine.average import Average
+from vugen_cli.engine.ema import EMA
 from vugen_cli.engine.optimizer import make_optimizer
 from vugen_cli.engine.precision import passes
 from vugen_cli.engine.signals import StopSignals
@@ -25,7 +25,7 @@ from vugen_cli.engine.stage import Stage
 from vugen_cli.engine.state import StateWriter, resume, run_lock, save_state
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.recipe import Recipe, Training
-from vugen_cli.seeds import BatchGenerator, draw
+from vugen_cli.seeds import BatchGenerator, random_rows
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SETTINGS = Training(
@@ -42,7 +42,7 @@ def stage(module: nn.Module, bad: int | None = None) -> Stage:
     """A stage that learns the identity, and whose loss is not a number at one step."""
 
     def loss(batch: Batch, generator: torch.Generator, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        noise = draw(torch.randn, batch.images.shape, generator) if batch.images.device == CPU else 0
+        noise = random_rows(torch.randn, batch.images.shape, generator) if batch.images.device == CPU else 0
         error = (module(batch.images + noise) - batch.images).square().mean()
         return error * float("nan") if step == bad else error, {}
 
@@ -85,11 +85,11 @@ def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_state_is_taken_up_where_the_parameters_are(tmp_path: Path) -> None:
     run(tmp_path / "r.run", stage(line()))
     module = line(META)
-    average, optimizer = Average(module, 0.9), make_optimizer(module, SETTINGS)
-    assert resume(tmp_path / "r.run", stage(module), average, optimizer) == 4
+    ema, optimizer = EMA(module, 0.9), make_optimizer(module, SETTINGS)
+    assert resume(tmp_path / "r.run", stage(module), ema, optimizer) == 4
     moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
     assert len(moments) == 6, "two weights, each with a count of steps and two moments"
-    assert {tensor.device for tensor in [*moments, *average.weights.values()]} == {META}
+    assert {tensor.device for tensor in [*moments, *ema.weights.values()]} == {META}
 
 
 @pytest.mark.usefixtures("fused_everywhere")
@@ -251,26 +251,26 @@ def test_a_kill_while_the_history_is_rewritten_loses_none_of_it(
 
 def test_the_average_changes_places_with_the_weights_without_a_copy_of_both() -> None:
     module = line()
-    average = Average(module, 0.0)
+    ema = EMA(module, 0.0)
     with torch.no_grad():
         module.weight.fill_(3.0)
-    where = module.weight.data_ptr(), average.weights["weight"].data_ptr()
-    with average.in_place():
-        assert not (module.weight == 3).any() and (average.weights["weight"] == 3).all()
-        assert (module.weight.data_ptr(), average.weights["weight"].data_ptr()) == where
+    where = module.weight.data_ptr(), ema.weights["weight"].data_ptr()
+    with ema.in_place():
+        assert not (module.weight == 3).any() and (ema.weights["weight"] == 3).all()
+        assert (module.weight.data_ptr(), ema.weights["weight"].data_ptr()) == where
     assert (module.weight == 3).all()
 
 
 def test_a_state_that_was_written_is_the_one_read(tmp_path: Path) -> None:
     module = line()
-    average, optimizer = Average(module, 0.9), make_optimizer(module, SETTINGS)
+    ema, optimizer = EMA(module, 0.9), make_optimizer(module, SETTINGS)
     module(torch.randn(2, 4)).sum().backward()
     optimizer.step()
     with StateWriter(tmp_path) as writer:
-        save_state(writer, stage(module), average, optimizer, 1)
+        save_state(writer, stage(module), ema, optimizer, 1)
     again = line()
-    average2, optimizer2 = Average(again, 0.9), make_optimizer(again, SETTINGS)
-    assert resume(tmp_path, stage(again), average2, optimizer2) == 1
+    ema2, optimizer2 = EMA(again, 0.9), make_optimizer(again, SETTINGS)
+    assert resume(tmp_path, stage(again), ema2, optimizer2) == 1
     for mine, theirs in zip(optimizer.state.values(), optimizer2.state.values(), strict=True):
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 

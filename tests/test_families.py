@@ -54,7 +54,7 @@ def flat_images(count: int) -> torch.Tensor:
 
 
 def awake(expert: GenerationExpert) -> GenerationExpert:
-    torch.nn.init.normal_(expert.outward.weight)  # zero at the start, which would hide everything
+    torch.nn.init.normal_(expert.proj_out.weight)  # zero at the start, which would hide everything
     return expert.eval()
 
 
@@ -120,7 +120,7 @@ def test_both_stages_train_and_a_sampler_draws(family: FrozenVLM, scenes: Path, 
     reducer = train_reducer(recipe, scenes, tmp_path / "r.safetensors", device)
     out = train_sampler(recipe, reducer, scenes, tmp_path / "s.safetensors", device)
     sampler = load_sampler(out)
-    assert sampler.expert.inward.out_features == 32
+    assert sampler.expert.proj_in.out_features == 32
     images = [image for _, _, image in sampler.sample(["a bear"])]
     assert images[0].shape == (3, 64, 64)
     with safe_open(out, "pt") as file:

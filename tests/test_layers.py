@@ -27,6 +27,7 @@ LAYERS = (
     # one file each, at the top level
     "checkpoint",
     "card",
+    "key_map",
     "pictures",
     "recipe",
     "hub",

@@ -8,7 +8,7 @@ from torch import nn
 
 from vugen_cli.models.embeddings import grid_positions, sinusoid
 from vugen_cli.models.generation_expert import GenerationExpert, PrefixCache
-from vugen_cli.models.pixel_decoder import PixelDecoder, to_pixels, to_uint8
+from vugen_cli.models.pixel_decoder import PixelDecoder, relative_position_bias, to_pixels, to_uint8
 from vugen_cli.models.reducer import Reducer
 from vugen_cli.recipe import Decoder as DecoderRecipe
 from vugen_cli.recipe import Reducer as ReducerRecipe
@@ -122,8 +122,8 @@ def test_a_latent_changes_the_picture_most_where_it_lies() -> None:
 
 
 def test_relative_positions_look_no_further_than_the_window(decoder: PixelDecoder) -> None:
-    block = decoder.middle[0]
-    bias = block.positions(1, 20)[0, 0]  # type: ignore[operator]
+    table = decoder.mid[0].relative_position_bias_table
+    bias = relative_position_bias(table, 1, 20)[0, 0]  # type: ignore[arg-type]
     assert torch.isfinite(bias[0, :9]).all() and torch.isinf(bias[0, 9:]).all()
     assert torch.equal(bias[3, 5], bias[10, 12])
 
@@ -182,7 +182,7 @@ def test_the_cached_prompt_gives_what_one_joint_sequence_gives(vlm: FrozenVLM) -
         "input_ids"
     ]
     x, t = torch.randn(1, 8, 8, 4), torch.full((1,), 0.4)
-    tokens = expert.inward(x.flatten(1, 2)) + expert.position + expert.time(t)[:, None]
+    tokens = expert.proj_in(x.flatten(1, 2)) + expert.pos_embed + expert.time_embed(t)[:, None]
     text, image = ids.shape[1], tokens.shape[1]
     mask = torch.zeros(text + image, text + image)
     mask[:text].masked_fill_(torch.ones(text, text + image).triu(1).bool(), torch.finfo(torch.float32).min)
@@ -192,7 +192,7 @@ def test_the_cached_prompt_gives_what_one_joint_sequence_gives(vlm: FrozenVLM) -
         use_cache=False,
     ).last_hidden_state[:, text:]
     caught = []
-    hook = expert.outward.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    hook = expert.proj_out.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     expert(x, t, vlm.prefix([prompt]))
     hook.remove()
     assert torch.allclose(joint, caught[0], atol=1e-5)

@@ -62,7 +62,7 @@ def test_gradients_reach_every_trained_weight_and_no_fitted_one(kind: str) -> No
         (latents * torch.randn(latents.shape)).sum().backward()
         for name, parameter in parameters.items():
             # attention does not change with its keys' bias (softmax), nor normalised latents with a last bias
-            if name.endswith("in_proj_bias") or name in ("net.bias", "net.3.bias", "net.outward.1.bias"):
+            if name.endswith("in_proj_bias") or name in ("net.bias", "net.3.bias", "net.proj_out.1.bias"):
                 continue
             assert parameter.grad is not None and parameter.grad.any(), name
 
@@ -128,19 +128,9 @@ def test_attention_looks_across_the_grid_and_the_others_do_not() -> None:
         assert (far > 1e-6) == (kind == "attention")
 
 
-def test_layer_normalisation_gives_each_place_one_norm() -> None:
-    torch.manual_seed(0)
-    reducer = Reducer(recipe(normalise="layer"), 8)
-    raw, _ = reducer.raw(correlated())
-    assert torch.allclose(raw.square().mean(-1), torch.ones(raw.shape[:-1]), atol=1e-3)
-
-
-def test_penalties_are_their_closed_forms() -> None:
+def test_the_penalty_is_its_closed_form() -> None:
     torch.manual_seed(0)
     z = correlated()
-    reducer = Reducer(recipe(normalise="l2"), 8)
-    _, penalty = reducer.noisy(z, 0.0, torch.Generator())
-    assert penalty == reducer.net(z).square().mean()
     reducer = Reducer(recipe(normalise="kl"), 8)
     _, penalty = reducer.noisy(z, 0.0, torch.Generator())
     mean, log_variance = reducer.net(z).chunk(2, -1)
@@ -149,14 +139,13 @@ def test_penalties_are_their_closed_forms() -> None:
     assert penalty.item() == pytest.approx(exact.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("normalise", ["kl", "l2"])
-def test_shrinking_the_latents_costs_signal_under_a_penalty(normalise: str) -> None:
+def test_shrinking_the_latents_costs_signal_under_the_penalty() -> None:
     """Else the penalty would shrink them for nothing, and would mean nothing."""
     torch.manual_seed(0)
     z = correlated()
     heard = []
     for scale in (1.0, 0.1):
-        reducer = Reducer(recipe(normalise=normalise), 8)
+        reducer = Reducer(recipe(normalise="kl"), 8)
         with torch.no_grad():
             reducer.net.weight[:4].mul_(scale)
             reducer.net.bias[:4].mul_(scale)

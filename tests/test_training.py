@@ -18,8 +18,8 @@ from vugen_cli.app import app
 from vugen_cli.card import StateCard
 from vugen_cli.checkpoint import load_checkpoint, read_card, read_header, save_checkpoint
 from vugen_cli.data.loader import ShardedImages
-from vugen_cli.engine.average import Average
 from vugen_cli.engine.device import cpu_flags, pick_device
+from vugen_cli.engine.ema import EMA
 from vugen_cli.engine.optimizer import learning_rate
 from vugen_cli.engine.precision import wants_bfloat16
 from vugen_cli.engine.stage import RunOptions
@@ -356,16 +356,16 @@ def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
 
 def test_the_average_is_the_closed_form() -> None:
     module = torch.nn.Linear(1, 1, bias=False)
-    average = Average(module, 0.9)
+    ema = EMA(module, 0.9)
     expected = module.weight.detach().clone()
     for step in range(200):
         with torch.no_grad():
             module.weight.fill_(float(step))
-        average.update(step)
+        ema.update(step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
-    assert torch.allclose(average.weights["weight"], expected, rtol=1e-5)
-    with average.in_place():
+    assert torch.allclose(ema.weights["weight"], expected, rtol=1e-5)
+    with ema.in_place():
         assert torch.allclose(module.weight, expected, rtol=1e-5)
     assert module.weight.item() == 199
 

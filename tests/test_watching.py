@@ -53,7 +53,7 @@ def test_floating_point_operations_are_those_of_the_step(tmp_path: Path) -> None
     a, b = torch.randn(10, 20), torch.randn(20, 30)
     for _ in range(profiling.STEPS):
         profile.next_step()
-        profiling.lap("other")
+        profiling.mark("other")
         a @ b
     profile.next_step()
     assert profile.flops == 2 * 10 * 20 * 30

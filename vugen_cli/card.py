@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-FORMAT = 1
+FORMAT = 2  # 1: the networks' tensors had other names; see `key_map`
 
 
 class VLMCard(BaseModel):

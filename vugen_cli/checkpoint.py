@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vugen_cli.card import FORMAT, Card, StateCard
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import whole_file
+from vugen_cli.key_map import from_format_1, old_name
 from vugen_cli.version import __version__
 
 LARGEST_HEADER = 100 * 2**20  # bytes; what the safetensors library itself accepts
@@ -116,13 +117,13 @@ def check_checkpoint(path: str | Path) -> None:
 
 
 def load_checkpoint(path: str | Path, stage: str | None = None) -> tuple[dict[str, Tensor], Card]:
-    """Weights and card of a trained checkpoint.
+    """Weights and card of a trained checkpoint; tensors have the names of today, whatever the format.
 
     Raises:
         VugenError: as `read_card`, or its weights are cut short.
     """
     card = read_card(path, stage)
-    return _load(path), card
+    return _load(path, card), card
 
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], StateCard]:
@@ -134,10 +135,10 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], StateCard]:
     card = read_header(path)
     if isinstance(card, Card):
         raise VugenError(f"{path} is a {card.stage} checkpoint: the state of a run is needed here")
-    return _load(path), card
+    return _load(path, card), card
 
 
-def _load(path: str | Path) -> dict[str, Tensor]:
+def _load(path: str | Path, card: Card | StateCard) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -145,10 +146,10 @@ def _load(path: str | Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise VugenError(f"{path} is damaged: {error}") from error
-    return tensors
+    return from_format_1(tensors, card.stage) if card.format == 1 else tensors
 
 
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with `prefix.`, without it."""
     return {
         name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")
@@ -156,17 +157,23 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The inverse of `part`."""
+    """The inverse of `select`."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over every weight's name, shape and value, the same whatever precision it is loaded in."""
-    return combined_digest(weight_digests(model))
+def fingerprint(model: nn.Module, within: str = "") -> str:
+    """SHA-256 over every weight's name, shape and value, the same whatever precision it is loaded in.
+
+    Args:
+        model: any network.
+        within: what one of our own is called in a checkpoint, `autoencoder.` or such: its weights are hashed
+            under their names in format 1, so that caches and runs of before still know it.
+    """
+    return combined_digest(weight_digests(model, within))
 
 
-def weight_digests(model: nn.Module) -> dict[str, bytes]:
-    """SHA-256 of each weight's name, shape and value, in the order of the names.
+def weight_digests(model: nn.Module, within: str = "") -> dict[str, bytes]:
+    """SHA-256 of each weight's name, shape and value, in the order of the names; see `fingerprint`.
 
     Values are rounded to bfloat16 first; tensors are hashed in parallel threads.
     """
@@ -180,7 +187,7 @@ def weight_digests(model: nn.Module) -> dict[str, bytes]:
         weights = hashlib.sha256(data).digest()  # type: ignore[arg-type]  # typed as a buffer from 3.12 on
         return hashlib.sha256(f"{name} {tuple(item[1].shape)}".encode() + weights).digest()
 
-    weights = sorted(model.state_dict().items())
+    weights = sorted((old_name(name, within), weight) for name, weight in model.state_dict().items())
     with ThreadPoolExecutor() as pool:
         return dict(zip((name for name, _ in weights), pool.map(digest, weights), strict=True))
 

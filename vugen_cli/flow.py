@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vugen_cli.seeds import draw
+from vugen_cli.seeds import random_rows
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], t [B]) -> velocity [B, ...]
 Solver = Literal["euler", "heun", "midpoint"]
@@ -19,7 +19,7 @@ Solver = Literal["euler", "heun", "midpoint"]
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Move times towards the noise end by `shift` > 1 (SD3, arXiv 2403.03206, eq. 23, with sigma = 1 - t)."""
-    return t / (t + shift * (1 - t))
+    return t / (t + shift * (1 - t))  # t' = t / (t + s (1 - t))
 
 
 def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) -> Tensor:
@@ -30,16 +30,17 @@ def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) 
         shift: see `shift_time`.
     """
     if kind == "uniform":
-        t = draw(torch.rand, (count,), generator)
+        t = random_rows(torch.rand, (count,), generator)
     else:
-        t = torch.sigmoid(draw(torch.randn, (count,), generator))
+        # t = sigmoid(n), n ~ N(0, 1)
+        t = torch.sigmoid(random_rows(torch.randn, (count,), generator))
     return shift_time(t, shift)
 
 
 def interpolate(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
     """x_t of the straight path; t is [B], the others [B, ...]."""
     t = t.view(-1, *[1] * (data.ndim - 1))
-    return (1 - t) * noise + t * data
+    return (1 - t) * noise + t * data  # x_t = (1 - t) ε + t x
 
 
 def flow_matching_loss(velocity: Velocity, data: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
@@ -51,9 +52,9 @@ def flow_matching_loss(velocity: Velocity, data: Tensor, t: Tensor, generator: t
         t: [B] from `draw_times`.
         generator: draws the noise; on the data's device.
     """
-    noise = draw(torch.randn, data.shape, generator, data.dtype)
+    noise = random_rows(torch.randn, data.shape, generator, data.dtype)
     predicted = velocity(interpolate(noise, data, t), t)
-    return (predicted.float() - (data - noise)).square().mean()
+    return (predicted.float() - (data - noise)).square().mean()  # E ‖v(x_t, t) - (x - ε)‖²
 
 
 def solve(
@@ -80,12 +81,14 @@ def solve(
     x = noise
     for t, after in itertools.pairwise(times):
         step = after - t
-        slope = velocity(x, t).to(x.dtype)
+        slope = velocity(x, t).to(x.dtype)  # v(x_k, t_k)
         if solver == "heun" and after < 1:
+            # (v(x_k, t_k) + v(x_k + h v(x_k, t_k), t_k + h)) / 2
             slope = (slope + velocity(x + step * slope, after).to(x.dtype)) / 2
         elif solver == "midpoint":
+            # v(x_k + h/2 v(x_k, t_k), t_k + h/2)
             slope = velocity(x + step / 2 * slope, t + step / 2).to(x.dtype)
-        x = x + step * slope
+        x = x + step * slope  # x_{k+1} = x_k + h v
     return x
 
 

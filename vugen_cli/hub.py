@@ -3,10 +3,15 @@
 from vugen_cli.errors import VugenError, first_line
 
 
-def reach_hub(name: str, seconds: float = 5.0) -> bool:
+def reach_hub(name: str, what: str, seconds: float = 5.0) -> bool:
     """Whether the hub answers, for a hub id that is to be loaded.
 
     Left alone, the hub library retries an unreachable host for minutes.
+
+    Args:
+        name: the id, owner/name.
+        what: it is, as a message begins: `the VLM`.
+        seconds: to wait.
 
     Raises:
         VugenError: the hub does not answer and the model was not downloaded before.
@@ -23,7 +28,7 @@ def reach_hub(name: str, seconds: float = 5.0) -> bool:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return False
         raise VugenError(
-            f"the VLM {name} is not a local directory and the hub cannot be reached ({first_line(error)}): "
+            f"{what} {name} is not a local directory and the hub cannot be reached ({first_line(error)}): "
             "download it elsewhere and pass its directory, or check the network"
         ) from error
     return True

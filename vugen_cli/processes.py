@@ -22,7 +22,7 @@ LOST = (
 )
 PATIENCE = timedelta(minutes=30)  # how long a process waits for the others within a step
 _store: Any = None  # what the processes tell each other by; set by `join`
-_come_to: Counter[str] = Counter()  # how often this process has come to a point of `wait_for_all`
+_come_to: Counter[str] = Counter()  # how often this process has come to a point of `barrier`
 
 
 def _number(name: str, alone: int) -> int:
@@ -104,7 +104,7 @@ def join(device: "torch.device") -> "torch.device":
     return device
 
 
-def wait_for_all(what: str) -> None:
+def barrier(what: str) -> None:
     """Return when every process of the job has come to this point, however long that takes.
 
     Args:
@@ -117,7 +117,7 @@ def wait_for_all(what: str) -> None:
         _store.wait([f"{point}/{r}" for r in range(world_size())], timedelta(days=30))
 
 
-def from_first(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The first process's value, on every process; small picklable things."""
     box = [value]
     if world_size() > 1:
@@ -128,7 +128,7 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
-def from_all(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """Every process's value, in their order, on every process; small picklable things."""
     values: list[Any] = [value] * world_size()
     if world_size() > 1:
@@ -140,11 +140,11 @@ def from_all(value: Any) -> list[Any]:
 
 def in_order(numbered: list[tuple[int, Any]]) -> list[Any]:
     """What all processes have numbered, by its number, on every process; small picklable things."""
-    everywhere = [pair for part in from_all(numbered) for pair in part]
+    everywhere = [pair for part in all_gather(numbered) for pair in part]
     return [thing for _, thing in sorted(everywhere, key=lambda pair: pair[0])]
 
 
-def to_first(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """Every process's value, in their order, on the first process; on another only its own.
 
     Values may be large: they travel once.

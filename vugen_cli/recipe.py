@@ -85,10 +85,10 @@ class Reducer(Section):
     hidden: PositiveInt = Field(512, description="hidden width of the mlp and attention reducers")
     layers: PositiveInt = Field(2, description="transformer blocks of the attention reducer")
     heads: PositiveInt = Field(8, description="of the attention reducer")
-    normalise: Literal["channel", "layer", "kl", "l2"] = Field(
+    normalise: Literal["channel", "kl"] = Field(
         "channel", description="what keeps z̃ at one scale while it trains; see docs/decoders.md"
     )
-    penalty: float = Field(1e-3, ge=0, description="weight of the `kl` or `l2` term")
+    penalty: float = Field(1e-3, ge=0, description="weight of the `kl` term")
 
     @property
     def trained(self) -> bool:

@@ -15,7 +15,7 @@ def seeded_noise(shape: tuple[int, ...] | torch.Size, *key: str | int) -> Tensor
 
 
 class BatchGenerator(torch.Generator):
-    """Draws for a whole batch, of which one process computes some rows; see `draw`.
+    """Draws for a whole batch, of which one process computes some rows; see `random_rows`.
 
     Args:
         device: of the numbers.
@@ -43,7 +43,7 @@ class BatchGenerator(torch.Generator):
             self.host.begin(seed, first, count)
 
 
-def draw(
+def random_rows(
     random: Callable[..., Tensor],
     shape: tuple[int, ...] | torch.Size,
     generator: torch.Generator,

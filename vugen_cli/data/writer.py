@@ -34,7 +34,7 @@ from vugen_cli.data.manifest import Record, add_split, read_written, this_tool
 from vugen_cli.data.sample import Sample, Source, hash_of
 from vugen_cli.errors import VugenError
 from vugen_cli.files import locked, whole_file, write_json
-from vugen_cli.processes import is_first, rank, wait_for_all, world_size
+from vugen_cli.processes import barrier, is_first, rank, world_size
 
 """Version of the layout; raised when the same plan would give other bytes."""
 
@@ -127,13 +127,13 @@ def write_dataset(
         if split in manifest.get("splits", {}):
             manifest = _repair(job, plan, manifest, progress)
             for stage in _STAGES:
-                wait_for_all(stage)
+                barrier(stage)
             return manifest
         _check_other_splits(out, manifest, plan)
         _claim(out, split, plan)
-        wait_for_all("planned")
+        barrier("planned")
         _write_shards(job, workers, progress)
-        wait_for_all("written")
+        barrier("written")
         finished = _finished(job)
         if len(finished) < _shard_count(job):
             raise VugenError(
@@ -147,17 +147,17 @@ def write_dataset(
             raise VugenError(_all_skipped(source, manifest["splits"][split]["skipped"]))
         write_json(out / "dataset.json", manifest)
         _forget_progress(out, split)
-    wait_for_all("prepared")
+    barrier("prepared")
     return manifest
 
 
 def _help(job: _Job, workers: int) -> dict[str, Any]:
     """Write this process's share of a plan that the first process of the job has laid; its manifest."""
-    wait_for_all("planned")
+    barrier("planned")
     if (job.out / ".progress" / f"{job.split}.json").exists():  # else the split was there already
         _write_shards(job, workers, progress=False)
-    wait_for_all("written")
-    wait_for_all("prepared")
+    barrier("written")
+    barrier("prepared")
     return read_written(job.out)
 
 

@@ -85,7 +85,8 @@ def _own_prefix(number: int, _layer: nn.Module, args: Any, inputs: dict[str, Any
     prefix = inputs["past_key_values"].layer(number)
     _varies(prefix.keys, 2)
     _varies(prefix.values, 2)
-    _varies(inputs["attention_mask"], 3)
+    if inputs["attention_mask"] is not None:
+        _varies(inputs["attention_mask"], 3)
     return args, {**inputs, "past_key_values": prefix}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from vugen_cli.engine.profiling import lap
+from vugen_cli.engine.profiling import mark
 from vugen_cli.processes import is_first, world_size
 from vugen_cli.recipe import Engine
 
@@ -37,7 +37,7 @@ class Loss(nn.Module):
         return self.loss(batch, generator, step)
 
 
-class Spread:
+class DataParallel:
     """The loss of a stage whose gradients come out averaged over the processes of the job.
 
     Args:
@@ -73,9 +73,9 @@ class Spread:
         with self.network.no_sync() if quiet else contextlib.nullcontext():
             with autocast:
                 loss, values = self.network(batch, generator, step)
-            lap("forward")
+            mark("forward")
             (loss / parts).backward()
-            lap("backward")
+            mark("backward")
         return loss, values
 
 
@@ -158,7 +158,7 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put(tensor: Tensor, value: Tensor) -> Tensor:
+def copy_whole(tensor: Tensor, value: Tensor) -> Tensor:
     """Fill a tensor, sharded or not, from a whole one; returns it."""
     if isinstance(tensor, DTensor):
         value = distribute_tensor(
@@ -170,7 +170,7 @@ def put(tensor: Tensor, value: Tensor) -> Tensor:
     return tensor
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """The sum over all processes; no gradient."""
     if world_size() > 1:
         tensor = tensor.detach().clone()
@@ -178,19 +178,19 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class _Total(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     """A sum over all processes. Each one's loss depends on every part, so gradients are summed too."""
 
     @staticmethod
     def forward(_ctx: Any, x: Tensor) -> Tensor:
-        return total(x)
+        return all_reduce(x)
 
     @staticmethod
     def backward(_ctx: Any, gradient: Tensor) -> Tensor:
-        return total(gradient)
+        return all_reduce(gradient)
 
 
-_total: Callable[[Tensor], Tensor] = _Total.apply
+_all_reduce: Callable[[Tensor], Tensor] = _AllReduce.apply
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,8 +202,8 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if world_size() == 1:
         return x.mean((0, 1, 2)), x.std((0, 1, 2))
     count = x.numel() // x.shape[-1] * world_size()
-    mean = _total(x.sum((0, 1, 2))) / count
-    return mean, (_total((x - mean).square().sum((0, 1, 2))) / (count - 1)).sqrt()
+    mean = _all_reduce(x.sum((0, 1, 2))) / count
+    return mean, (_all_reduce((x - mean).square().sum((0, 1, 2))) / (count - 1)).sqrt()
 
 
 def weight_of(count: int, device: torch.device) -> float:
@@ -213,5 +213,5 @@ def weight_of(count: int, device: torch.device) -> float:
     """
     if world_size() == 1:
         return 1.0
-    everywhere = total(torch.tensor(float(count), device=device)).item()
+    everywhere = all_reduce(torch.tensor(float(count), device=device)).item()
     return count * world_size() / everywhere if everywhere else 1.0

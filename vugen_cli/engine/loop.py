@@ -21,21 +21,21 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from vugen_cli.data.loader import Batch
-from vugen_cli.engine.average import Average
 from vugen_cli.engine.curves import plot_curves
 from vugen_cli.engine.device import memory, read_later
-from vugen_cli.engine.distributed import Spread, shards_vlm, total
+from vugen_cli.engine.distributed import DataParallel, all_reduce, shards_vlm
+from vugen_cli.engine.ema import EMA
 from vugen_cli.engine.loggers import MetricsLog
 from vugen_cli.engine.optimizer import learning_rate, make_optimizer, set_rate
 from vugen_cli.engine.precision import passes, wants_bfloat16
 from vugen_cli.engine.profiling import STEPS as PROFILED
-from vugen_cli.engine.profiling import Profile, lap
+from vugen_cli.engine.profiling import Profile, mark
 from vugen_cli.engine.signals import StopSignals
 from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.engine.state import StateWriter, resume, run_lock, save_state
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.files import write_json
-from vugen_cli.processes import from_all, is_first, rank, world_size
+from vugen_cli.processes import all_gather, is_first, rank, world_size
 from vugen_cli.recipe import Recipe, Training
 from vugen_cli.seeds import BatchGenerator
 
@@ -77,9 +77,9 @@ def train(
             closing.enter_context(run_lock(run))
         module, engine = stage.module, recipe.engine
         autocast = passes(settings.precision, device, training=True)
-        spread = Spread(stage, engine, wants_bfloat16(settings.precision, device))
-        average, optimizer = Average(module, settings.ema), make_optimizer(module, settings)
-        begin = resume(run, stage, average, optimizer, options.change_recipe)
+        parallel = DataParallel(stage, engine, wants_bfloat16(settings.precision, device))
+        ema, optimizer = EMA(module, settings.ema), make_optimizer(module, settings)
+        begin = resume(run, stage, ema, optimizer, options.change_recipe)
 
         # Who watches it: logs, a progress bar, a profile, signals, and the thread that writes states.
         log = (
@@ -103,7 +103,7 @@ def train(
             # Forward and backward, part by part; then what the processes must agree on, in one message.
             module.train()
             optimizer.zero_grad(set_to_none=True)
-            sums = gradients(taken, spread, stream, generator, recipe, device, autocast)
+            sums = gradients(taken, parallel, stream, generator, recipe, device, autocast)
             norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
             agreed = agree(taken, sums, norm, stop.asked, engine.accumulate, device)
 
@@ -112,10 +112,10 @@ def train(
             found_inf = (~agreed[: len(taken.names)].isfinite().all()).float()
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # what AMP's scaler sets
             optimizer.step()
-            average.update(step)
+            ema.update(step)
             taken.read, now = read_later(agreed), time.perf_counter()
             taken.seconds, started = now - started, now
-            lap("clip, optimiser, average")
+            mark("clip, optimiser, average")
 
             # What the step before measured; this one's too where it is saved or shown.
             writer.check()
@@ -124,15 +124,15 @@ def train(
             unread.append(taken)
             while len(unread) > (0 if due or stopping else 1):
                 stopping |= note(unread.pop(0), log, progress, settings, run, device)
-            lap("logging")
+            mark("logging")
 
             # A checkpoint to keep comes before the state: a run that stops here goes on after this step.
             if "keep" in due and stage.save:
-                with average.in_place():
+                with ema.in_place():
                     stage.save(run / f"step-{done:07d}.safetensors", done)
             if "state" in due or stopping:
                 with stop.saving():
-                    save_state(writer, stage, average, optimizer, done)
+                    save_state(writer, stage, ema, optimizer, done)
             if is_first() and ("preview" in due or stopping):
                 plot_curves([run])
             if stopping and done < settings.steps:
@@ -143,14 +143,14 @@ def train(
                 )
             if "preview" in due:
                 # Sharded layers are gathered in bfloat16 here too.
-                with average.in_place(), autocast() if spread.sharded else contextlib.nullcontext():
+                with ema.in_place(), autocast() if parallel.sharded else contextlib.nullcontext():
                     module.eval()
-                    preview(stage, run / f"preview-{done:07d}.png", spread.sharded or shards_vlm(engine))
+                    preview(stage, run / f"preview-{done:07d}.png", parallel.sharded or shards_vlm(engine))
             if due:
                 started = time.perf_counter()  # saving and drawing are no part of the next step
         if profile:
             profile.next_step()
-    average.copy_into_module()
+    ema.copy_into_module()
     return module.eval()
 
 
@@ -180,7 +180,7 @@ class Taken:
 
 def gradients(
     taken: Taken,
-    spread: Spread,
+    parallel: DataParallel,
     stream: Iterator[Batch],
     generator: BatchGenerator,
     recipe: Recipe,
@@ -195,18 +195,18 @@ def gradients(
     sums: dict[str, Tensor] = {}
     parts = recipe.engine.accumulate
     for part in range(parts):
-        lap("other")
+        mark("other")
         asked = time.perf_counter()
         batch = next(stream)
         taken.waited += time.perf_counter() - asked
-        lap("waiting for data")
+        mark("waiting for data")
         batch.images = batch.images.to(device, non_blocking=True)
-        lap("copy to the device")
+        mark("copy to the device")
         taken.corrupt += batch.corrupt
         taken.keys += [str(meta.get("source_key", "?")) for meta in batch.meta]
         rows = len(batch.captions)
         generator.begin(recipe.seed * 1_000_003 + taken.step, (part * world_size() + rank()) * rows, rows)
-        loss, values = spread.backward(batch, generator, taken.step, parts, part + 1 == parts, autocast())
+        loss, values = parallel.backward(batch, generator, taken.step, parts, part + 1 == parts, autocast())
         taken.cut += batch.cut
         for name, value in {"loss": loss, **values}.items():
             sums[name] = sums.get(name, 0) + value.detach().float()
@@ -220,7 +220,7 @@ def agree(
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device)
     taken.names = [*sums, "grad_norm"]
     means = torch.stack([*sums.values(), norm * parts]) / parts
-    return total(torch.cat([means / world_size(), means.new_tensor([taken.corrupt, taken.cut, asked])]))
+    return all_reduce(torch.cat([means / world_size(), means.new_tensor([taken.corrupt, taken.cut, asked])]))
 
 
 def note(
@@ -234,7 +234,7 @@ def note(
     *shared, corrupt, cut, stopping = taken.read()
     scalars = dict(zip(taken.names, shared, strict=True))
     if not math.isfinite(sum(shared)):
-        raise VugenError(not_finite(scalars, taken.step, from_all(taken.keys), run))
+        raise VugenError(not_finite(scalars, taken.step, all_gather(taken.keys), run))
     if log:
         log.add(
             step=taken.step,

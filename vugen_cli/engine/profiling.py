@@ -33,7 +33,7 @@ PEAKS = {
 }
 
 
-class Laps:
+class Stopwatch:
     """A stopwatch with named laps: seconds of each name, summed.
 
     Args:
@@ -49,20 +49,20 @@ class Laps:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def add(self, name: str) -> None:
+    def mark(self, name: str) -> None:
         """What passed since the lap before was `name`."""
         now = self._now()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
 
 
-_laps: Laps | None = None
+_stopwatch: Stopwatch | None = None
 
 
-def lap(name: str) -> None:
+def mark(name: str) -> None:
     """Say what the time since the lap before went into; does nothing but in the timed steps of a profile."""
-    if _laps:
-        _laps.add(name)
+    if _stopwatch:
+        _stopwatch.mark(name)
 
 
 class Profile:
@@ -82,13 +82,13 @@ class Profile:
 
     def next_step(self) -> None:
         """Call at the beginning of every step."""
-        global _laps
+        global _stopwatch
         if self.step == WARM:
-            _laps = Laps(self.device)
+            _stopwatch = Stopwatch(self.device)
         elif self.step == WARM + TIMED:
-            assert _laps
-            _laps.add("other")
-            self.seconds, _laps = {k: s / TIMED for k, s in _laps.seconds.items()}, None
+            assert _stopwatch
+            _stopwatch.mark("other")
+            self.seconds, _stopwatch = {k: s / TIMED for k, s in _stopwatch.seconds.items()}, None
             self.watching.enter_context(torch.compiler.set_stance("force_eager"))  # to see every operation
             counter = self.watching.enter_context(FlopCounterMode(display=False))
             self.watching.callback(lambda: setattr(self, "flops", counter.get_total_flops()))

@@ -12,13 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vugen_cli.card import StateCard
-from vugen_cli.checkpoint import check_checkpoint, load_state, part, save_checkpoint, with_prefix
-from vugen_cli.engine.average import Average
-from vugen_cli.engine.distributed import gathered, put
+from vugen_cli.checkpoint import check_checkpoint, load_state, save_checkpoint, select, with_prefix
+from vugen_cli.engine.distributed import copy_whole, gathered
+from vugen_cli.engine.ema import EMA
 from vugen_cli.engine.stage import Stage
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.files import locked
-from vugen_cli.processes import from_first, is_first
+from vugen_cli.processes import broadcast, is_first
 
 # What a resumed run may change: it may be made longer, and data and VLM may lie elsewhere (what they hold is
 # compared).
@@ -92,13 +92,13 @@ class StateWriter:
 
 
 def save_state(
-    writer: StateWriter, stage: Stage, average: Average, optimizer: torch.optim.Optimizer, step: int
+    writer: StateWriter, stage: Stage, ema: EMA, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
     """Save weights, average and optimiser after `step` steps, whole however they are spread."""
     names = {id(p): n for n, p in stage.module.named_parameters()}
     tensors = with_prefix(dict(stage.module.named_parameters()), "module")
     tensors |= with_prefix(dict(stage.module.named_buffers()), "buffer")
-    tensors |= with_prefix(average.weights, "average")
+    tensors |= with_prefix(ema.weights, "ema")
     for parameter, moments in optimizer.state.items():
         tensors |= with_prefix(moments, f"optimizer.{names[id(parameter)]}")
     tensors = gathered(tensors)
@@ -119,19 +119,19 @@ def newest_state(run: Path) -> Path | None:
 
 
 def resume(
-    run: Path, stage: Stage, average: Average, optimizer: torch.optim.Optimizer, change_recipe: bool = False
+    run: Path, stage: Stage, ema: EMA, optimizer: torch.optim.Optimizer, change_recipe: bool = False
 ) -> int:
     """Load the newest whole state of a run and return its step, or 0 when there is none.
 
     Args:
         run: its folder; with `change_recipe`, what has changed is added to `changes.jsonl` there.
-        stage, average, optimizer: what is filled.
+        stage, ema, optimizer: what is filled.
         change_recipe: take a state that was saved under another recipe, data set or VLM.
 
     Raises:
         VugenError: that is not allowed, or the networks have other sizes.
     """
-    path = from_first(newest_state(run) if is_first() else None)
+    path = broadcast(newest_state(run) if is_first() else None)
     if path is None:
         return 0
     tensors, card = load_state(path)
@@ -144,25 +144,25 @@ def resume(
     parts: dict[str, Mapping[str, Tensor]] = {
         "module": dict(stage.module.named_parameters()),
         "buffer": dict(stage.module.named_buffers()),
-        "average": average.weights,
+        "ema": ema.weights,
     }
     for prefix, into in parts.items():
-        saved = part(tensors, prefix)
+        saved = select(tensors, prefix)
         for name, tensor in into.items():
             if name not in saved or saved[name].shape != tensor.shape:
                 raise VugenError(
                     f"{path} has no {name} of shape {list(tensor.shape)}: the networks have changed "
                     f"({'; '.join(changed)}); give --out another name"
                 )
-            put(tensor, saved[name])
+            copy_whole(tensor, saved[name])
     for name, parameter in stage.module.named_parameters():
         optimizer.state[parameter] = {
             # Where the parameter is, the count of steps too, and laid out in memory like it: the fused
             # optimiser walks all of them together.
             key: tensor.to(parameter.device)
             if key == "step"
-            else put(torch.empty_like(parameter, requires_grad=False), tensor)
-            for key, tensor in part(tensors, f"optimizer.{name}").items()
+            else copy_whole(torch.empty_like(parameter, requires_grad=False), tensor)
+            for key, tensor in select(tensors, f"optimizer.{name}").items()
         }
     step = card.step
     if changed and is_first():

@@ -14,7 +14,7 @@ from vugen_cli.metrics.report import Score
 
 WEIGHT = 2.5
 PREFIX = "A photo depicts "  # what the authors put before every caption
-BATCH = 64
+CLIP_BATCH = 64
 
 
 def clip_scores(pairs: PromptedImages, clip: Clip, progress: bool = True) -> list[Score]:
@@ -41,7 +41,7 @@ def clip_scores(pairs: PromptedImages, clip: Clip, progress: bool = True) -> lis
         both = ((seen * _unit(words)).sum(1).tolist() for words in (prefixed, plain))
         return list(zip(*both, too_long.tolist(), strict=True))
 
-    judged = pairs.judged(embed, "CLIPScore", BATCH, progress)
+    judged = pairs.judged(embed, "CLIPScore", CLIP_BATCH, progress)
     prompts = [prompt for _, prompt, _ in judged]
     cut = {prompt for _, prompt, (_, _, long) in judged if long}
     values = np.array([cosines for _, _, (*cosines, _) in judged])

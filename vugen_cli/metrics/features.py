@@ -22,7 +22,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.files import user_cache, whole_file
 from vugen_cli.metrics.image_sets import ImageSet, image_batches
 from vugen_cli.metrics.report import SetRecord
-from vugen_cli.processes import from_first, is_first, to_first, world_size
+from vugen_cli.processes import broadcast, gather, is_first, world_size
 
 CACHE_FORMAT = 2
 
@@ -88,13 +88,13 @@ def extract(
             if (entry := _read_cached(file, name)) is not None:
                 found[name], images.left_out = entry
                 images.count = len(found[name])
-    missing = from_first([name for name in wanted if name not in found])
+    missing = broadcast([name for name in wanted if name not in found])
     if missing:
         found |= _extract(images, extractor, missing, batch_size or extractor.batch_size, role, progress)
         for name in files.keys() & missing:
             _write_cached(files[name], name, found[name], images)
     else:  # only the first has read the cache
-        images.count, images.left_out = from_first((images.count, images.left_out))
+        images.count, images.left_out = broadcast((images.count, images.left_out))
     return found, images.describe().model_copy(update={"cached": not missing})
 
 
@@ -117,12 +117,12 @@ def _extract(
                 parts[name].append(_rows(outputs[name]))
             bar.update(len(batch) * world_size())
     images.merge()
-    order = np.argsort(np.concatenate(to_first(np.array(indices, dtype=np.int64))))
+    order = np.argsort(np.concatenate(gather(np.array(indices, dtype=np.int64))))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     result = {}
     for name in wanted:
-        rows = [part for of_process in to_first(parts.pop(name)) for part in of_process]
+        rows = [part for of_process in gather(parts.pop(name)) for part in of_process]
         first = rows[0] if rows else np.empty((0, 0), np.float32)
         result[name] = np.empty((len(place), first.shape[1]), first.dtype)
         begin = 0

@@ -29,7 +29,7 @@ from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.metrics.report import SetRecord
 from vugen_cli.metrics.samples import DrawnImage, read_samples
-from vugen_cli.processes import from_all, rank, world_size
+from vugen_cli.processes import all_gather, rank, world_size
 
 MAX_FILE_BYTES = 256 << 20  # one encoded image; a zip member may claim to unpack to anything
 
@@ -124,7 +124,7 @@ class ImageSet:
 
     def merge(self) -> None:
         """After a `read` in blocks: make `count` and `left_out` those of all processes, in every process."""
-        parts = from_all((self.count, self.left_out))
+        parts = all_gather((self.count, self.left_out))
         self.count = sum(count for count, _ in parts)
         self.left_out = {index: why for _, part in parts for index, why in part.items()}
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, ValidationError
 from vugen_cli.checkpoint import read_card
 from vugen_cli.errors import VugenError
 from vugen_cli.files import read_jsonl
-from vugen_cli.processes import from_first
+from vugen_cli.processes import broadcast
 
 if TYPE_CHECKING:
     from vugen_cli.metrics.image_sets import ImageSet
@@ -108,7 +108,7 @@ def recorded_reference(images: "ImageSet", draw_missing: Callable[[Path], None])
     # A relative path was relative to where `vugen sample` ran, which is most often here or above the samples.
     candidates = [Path(recorded), images.path / recorded, images.path.parent / recorded]
     # One answer for all processes of a job: they draw what is missing together.
-    found = from_first(next((candidate for candidate in candidates if candidate.exists()), None))
+    found = broadcast(next((candidate for candidate in candidates if candidate.exists()), None))
     if found is not None:
         return found
     if sample.dataset != "openmoji":

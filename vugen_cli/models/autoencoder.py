@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from vugen_cli.flow import Solver
 from vugen_cli.models.latent_decoder import LatentDecoder
 from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.models.reducer import Reducer
@@ -28,7 +29,7 @@ class Autoencoder(nn.Module):
         self.reducer, self.vae = Reducer(recipe.reducer, width), vae
         if recipe.reducer.kind == "vae":
             assert vae
-            self.decoder = VAEDecoder(recipe.decoder, self.reducer, vae)
+            self.decoder = VAEDecoder(recipe.decoder, recipe.reducer.merge, vae)
         elif recipe.decoder.kind == "ldm":
             assert vae
             self.decoder = LatentDecoder(recipe.decoder, self.reducer.channels, vae)
@@ -46,3 +47,11 @@ class Autoencoder(nn.Module):
     def encode(self, vlm: FrozenVLM, images: Tensor) -> Tensor:
         """z̃ of images, uint8 [B, 3, S, S] -> [B, h, w, c]."""
         return self.reducer(self.z(vlm, images))
+
+    def decode(
+        self, latents: Tensor, noise: Tensor, steps: int | None = None, solver: Solver | None = None
+    ) -> Tensor:
+        """Images of z̃ [B, h, w, c], uint8 [B, 3, S, S]; arguments as `PixelDecoder.decode`."""
+        if isinstance(self.decoder, VAEDecoder):
+            latents = latents * self.reducer.std + self.reducer.mean
+        return self.decoder.decode(latents, noise, steps, solver)

@@ -29,8 +29,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         """Times are scaled to [0, 1000] first, the range these frequencies are made for."""
-        return self.net(sinusoid(1000 * t, 256))
+        return self.mlp(sinusoid(1000 * t, 256))

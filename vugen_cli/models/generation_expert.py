@@ -11,11 +11,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vugen_cli.errors import VugenError
 from vugen_cli.models.embeddings import TimeEmbedding, grid_positions
 from vugen_cli.vlm.prefix import Prefix
+
+FUSED = "image_tokens"  # the name of `attend` among the attention functions of transformers
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
+) -> tuple[Tensor, None]:
+    """Fused attention in both directions: of every image token to all that the mask lets it see.
+
+    transformers' own, but never causal. For an implementation by this name it makes no masks itself: layers
+    get ours, and none where there is none, which is what the fastest kernels and grouped heads ask for.
+
+    Args:
+        query: [B, heads, N, head_dim].
+        key, value: [B, kv_heads, T + N, head_dim].
+        attention_mask: bool [B, 1, 1, T + N], False where a prompt is padded; None: nowhere.
+    """
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, **how | {"is_causal": False}
+    )  # [B, N, heads, head_dim]
+
+
+AttentionInterface.register(FUSED, attend)
 
 
 class PrefixCache(DynamicCache):  # type: ignore[misc]  # transformers is not followed
@@ -87,14 +111,16 @@ class GenerationExpert(nn.Module):
         if fresh:
             copied = fresh_decoder(decoder, width, mlp)
         self.decoder: Any = without_dropout(copied).float().requires_grad_(True)
+        if self.decoder.config._attn_implementation == "sdpa":
+            self.decoder.set_attn_implementation(FUSED)
         width = width or config.hidden_size
-        self.sections = bool((getattr(config, "rope_parameters", None) or {}).get("mrope_section"))
-        self.inward = nn.Linear(channels, width)
-        self.time = TimeEmbedding(width)
-        self.position = nn.Parameter(grid_positions(*grid, width))
-        self.outward = nn.Linear(width, channels)
-        nn.init.zeros_(self.outward.weight)
-        nn.init.zeros_(self.outward.bias)
+        self.mrope = bool((getattr(config, "rope_parameters", None) or {}).get("mrope_section"))
+        self.proj_in = nn.Linear(channels, width)
+        self.time_embed = TimeEmbedding(width)
+        self.pos_embed = nn.Parameter(grid_positions(*grid, width))
+        self.proj_out = nn.Linear(width, channels)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, noised: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
         """Velocity [B, h, w, channels].
@@ -104,23 +130,32 @@ class GenerationExpert(nn.Module):
             t: [B] in [0, 1].
             prefix: of B prompts, from `FrozenVLM.prefix`.
         """
-        batch, height, width, _ = noised.shape
-        tokens = self.inward(noised.flatten(1, 2)) + self.position + self.time(t)[:, None]
-        count = height * width
-        positions = image_positions(prefix.lengths, height, width, self.sections)
-        visible = torch.cat([prefix.mask, prefix.mask.new_ones(batch, count)], 1)
-        mask = torch.zeros(visible.shape, dtype=tokens.dtype, device=tokens.device)
-        mask = mask.masked_fill(~visible, torch.finfo(tokens.dtype).min)[:, None, None].expand(
-            -1, 1, count, -1
-        )
+        _, height, width, _ = noised.shape
+        # N = h w image tokens follow T of the prompt, padding included.
+        tokens = (
+            self.proj_in(noised.flatten(1, 2)) + self.pos_embed + self.time_embed(t)[:, None]
+        )  # [B, N, width]
+        positions = image_positions(prefix.lengths, height, width, self.mrope)
         hidden = self.decoder(
             inputs_embeds=tokens,
-            attention_mask=mask,
+            attention_mask=self._mask(prefix, tokens),
             position_ids=positions,
             past_key_values=PrefixCache(prefix),
             use_cache=False,
         ).last_hidden_state
-        return self.outward(hidden).unflatten(1, (height, width))
+        return self.proj_out(hidden).unflatten(1, (height, width))
+
+    def _mask(self, prefix: Prefix, tokens: Tensor) -> Tensor | None:
+        """Which of T + N keys the image tokens see, as the decoder's attention function wants to be told."""
+        fused = self.decoder.config._attn_implementation == FUSED
+        if fused and not prefix.padded:
+            return None
+        batch, count, _ = tokens.shape
+        visible = torch.cat([prefix.mask, prefix.mask.new_ones(batch, count)], 1)[:, None, None]
+        if fused:
+            return visible  # [B, 1, 1, T + N]
+        mask = torch.zeros(visible.shape, dtype=tokens.dtype, device=tokens.device)  # to be added
+        return mask.masked_fill(~visible, torch.finfo(mask.dtype).min).expand(-1, 1, count, -1)
 
 
 def without_dropout(module: nn.Module) -> nn.Module:
@@ -183,10 +218,10 @@ def fresh_decoder(decoder: Any, width: int | None, mlp: int | None) -> Any:
             for name, projection in list(attention.named_children()):
                 if isinstance(projection, nn.Linear):
                     size = head * (heads if name in ("q_proj", "o_proj") else config.num_key_value_heads)
-                    inward, outward = (
+                    width_in, width_out = (
                         (size, config.hidden_size) if name == "o_proj" else (config.hidden_size, size)
                     )
-                    fitted = nn.Linear(inward, outward, bias=projection.bias is not None)
+                    fitted = nn.Linear(width_in, width_out, bias=projection.bias is not None)
                     nn.init.normal_(fitted.weight, std=config.initializer_range)
                     setattr(attention, name, fitted)
     return slim

@@ -80,8 +80,9 @@ class LatentDecoder(nn.Module):
             latents: z̃ [B, h, w, ...], stretched over the VAE's grid.
             middle: stays empty; alignment (REPA) is the pixel decoder's.
         """
+        # z̃ on the VAE's grid: [B, ..., h', w'].
         beside = functional.interpolate(latents.permute(0, 3, 1, 2), noised.shape[-2:], mode="bilinear")
-        x = torch.cat([noised, beside.to(noised.dtype)], 1)
+        x = torch.cat([noised, beside.to(noised.dtype)], 1)  # [B, c + ..., h', w']
         if self.recipe.denoiser == "unet":
             return self.denoiser(x, 1000 * t).sample.float()
         label = torch.zeros(len(x), dtype=torch.long, device=x.device)

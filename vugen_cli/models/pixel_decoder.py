@@ -32,32 +32,34 @@ class PixelDecoder(nn.Module):
         self.recipe = recipe
         widths, condition = recipe.channels, recipe.channels[-1]
         folded = 3 * recipe.patch**2
-        self.time = TimeEmbedding(condition)
-        self.latents = nn.Conv2d(channels, condition, 3, padding=1)
-        self.inward = nn.Conv2d(folded + condition // 4, widths[0], 3, padding=1)
-        self.beside = nn.Conv2d(condition, condition // 4, 1)
-        self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
+        self.time_embed = TimeEmbedding(condition)
+        self.latent_embed = nn.Conv2d(channels, condition, 3, padding=1)
+        self.conv_in = nn.Conv2d(folded + condition // 4, widths[0], 3, padding=1)
+        self.cond_proj = nn.Conv2d(condition, condition // 4, 1)
+        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         skips = []
         for level, width in enumerate(widths):
-            self.shrink.append(nn.Conv2d(widths[level - 1], width, 3, 2, 1) if level else nn.Identity())
+            self.downsample.append(nn.Conv2d(widths[level - 1], width, 3, 2, 1) if level else nn.Identity())
             self.down.append(
                 nn.ModuleList(ResidualBlock(width, width, condition) for _ in range(recipe.blocks))
             )
             skips += [width] * recipe.blocks
-        self.middle = nn.ModuleList(
+        self.mid = nn.ModuleList(
             TransformerBlock(widths[-1], recipe.heads, condition) for _ in range(recipe.middle_layers)
         )
-        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             self.up.append(
                 nn.ModuleList(
                     ResidualBlock(width + skips.pop(), width, condition) for _ in range(recipe.blocks)
                 )
             )
-            self.grow.append(nn.Conv2d(width, widths[level - 1], 3, padding=1) if level else nn.Identity())
-        self.norm = nn.GroupNorm(8, widths[0])
-        self.outward = nn.Conv2d(widths[0], folded, 3, padding=1)
-        nn.init.zeros_(self.outward.weight)
+            self.upsample.append(
+                nn.Conv2d(width, widths[level - 1], 3, padding=1) if level else nn.Identity()
+            )
+        self.norm_out = nn.GroupNorm(8, widths[0])
+        self.conv_out = nn.Conv2d(widths[0], folded, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
 
     @staticmethod
@@ -81,32 +83,38 @@ class PixelDecoder(nn.Module):
             latents: z̃ [B, h, w, c]; the grid is stretched over the image whatever its size.
             middle: a list to which the features half through the transformer are added, [B, H', W', width].
         """
-        time = self.time(t)[:, :, None, None]
-        condition = functional.silu(self.latents(latents.permute(0, 3, 1, 2)) + time)
-        x = functional.pixel_unshuffle(noised, self.recipe.patch)
-        beside = functional.interpolate(self.beside(condition), x.shape[-2:], mode="bilinear")
-        x = self.inward(torch.cat([x, beside.to(x.dtype)], 1).contiguous(memory_format=torch.channels_last))
+        # B images, h x w the grid of z̃, p the patch, d and D the condition's and the outermost width,
+        # H' x W' = (H / p) x (W / p), halved again at each level, N = H' W' of the innermost.
+        time = self.time_embed(t)[:, :, None, None]  # [B, d, 1, 1]
+        condition = functional.silu(self.latent_embed(latents.permute(0, 3, 1, 2)) + time)  # [B, d, h, w]
+        x = functional.pixel_unshuffle(noised, self.recipe.patch)  # [B, 3 p², H', W']
+        beside = functional.interpolate(self.cond_proj(condition), x.shape[-2:], mode="bilinear")
+        x = torch.cat([x, beside.to(x.dtype)], 1)  # [B, 3 p² + d / 4, H', W']
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))  # [B, D, H', W']
         skips = []
-        for shrink, blocks in zip(self.shrink, self.down, strict=True):
-            x = shrink(x)
+        for downsample, blocks in zip(self.downsample, self.down, strict=True):
+            x = downsample(x)  # half as high and wide, but for the outermost
             for block in blocks.children():
                 x = block(x, condition)
                 skips.append(x)
         height, width = x.shape[-2:]
-        tokens = x.flatten(2).transpose(1, 2)
+        tokens = x.flatten(2).transpose(1, 2)  # [B, N, width]
+        # The condition at each token, [B, N, d].
         seen = functional.interpolate(condition, (height, width), mode="nearest").flatten(2).transpose(1, 2)
-        for number, layer in enumerate(self.middle):
+        for number, layer in enumerate(self.mid):
             tokens = layer(tokens, seen, height, width)
-            if middle is not None and number == (len(self.middle) - 1) // 2:
+            if middle is not None and number == (len(self.mid) - 1) // 2:
                 middle.append(tokens.unflatten(1, (height, width)))
-        x = x + tokens.transpose(1, 2).unflatten(2, (height, width))
-        for blocks, grow in zip(self.up, self.grow, strict=True):
+        x = x + tokens.transpose(1, 2).unflatten(2, (height, width))  # [B, width, H', W'] of the innermost
+        for blocks, upsample in zip(self.up, self.upsample, strict=True):
             for block in blocks.children():
                 x = block(torch.cat([x, skips.pop()], 1), condition)
-            if isinstance(grow, nn.Conv2d):
-                x = grow(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
-        x = self.outward(functional.silu(self.norm(x)))
-        clean = functional.pixel_shuffle(x, self.recipe.patch).float()
+            if isinstance(upsample, nn.Conv2d):
+                # twice as high and wide
+                x = upsample(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        x = self.conv_out(functional.silu(self.norm_out(x)))  # [B, 3 p², H', W']
+        clean = functional.pixel_shuffle(x, self.recipe.patch).float()  # x̂ [B, 3, H, W]
+        # u = (x̂ - x_t) / (1 - t)
         return (clean - noised) / (1 - t).clamp_min(NEAREST)[:, None, None, None]
 
     def integrate(self, latents: Tensor, noise: Tensor, steps: int, solver: Solver) -> Tensor:
@@ -178,31 +186,39 @@ class TransformerBlock(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(condition, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.table = nn.Parameter(torch.zeros(heads, (2 * WINDOW + 1) ** 2))
-        self.gate = nn.Linear(width, 8 * width)
-        self.shrink = nn.Linear(4 * width, width)
+        self.proj = nn.Linear(width, width)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(heads, (2 * WINDOW + 1) ** 2))
+        self.ff_in = nn.Linear(width, 8 * width)
+        self.ff_out = nn.Linear(4 * width, width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, condition: Tensor, height: int, width: int) -> Tensor:
         """x and condition [B, height * width, ...] -> [B, height * width, ...]."""
-        scale1, bias1, gate1, scale2, bias2, gate2 = self.modulation(condition).chunk(6, -1)
+        scale1, bias1, gate1, scale2, bias2, gate2 = self.modulation(condition).chunk(6, -1)  # [B, N, width]
         h = modulate(self.norm(x), scale1, bias1)
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        h = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.positions(height, width).to(q.dtype)
-        )
-        x = x + gate1 * self.out(h.transpose(1, 2).flatten(2))
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, -1]
+        bias = relative_position_bias(self.relative_position_bias_table, height, width)  # [1, heads, N, N]
+        h = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        x = x + gate1 * self.proj(h.transpose(1, 2).flatten(2))
         h = modulate(self.norm(x), scale2, bias2)
-        value, gate = self.gate(h).chunk(2, -1)
-        return x + gate2 * self.shrink(value * functional.gelu(gate))
+        value, gate = self.ff_in(h).chunk(2, -1)  # [B, N, 4 width]
+        return x + gate2 * self.ff_out(value * functional.gelu(gate))
 
-    def positions(self, height: int, width: int) -> Tensor:
-        """Attention bias [1, heads, N, N]; -inf outside the 17 x 17 window."""
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        dy = (y.flatten()[:, None] - y.flatten()).to(self.table.device)
-        dx = (x.flatten()[:, None] - x.flatten()).to(self.table.device)
-        index = (dy.clamp(-WINDOW, WINDOW) + WINDOW) * (2 * WINDOW + 1) + dx.clamp(-WINDOW, WINDOW) + WINDOW
-        near = (dy.abs() <= WINDOW) & (dx.abs() <= WINDOW)
-        return self.table[:, index].masked_fill(~near, float("-inf"))[None]
+
+def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
+    """Attention bias of a grid from a learned table; -inf outside the 17 x 17 window.
+
+    Args:
+        table: [heads, 17 * 17], of the offsets (dy, dx) of a query from its key, each from -8 to 8.
+        height, width: of the grid, N = height * width.
+
+    Returns:
+        [1, heads, N, N], a view of every window of the table, copied once on its device: no index is built.
+    """
+    table = table.unflatten(1, (2 * WINDOW + 1, 2 * WINDOW + 1))
+    sides = 2 * (width - 1 - WINDOW,) + 2 * (height - 1 - WINDOW,)  # what is negative is cut off
+    offsets = functional.pad(table, sides, value=float("-inf"))  # [heads, 2 height - 1, 2 width - 1]
+    # bias[y, x, y', x'] = offsets[y - y' + height - 1, x - x' + width - 1]
+    bias = offsets.flip(1, 2).unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)
+    return bias.flatten(1, 2).flatten(2)[None]

@@ -10,7 +10,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.models.embeddings import grid_positions
 from vugen_cli.moments import Moments
 from vugen_cli.recipe import Reducer as ReducerRecipe
-from vugen_cli.seeds import draw
+from vugen_cli.seeds import random_rows
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,44 +76,41 @@ class Reducer(nn.Module):
         """z̃ as the decoder sees it in training, and the penalty that keeps its scale (a scalar).
 
         The noise (RAE, arXiv 2510.11690) has a standard deviation drawn between 0 and `noise` for each image.
-        It is in units of z̃'s own spread; under `kl` and `l2` it is in units of the network's output, whose
-        scale the penalty holds, and so is the posterior's noise under `kl` (arXiv 1312.6114).
+        It is in units of z̃'s own spread; under `kl` it is in units of the network's output, whose scale the
+        penalty holds, and so is the posterior's noise (arXiv 1312.6114).
         """
         raw, log_variance = self.raw(z)
         latents = self._normalised(raw)
         size = (len(latents), 1, 1, 1)
-        spread = noise * draw(torch.rand, size, generator)
-        penalised = self.recipe.normalise in ("kl", "l2")
-        if penalised:
+        spread = noise * random_rows(torch.rand, size, generator)
+        if log_variance is not None:
             spread = spread / self.std
-        latents = latents + spread * draw(torch.randn, latents.shape, generator)
-        if not penalised:
-            return latents, latents.new_zeros(())
+        # z̃ + a n, a ~ U(0, `decoder.noise`), n ~ N(0, 1)
+        latents = latents + spread * random_rows(torch.randn, latents.shape, generator)
         if log_variance is None:
-            return latents, raw.square().mean()
-        posterior = draw(torch.randn, latents.shape, generator)
+            return latents, latents.new_zeros(())
+        posterior = random_rows(torch.randn, latents.shape, generator)
         latents = latents + (0.5 * log_variance).exp() / self.std * posterior
+        # KL(N(m, s²) ‖ N(0, 1)) = (m² + s² - 1 - log s²) / 2
         return latents, 0.5 * (raw.square() + log_variance.exp() - 1 - log_variance).mean()
 
     def raw(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's output before normalising, float32 [B, h, w, channels], and KL's log-variance."""
-        out = self.net(merge(z, self.recipe.merge)).float()
+        out = self.net(merge(z, self.recipe.merge)).float()  # W z: [B, h, w, channels], twice those for KL
         if self.recipe.normalise == "kl":
             mean, log_variance = out.chunk(2, -1)
             return mean, log_variance.clamp(-30, 20)
-        if self.recipe.normalise == "layer":
-            out = functional.layer_norm(out, out.shape[-1:])
         return out, None
 
     def _normalised(self, raw: Tensor) -> Tensor:
         if not self.training or not self.trained:
-            return (raw - self.mean) / self.std
+            return (raw - self.mean) / self.std  # z̃ = (W z - μ) / σ
         mean, std = self.statistics(raw)
         std = std + 1e-5
         with torch.no_grad():
             self.mean.lerp_(mean, 0.02)
             self.std.lerp_(std, 0.02)
-        if self.recipe.normalise != "channel":  # layer, kl and l2 hold the scale; this only follows it
+        if self.recipe.normalise == "kl":  # which holds the scale; this only follows it
             return (raw - self.mean) / self.std
         return (raw - mean) / std
 
@@ -125,7 +122,7 @@ class Reducer(nn.Module):
         for z in batches:
             raw = self.raw(z)[0].double().flatten(0, 2)
             count, total, squares = count + len(raw), total + raw.sum(0), squares + raw.square().sum(0)
-        mean = total / count
+        mean = total / count  # μ = E[W z], σ² = E[(W z)²] - μ²
         self.mean.copy_(mean)
         self.std.copy_((squares / count - mean**2).clamp_min(1e-10).sqrt())
 
@@ -140,6 +137,7 @@ class Reducer(nn.Module):
         moments = Moments()
         for z in batches:
             moments.update(merge(z, self.recipe.merge).flatten(0, 2))
+        # W: the first eigenvectors of E[z zᵀ] - E[z] E[z]ᵀ
         _, vectors = torch.linalg.eigh(torch.from_numpy(moments.covariance))  # eigenvalues ascend
         directions = vectors.flip(1)[:, : self.channels].T
         largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
@@ -153,7 +151,7 @@ class GridAttention(nn.Module):
 
     def __init__(self, recipe: ReducerRecipe, width: int, out: int):
         super().__init__()
-        self.inward = nn.Linear(width, recipe.hidden)
+        self.proj_in = nn.Linear(width, recipe.hidden)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 recipe.hidden,
@@ -166,16 +164,16 @@ class GridAttention(nn.Module):
             )
             for _ in range(recipe.layers)
         )
-        self.outward = nn.Sequential(nn.LayerNorm(recipe.hidden), nn.Linear(recipe.hidden, out))
+        self.proj_out = nn.Sequential(nn.LayerNorm(recipe.hidden), nn.Linear(recipe.hidden, out))
 
     def forward(self, z: Tensor) -> Tensor:
         """[B, h, w, width] -> [B, h, w, out], any grid."""
         height, width = z.shape[1:3]
-        x = self.inward(z.flatten(1, 2))
+        x = self.proj_in(z.flatten(1, 2))  # [B, h w, hidden]
         x = x + grid_positions(height, width, x.shape[-1]).to(x)
         for block in self.blocks:
             x = block(x)
-        return self.outward(x).unflatten(1, (height, width))
+        return self.proj_out(x).unflatten(1, (height, width))
 
 
 def merge(z: Tensor, factor: int) -> Tensor:

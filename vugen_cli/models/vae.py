@@ -11,7 +11,6 @@ from vugen_cli.card import VAECard
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.flow import Solver
 from vugen_cli.models.pixel_decoder import to_pixels, to_uint8
-from vugen_cli.models.reducer import Reducer
 from vugen_cli.recipe import Decoder as DecoderRecipe
 
 
@@ -54,32 +53,25 @@ class FrozenVAE:
 
 
 class VAEDecoder(nn.Module):
-    """The baseline's decoder: the VAE's own, after undoing what the reducer did.
+    """The baseline's decoder: the VAE's own, on its latents as they were before the reducer normalised them.
 
     Args:
         recipe: kept for its `steps`; there is nothing else to set.
-        reducer: of kind `vae`.
+        merge: of the reducer.
         vae: whose latents the reducer normalises.
     """
 
-    reducer: Reducer
-
-    def __init__(self, recipe: DecoderRecipe, reducer: Reducer, vae: FrozenVAE):
+    def __init__(self, recipe: DecoderRecipe, merge: int, vae: FrozenVAE):
         super().__init__()
-        self.recipe = recipe.model_copy(update={"steps": 1})
-        object.__setattr__(
-            self, "reducer", reducer
-        )  # the autoencoder's own: not a second copy of its weights
-        self.vae = vae
+        self.recipe, self.merge, self.vae = recipe.model_copy(update={"steps": 1}), merge, vae
 
     @property
     def multiple(self) -> int:
         """Image sides must be a multiple of this."""
-        return self.vae.factor * self.reducer.recipe.merge
+        return self.vae.factor * self.merge
 
     def decode(
         self, latents: Tensor, noise: Tensor, steps: int | None = None, solver: Solver | None = None
     ) -> Tensor:
-        """Images of z̃ [B, h, w, c], uint8 [B, 3, H, W]; nothing is diffused, so the rest has no effect."""
-        raw = (latents * self.reducer.std + self.reducer.mean).permute(0, 3, 1, 2)
-        return to_uint8(self.vae.decode(functional.pixel_shuffle(raw, self.reducer.recipe.merge)))
+        """Images of σ z̃ + μ [B, h, w, c], uint8 [B, 3, H, W]; nothing is diffused: the rest has no effect."""
+        return to_uint8(self.vae.decode(functional.pixel_shuffle(latents.permute(0, 3, 1, 2), self.merge)))

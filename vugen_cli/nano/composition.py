@@ -23,7 +23,7 @@ from vugen_cli.metrics.scores import score_sets
 from vugen_cli.nano.conversations import DESCRIBE
 from vugen_cli.nano.judge import GROUPS, group_of, judge
 from vugen_cli.nano.scenes import OpenMojiScenes
-from vugen_cli.processes import is_first, wait_for_all
+from vugen_cli.processes import barrier, is_first
 from vugen_cli.sampling.draw import draw, file_stem
 from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.vlm.chat import ask
@@ -135,7 +135,7 @@ def _compare_with_real(
     if is_first():
         _save_scenes(groups, real)
         _save_scenes(evaluation_scenes(each, sampler.card.image_size, seed + 1), other)
-    wait_for_all("real scenes")
+    barrier("real scenes")
     extractor = vlm_extractor(sampler.vlm, sampler.vlm.device)
     ours, theirs = (score_sets(path, real, extractor, ("fid", "pr", "dc")) for path in (out, other))
     for score, best in zip(ours.scores, theirs.scores, strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vugen_cli.data.loader import Batch, ShardedImages
-from vugen_cli.processes import from_all, rank, world_size
+from vugen_cli.processes import all_gather, rank, world_size
 
 DESCRIBE = "describe the picture"
 
@@ -23,7 +23,7 @@ def whole_batch(batch: Batch) -> tuple[Batch, range]:
     """
     if world_size() == 1:
         return batch, range(len(batch.captions))
-    texts = from_all((batch.captions, batch.meta))
+    texts = all_gather((batch.captions, batch.meta))
     captions, meta = [c for part, _ in texts for c in part], [m for _, part in texts for m in part]
     here = range(rank() * len(batch.captions), (rank() + 1) * len(batch.captions))
     return Batch(batch.images, captions, meta, batch.corrupt), here

@@ -17,7 +17,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.files import bundle, whole_file
 from vugen_cli.flow import Solver
 from vugen_cli.pictures import save_grid
-from vugen_cli.processes import from_all, is_first, rank, wait_for_all, world_size
+from vugen_cli.processes import all_gather, barrier, is_first, rank, world_size
 from vugen_cli.sampling.sampler import Sampler
 
 GRID_IMAGES = 64  # more would not be looked at
@@ -128,8 +128,8 @@ def draw(
             )
         if p * n + i < GRID_IMAGES:
             shown[p, i] = image
-    wait_for_all(f"{out} drawn")
-    for others_rows, others_shown in from_all((rows, shown)):
+    barrier(f"{out} drawn")
+    for others_rows, others_shown in all_gather((rows, shown)):
         rows |= others_rows
         shown |= others_shown
     if is_first():
@@ -140,7 +140,7 @@ def draw(
         labels = [prompts[p] for p, _ in sorted(shown)] if len(prompts) > 1 else None
         columns = n if len(prompts) > 1 and n > 1 else None
         save_grid(torch.stack([shown[key] for key in sorted(shown)]), out / "grid.png", columns, labels)
-    wait_for_all(f"{out} listed")
+    barrier(f"{out} listed")
     return out
 
 

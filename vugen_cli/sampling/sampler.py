@@ -21,7 +21,7 @@ from vugen_cli.seeds import seeded_noise
 from vugen_cli.vlm.frozen import FrozenVLM
 from vugen_cli.vlm.prefix import Prefix
 
-BATCH = 8  # images drawn together
+SAMPLE_BATCH = 8  # images drawn together
 WIDTH = 32  # prompts are padded to a multiple of this many tokens
 
 
@@ -123,7 +123,7 @@ class Sampler:
         known: dict[int, Prefix] = {}  # of the prompts in the batch: one of many images is read once
         for width in sorted(set(widths)):
             jobs = iter([(p, i) for p in range(len(prompts)) if widths[p] == width for i in range(n)])
-            while batch := list(islice(jobs, BATCH)):
+            while batch := list(islice(jobs, SAMPLE_BATCH)):
                 wanted = list(dict.fromkeys(p for p, _ in batch))
                 with self.passes():
                     known = {p: known.get(p) or self.vlm.prefix([prompts[p]], width) for p in wanted}
@@ -137,7 +137,7 @@ class Sampler:
         latents = self.latents(prefix, keys, settings)
         size = self.card.image_size
         noise = torch.stack([seeded_noise((3, size, size), *key, "pixels") for key in keys])
-        return self.decoder.decode(latents, noise.to(latents.device)).cpu()
+        return self.autoencoder.decode(latents, noise.to(latents.device)).cpu()
 
     def latents(self, prefix: Prefix, keys: list[tuple[int, str, int]], settings: dict[str, Any]) -> Tensor:
         """Sample z̃ [B, h, w, c] for a batch of prefixes, with classifier-free guidance (arXiv 2207.12598)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vugen_cli.card import Card, LatentsCard, VAECard
-from vugen_cli.checkpoint import load_checkpoint, part, save_checkpoint, with_prefix
+from vugen_cli.checkpoint import load_checkpoint, save_checkpoint, select, with_prefix
 from vugen_cli.engine.precision import passes
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
@@ -49,9 +49,9 @@ def load_autoencoder(
     """
     tensors, card = load_checkpoint(path, stage)
     recipe = parse_recipe(card.recipe, str(path))
-    vae = stored_vae(card.vae, part(tensors, "vae"), device) if card.vae else None
+    vae = stored_vae(card.vae, select(tensors, "vae"), device) if card.vae else None
     module = Autoencoder(recipe, card.latents.width, vae)
-    load_weights(module, part(tensors, "autoencoder"), path)
+    load_weights(module, select(tensors, "autoencoder"), path)
     return module.to(device).eval().requires_grad_(False), tensors, card
 
 
@@ -105,7 +105,7 @@ def decode_images(
     noise = torch.stack([seeded_noise(images.shape[1:], seed, "reconstruct", i) for i in numbers])
     with passes(vlm.recipe.sampling.precision, vlm.device)():
         latents = autoencoder.encode(vlm, images)
-        return autoencoder.decoder.decode(latents, noise.to(latents.device), steps, solver)
+        return autoencoder.decode(latents, noise.to(latents.device), steps, solver)
 
 
 def load_sampler(
@@ -136,7 +136,7 @@ def load_sampler(
     frozen = vlm_of(card, path, vlm, device, allow_vlm_mismatch)
     recipe = frozen.recipe.expert.model_copy(update={"init": "fresh"})
     expert = new_expert(frozen, card.latents, recipe)
-    load_weights(expert, part(tensors, "expert"), path)
+    load_weights(expert, select(tensors, "expert"), path)
     return Sampler(frozen, expert.eval().requires_grad_(False), autoencoder, card, path)
 
 
@@ -185,10 +185,7 @@ def load_vae(name: str, device: torch.device) -> FrozenVAE:
         raise VugenError(
             f"decoder.vae: no VAE at {name}: give a diffusers directory or a hub id (owner/name)"
         )
-    try:
-        local = path.is_dir() or not reach_hub(name)
-    except VugenError as error:
-        raise VugenError(f"decoder.vae: {str(error).removeprefix('the VLM ')}") from error
+    local = path.is_dir() or not reach_hub(name, "decoder.vae:")
     try:
         source = str(path) if path.is_dir() else name
         config = AutoencoderKL.load_config(source, local_files_only=local)

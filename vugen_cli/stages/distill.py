@@ -24,11 +24,12 @@ from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import Recipe
 from vugen_cli.sampling.trained import decode_images, load_autoencoder, save_autoencoder
-from vugen_cli.seeds import draw
+from vugen_cli.seeds import random_rows
 from vugen_cli.stages.losses import picture_losses
 from vugen_cli.vlm.frozen import load_vlm
 
-FREE = {"steps", "solver", "noise", "losses"}  # what of the decoder's recipe may differ from the teacher's
+# What of the decoder's recipe may differ from the teacher's.
+MAY_DIFFER = {"steps", "solver", "noise", "losses"}
 
 
 def distill(
@@ -58,7 +59,7 @@ def distill(
     if isinstance(expert, VAEDecoder):
         raise VugenError(f"{teacher} decodes with a VAE, in one call already: nothing to distill")
     steps, solver = recipe.decoder.steps, recipe.decoder.solver
-    mine, theirs = (d.model_dump(exclude=FREE) for d in (recipe.decoder, expert.recipe))
+    mine, theirs = (d.model_dump(exclude=MAY_DIFFER) for d in (recipe.decoder, expert.recipe))
     if changed := differences(theirs, mine):
         raise VugenError(f"--distill keeps the networks of {teacher}: decoder.{changed[0]} is not possible")
     if steps == 1:
@@ -77,7 +78,7 @@ def distill(
         with torch.no_grad():
             z = autoencoder.z(vlm, batch.images)
             latents, _ = autoencoder.reducer.noisy(z, recipe.decoder.noise, generator)
-            noise = draw(torch.randn, batch.images.shape, generator)
+            noise = random_rows(torch.randn, batch.images.shape, generator)
             target = expert.integrate(latents, noise, steps, solver)
         reached = student.integrate(latents, noise, 1, "euler")
         values = {"regression": (reached - target).square().mean()}
@@ -107,7 +108,11 @@ def distill(
         distilled=Distilled(teacher=str(teacher), steps=steps, solver=solver),
     )
     resolved = card.facts("vlm", "data", "latents", "image_size") | {
-        "teacher": {"fingerprint": fingerprint(autoencoder), "steps": steps, "solver": solver},
+        "teacher": {
+            "fingerprint": fingerprint(autoencoder, "autoencoder."),
+            "steps": steps,
+            "solver": solver,
+        },
         "recipe": recipe.model_dump(mode="json", include={"seed", "data", "decoder", "train_reducer"}),
     }
     run = out.with_suffix(".run")

@@ -26,19 +26,20 @@ from vugen_cli.engine.precision import passes, wants_bfloat16
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.models.autoencoder import Autoencoder
-from vugen_cli.processes import is_first, rank, wait_for_all, world_size
+from vugen_cli.processes import barrier, is_first, rank, world_size
 from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.sampling.trained import load_autoencoder
 from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
 
-BATCH = 64  # images encoded together; part of the format, since kernels may round otherwise at another size
+# Images encoded together; part of the format, since kernels may round otherwise at another size.
+ENCODE_BATCH = 64
 
 
 def latent_facts(autoencoder: Autoencoder, vlm: FrozenVLM, recipe: Recipe, card: Card) -> Any:
     """What the z̃ and the token ids of an image and its captions depend on, as `dataset.json` keeps it."""
     of_vae = autoencoder.vae is not None and autoencoder.reducer.recipe.kind == "vae"
     return {
-        "reducer": fingerprint(autoencoder.reducer),
+        "reducer": fingerprint(autoencoder.reducer, "autoencoder.reducer."),
         "vlm": vlm.vision,
         "vae": fingerprint(autoencoder.vae.model) if of_vae and autoencoder.vae else None,
         "grid": list(card.latents.grid),
@@ -117,13 +118,13 @@ def write_latents(
     with held(out) if is_first() else nullcontext():
         if is_first():
             _claim(out, plan)
-        wait_for_all("latents planned")
+        barrier("latents planned")
         for images, shard in shards[rank() :: world_size()]:
             note = notes / f"{images.names[shard]}.json"
             if finished_shard(out, note) is None:
                 with passes(precision, device, training=True)():
                     write_json(note, _write_shard(out, images, shard, autoencoder, frozen, flip))
-        wait_for_all("latents written")
+        barrier("latents written")
         entries: dict[str, Any] = {}
         for name, images in splits.items():
             records = [finished_shard(out, notes / f"{shard}.json") for shard in images.names]
@@ -133,7 +134,7 @@ def write_latents(
         manifest = {**plan, "splits": entries}
         if is_first():
             write_json(out / "dataset.json", manifest)
-    wait_for_all("latents prepared")
+    barrier("latents prepared")
     return manifest
 
 
@@ -163,8 +164,8 @@ def _write_shard(
     name, count = images.names[shard], int(images.counts[shard])
     with whole_file(out / name) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for first in range(0, count, BATCH):
-                rows = range(first, min(first + BATCH, count))
+            for first in range(0, count, ENCODE_BATCH):
+                rows = range(first, min(first + ENCODE_BATCH, count))
                 samples = {}
                 for row in rows:
                     try:

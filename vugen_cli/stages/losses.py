@@ -144,15 +144,15 @@ class Alignment(nn.Module):
 
     def __init__(self, width: int, target: int):
         super().__init__()
-        self.net = nn.Sequential(
+        self.mlp = nn.Sequential(
             nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width), nn.SiLU()
         )
-        self.outward = nn.Linear(2 * width, target)
+        self.proj_out = nn.Linear(2 * width, target)
 
     def forward(self, middle: Tensor, z: Tensor) -> Tensor:
         """1 - cosine of middle features [B, H, W, width] and z [B, h, w, d] stretched to H x W; a scalar."""
         stretched = functional.interpolate(z.permute(0, 3, 1, 2).float(), middle.shape[1:3], mode="bilinear")
-        return cosine_distance(self.outward(self.net(middle)), stretched.permute(0, 2, 3, 1))
+        return cosine_distance(self.proj_out(self.mlp(middle)), stretched.permute(0, 2, 3, 1))
 
 
 def reducer_loss(
@@ -192,7 +192,7 @@ def reducer_loss(
     if module.alignment and middle:
         values["repa"] = module.alignment(middle[0], z)
         total = total + recipe.decoder.losses.repa * values["repa"]
-    if recipe.reducer.normalise in ("kl", "l2"):
-        values[recipe.reducer.normalise] = penalty
+    if recipe.reducer.normalise == "kl":
+        values["kl"] = penalty
         total = total + recipe.reducer.penalty * penalty
     return total, values if len(values) > 1 else {}

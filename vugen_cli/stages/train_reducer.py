@@ -13,7 +13,7 @@ from vugen_cli.data.mixture import open_images
 from vugen_cli.engine.compiling import compile_forward, wants_compile
 from vugen_cli.engine.distributed import batch_statistics, shard_frozen, shards_vlm
 from vugen_cli.engine.loop import train
-from vugen_cli.engine.profiling import lap
+from vugen_cli.engine.profiling import mark
 from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.engine.state import differences
 from vugen_cli.errors import VugenError
@@ -84,7 +84,7 @@ def train_reducer(
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         z = module.z(vlm, batch.images)
-        lap("frozen VLM")
+        mark("frozen VLM")
         return reducer_loss(module, z, batch.images, recipe, generator, pictures)
 
     grid = height // recipe.reducer.merge, width // recipe.reducer.merge
@@ -97,7 +97,7 @@ def train_reducer(
         latents=LatentsCard(channels=module.reducer.channels, grid=grid, width=d),
         image_size=size,
     )
-    kept = {"reducer": fingerprint(module.reducer)} if reducer else {}
+    kept = {"reducer": fingerprint(module.reducer, "autoencoder.reducer.")} if reducer else {}
     resolved = (
         card.facts("vlm", "data", "latents", "image_size")
         | kept

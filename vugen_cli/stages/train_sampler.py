@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from vugen_cli.card import DataCard
-from vugen_cli.checkpoint import fingerprint, part, save_checkpoint, with_prefix
+from vugen_cli.checkpoint import fingerprint, save_checkpoint, select, with_prefix
 from vugen_cli.data.loader import Batch, training_batches
 from vugen_cli.data.mixture import open_images
 from vugen_cli.engine.compiling import compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
 from vugen_cli.engine.loop import train
-from vugen_cli.engine.profiling import lap
+from vugen_cli.engine.profiling import mark
 from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
@@ -21,7 +21,7 @@ from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.sampling.trained import load_autoencoder, load_weights, new_expert
-from vugen_cli.seeds import draw
+from vugen_cli.seeds import random_rows
 from vugen_cli.stages.latent_cache import check_cache, latent_facts
 from vugen_cli.vlm.frozen import load_vlm
 
@@ -63,7 +63,7 @@ def train_sampler(
     torch.manual_seed(recipe.seed)
     expert = new_expert(vlm, reducer_card.latents, recipe.expert)
     if further:
-        load_weights(expert, part(stored, "expert"), reducer)
+        load_weights(expert, select(stored, "expert"), reducer)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
     if device.type == "cpu":
         expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
@@ -78,7 +78,7 @@ def train_sampler(
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         host = getattr(generator, "host", generator)
-        dropped = draw(torch.rand, (len(batch.captions),), host) < settings.prompt_dropout
+        dropped = random_rows(torch.rand, (len(batch.captions),), host) < settings.prompt_dropout
         if batch.tokens is None:
             tokens = [vlm.prompts.caption_tokens(caption) for caption in batch.captions]
             batch.tokens, batch.cut = [ids for ids, _ in tokens], sum(cut for _, cut in tokens)
@@ -86,7 +86,7 @@ def train_sampler(
         prefix = vlm.prefix(prompts, multiple=ALIGNED if device.type == "cuda" else 1)
         with torch.no_grad():
             target = batch.images.float() if images.latents else autoencoder.encode(vlm, batch.images)
-        lap("frozen VLM")
+        mark("frozen VLM")
         t = draw_times(len(target), recipe.flow.time, recipe.flow.shift, generator)
         return flow_matching_loss(lambda x, t: expert(x, t, prefix), target, t, generator), {}
 
@@ -99,7 +99,7 @@ def train_sampler(
             "data": DataCard.model_validate(images.card()),
         }
     )
-    begun = {"expert": fingerprint(expert)} if further else {}
+    begun = {"expert": fingerprint(expert, "expert.")} if further else {}
     if images.latents:  # rounded to float16: a run goes on with what it began with
         begun["cache"] = "float16"
     resolved = (

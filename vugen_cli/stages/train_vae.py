@@ -16,7 +16,7 @@ from vugen_cli.models.pixel_decoder import to_pixels, to_uint8
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import VAE, Recipe
-from vugen_cli.seeds import draw
+from vugen_cli.seeds import random_rows
 from vugen_cli.stages.losses import PictureLoss, picture_losses
 from vugen_cli.stages.train_reducer import STATISTICS_IMAGES
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
@@ -58,7 +58,7 @@ class VAETraining(nn.Module):
         pixels = to_pixels(batch.images)
         posterior = self.model.encode(pixels).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        noise = draw(torch.randn, mean.shape, generator)
+        noise = random_rows(torch.randn, mean.shape, generator)
         decoded = self.model.decode(mean + (0.5 * log_variance).exp() * noise).sample
         values = {
             "pixels": (decoded.float() - pixels).square().mean(),

@@ -15,7 +15,7 @@ from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.features import Extractor
 from vugen_cli.metrics.report import Record
 from vugen_cli.metrics.scores import score_sets
-from vugen_cli.processes import from_first, is_first
+from vugen_cli.processes import broadcast, is_first
 from vugen_cli.sampling.draw import draw
 from vugen_cli.sampling.trained import load_sampler
 
@@ -94,12 +94,12 @@ def score_over_training(
             digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
             digest.update(path.read_bytes())
             key = digest.hexdigest()
-            if from_first(key not in known):
+            if broadcast(key not in known):
                 samples = run / "over-training" / path.stem
                 sampler = load_sampler(path, vlm, device)
                 draw(sampler, _captions(data, count), 1, samples, seed)
                 report = score_sets(samples, data, extractor, ("fid",), count=count, cache=cache)
-                score = from_first(report.scores[0] if is_first() else None)
+                score = broadcast(report.scores[0] if is_first() else None)
                 known[key] = Point(
                     key=key,
                     step=card.step,

@@ -22,13 +22,13 @@ from vugen_cli.metrics.pairs import psnr, ssim
 from vugen_cli.metrics.report import Record, SetRecord
 from vugen_cli.moments import Moments
 from vugen_cli.pictures import save_grid
-from vugen_cli.processes import from_first, is_first, to_first, world_size
+from vugen_cli.processes import broadcast, gather, is_first, world_size
 from vugen_cli.sampling.trained import decode_images, load_autoencoder
 from vugen_cli.vlm.frozen import vlm_of
 
 GRID_IMAGES = 16
 COLUMNS = 8
-BATCH = 8
+DECODE_BATCH = 8
 
 
 class Fidelity(Record):
@@ -117,7 +117,7 @@ def reconstruct(
     shown: dict[str, dict[int, Tensor]] = {name: {} for name in ("original", *ways)}
     bar = tqdm(total=source.total, desc="reconstruct", unit="image", disable=not is_first())
     with bar as progress, torch.no_grad():
-        for indices, chunk in image_batches(source, BATCH):
+        for indices, chunk in image_batches(source, DECODE_BATCH):
             squares = [adm_crop(i.transpose(1, 2, 0), size).copy() for i in chunk]
             originals = torch.stack([torch.from_numpy(i).permute(2, 0, 1) for i in squares])
             pictures = {"original": originals}
@@ -138,7 +138,7 @@ def reconstruct(
                 shown[name] = {index: rows[index] for index in sorted(rows)[:GRID_IMAGES]}
             progress.update(len(originals) * world_size())
     source.merge()
-    for others in to_first((reference, moments, quality, shown))[1:]:
+    for others in gather((reference, moments, quality, shown))[1:]:
         reference.merge(others[0])
         for name in ways:
             moments[name].merge(others[1][name])
@@ -148,7 +148,7 @@ def reconstruct(
     if not source.count:
         raise VugenError(f"no readable image in {images}")
     if not is_first():
-        return from_first(None)
+        return broadcast(None)
     figures: dict[str, dict[str, float | None]] = {}
     for name, of_image in quality.items():
         rows_of = [of_image[index] for index in sorted(of_image)]
@@ -168,7 +168,7 @@ def reconstruct(
     write_json(out / "reconstruction.json", report.written())
     first = {name: [rows[index] for index in sorted(rows)[:GRID_IMAGES]] for name, rows in shown.items()}
     save_rows(first, out / "reconstruction.png")
-    return from_first(report)
+    return broadcast(report)
 
 
 def save_pictures(folder: Path, pictures: Tensor, indices: list[int]) -> None:

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from vugen_cli.errors import VugenError
 
-BATCH = 64  # images asked about together
+CHAT_BATCH = 64  # images asked about together
 
 
 def question_inputs(model: Any, processor: Any, images: Tensor, question: str) -> Any:
@@ -47,7 +47,7 @@ def ask(
         task: what a progress bar says; None: no bar.
     """
     answers: list[str] = []
-    for batch in tqdm(images.split(BATCH), desc=task, unit="batch", disable=task is None):
+    for batch in tqdm(images.split(CHAT_BATCH), desc=task, unit="batch", disable=task is None):
         inputs = question_inputs(model, processor, batch, question)
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         answers += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -164,7 +164,8 @@ class FrozenVLM:
                 f"{self.name} cannot be used: {self.decoder.config.num_hidden_layers - len(layers)} of its "
                 f"{self.decoder.config.num_hidden_layers} decoder layers keep no keys and values of their own"
             )
-        return Prefix([layer.keys for layer in layers], [layer.values for layer in layers], mask)
+        padded = any(len(row) < length for row in rows)
+        return Prefix([layer.keys for layer in layers], [layer.values for layer in layers], mask, padded)
 
     def card(self) -> VLMCard:
         """What a checkpoint notes of the VLM it was trained on, for `check`."""
@@ -238,7 +239,7 @@ def load_model(
         raise VugenError(f"no VLM at {path}: give a Hugging Face directory, a hub id (owner/name) or `nano`")
     if local and not (path / "config.json").is_file():
         raise VugenError(f"{path} has no config.json: it is not a Hugging Face model directory")
-    local = local or not reach_hub(name)
+    local = local or not reach_hub(name, "the VLM")
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 

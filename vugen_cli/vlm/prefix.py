@@ -14,11 +14,13 @@ class Prefix:
         keys: one tensor [B, kv_heads, T, head_dim] for each layer, rotary positions applied.
         values: likewise.
         mask: bool [B, T], False where a shorter prompt is padded.
+        padded: False if the mask is known to be True everywhere, so that nobody need ask a GPU.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     mask: Tensor
+    padded: bool = True
 
     @property
     def lengths(self) -> Tensor:
@@ -32,8 +34,10 @@ class Prefix:
             [torch.cat(keys) for keys in zip(*(p.keys for p in prefixes), strict=True)],
             [torch.cat(values) for values in zip(*(p.values for p in prefixes), strict=True)],
             torch.cat([p.mask for p in prefixes]),
+            any(p.padded for p in prefixes),
         )
 
     def rows(self, index: Tensor) -> "Prefix":
         """The prefixes of some rows, in that order."""
-        return Prefix([k[index] for k in self.keys], [v[index] for v in self.values], self.mask[index])
+        keys, values = [k[index] for k in self.keys], [v[index] for v in self.values]
+        return Prefix(keys, values, self.mask[index], self.padded)

@@ -9,7 +9,7 @@ from torch import nn
 from vugen_cli.engine.distributed import local
 
 
-class Average:
+class EMA:
     """An exponential moving average of a module's trained weights, in float32."""
 
     def __init__(self, module: nn.Module, decay: float):
