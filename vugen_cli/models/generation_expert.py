@@ -110,9 +110,9 @@ class GenerationExpert(nn.Module):
         config = copied.config
         if fresh:
             copied = fresh_decoder(decoder, width, mlp)
+        if config._attn_implementation == "sdpa":
+            copied.set_attn_implementation(FUSED)
         self.decoder: Any = without_dropout(copied).float().requires_grad_(True)
-        if self.decoder.config._attn_implementation == "sdpa":
-            self.decoder.set_attn_implementation(FUSED)
         width = width or config.hidden_size
         self.mrope = bool((getattr(config, "rope_parameters", None) or {}).get("mrope_section"))
         self.proj_in = nn.Linear(channels, width)

@@ -178,13 +178,11 @@ def vae_model(recipe: Recipe) -> Any:
     path = Path(name)
     if (path / "vae" / "config.json").is_file():
         path = path / "vae"
+    local = path.is_dir() or not reach_hub(name, "decoder.vae:")
     try:
-        local = path.is_dir() or not reach_hub(name)
         config = AutoencoderKL.load_config(str(path) if path.is_dir() else name, local_files_only=local)
         with torch.device("meta"):
             return AutoencoderKL.from_config(config)
-    except VugenError as error:
-        raise VugenError(f"decoder.vae: {str(error).removeprefix('the VLM ')}") from error
     except Exception as error:  # a foreign directory can fail in many ways
         raise VugenError(
             f"decoder.vae: {name} is not the config of an AutoencoderKL: {first_line(error)}"

@@ -35,7 +35,10 @@ def configured_vlm(name: str, recipe: Recipe) -> FrozenVLM:
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise VugenError(f"{path} has no config.json: it is not a Hugging Face model directory")
-    options = {"local_files_only": path.exists() or not reach_hub(name), "trust_remote_code": False}
+    options = {
+        "local_files_only": path.exists() or not reach_hub(name, "the VLM"),
+        "trust_remote_code": False,
+    }
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     source = str(path) if path.exists() else name
