@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache
 
-from vugen_cli.errors import VugenError
 from vugen_cli.models.embeddings import TimeEmbedding, grid_positions
 from vugen_cli.vlm.prefix import Prefix
 
@@ -66,9 +66,10 @@ class GenerationExpert(nn.Module):
         channels: of z̃.
         grid: (h, w) of z̃.
         fresh: start from new weights; otherwise from the decoder's.
-        width, mlp: hidden and feed-forward width of a slim expert, if not the decoder's; needs `fresh`.
-            Layers, heads and head size stay those of the decoder, whose keys and values it reads.
+        adaptive_norms: scale and shift what each norm gives by the time (AdaLN), by nothing at the start.
     """
+
+    reads = None  # no hidden states, but keys and values: what `FrozenVLM.prefix` is asked for
 
     def __init__(
         self,
@@ -76,8 +77,7 @@ class GenerationExpert(nn.Module):
         channels: int,
         grid: tuple[int, int],
         fresh: bool = False,
-        width: int | None = None,
-        mlp: int | None = None,
+        adaptive_norms: bool = False,
     ):
         super().__init__()
         words = decoder.get_input_embeddings()
@@ -85,9 +85,9 @@ class GenerationExpert(nn.Module):
         copied = copy.deepcopy(decoder, {id(words): nn.Identity()})
         config = copied.config
         if fresh:
-            copied = fresh_decoder(decoder, width, mlp)
+            copied = fresh_decoder(decoder)
         self.decoder: Any = without_dropout(copied).float().requires_grad_(True)
-        width = width or config.hidden_size
+        width = config.hidden_size
         self.sections = bool((getattr(config, "rope_parameters", None) or {}).get("mrope_section"))
         self.inward = nn.Linear(channels, width)
         self.time = TimeEmbedding(width)
@@ -95,6 +95,13 @@ class GenerationExpert(nn.Module):
         self.outward = nn.Linear(width, channels)
         nn.init.zeros_(self.outward.weight)
         nn.init.zeros_(self.outward.bias)
+        self.norms = norms_of(self.decoder) if adaptive_norms else []
+        if self.norms:
+            self.modulation = nn.Linear(width, 2 * width * len(self.norms))
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+        for norm in self.norms:
+            norm.register_forward_hook(_modulate)
 
     def forward(self, noised: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
         """Velocity [B, h, w, channels].
@@ -105,7 +112,12 @@ class GenerationExpert(nn.Module):
             prefix: of B prompts, from `FrozenVLM.prefix`.
         """
         batch, height, width, _ = noised.shape
-        tokens = self.inward(noised.flatten(1, 2)) + self.position + self.time(t)[:, None]
+        time = self.time(t)[:, None]
+        tokens = self.inward(noised.flatten(1, 2)) + self.position + time
+        if self.norms:
+            modulation = self.modulation(functional.silu(time)).chunk(2 * len(self.norms), -1)
+            for number, norm in enumerate(self.norms):
+                norm.time_scale, norm.time_bias = modulation[2 * number : 2 * number + 2]
         count = height * width
         positions = image_positions(prefix.lengths, height, width, self.sections)
         visible = torch.cat([prefix.mask, prefix.mask.new_ones(batch, count)], 1)
@@ -157,36 +169,22 @@ def image_positions(start: Tensor, height: int, width: int, sections: bool) -> T
     return start[None, :, None] + places[:, None]
 
 
-def fresh_decoder(decoder: Any, width: int | None, mlp: int | None) -> Any:
-    """A decoder of the same class with new weights, no vocabulary and, if given, other widths.
-
-    Raises:
-        VugenError: its class cannot be built at these widths.
-    """
+def fresh_decoder(decoder: Any) -> Any:
+    """A decoder of the same class and sizes with new weights and no vocabulary."""
     config = copy.deepcopy(decoder.config)
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
     config.vocab_size, config.pad_token_id = 1, None
-    config.head_dim, config.hidden_size = head, width or config.hidden_size
-    config.intermediate_size = mlp or config.intermediate_size
-    try:
-        slim = type(decoder)(config)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise VugenError(
-            f"a slim expert of width {width} does not fit {type(decoder).__name__}: {error}"
-        ) from error
-    slim.set_input_embeddings(nn.Identity())
-    for attention in slim.modules():
-        # Some attention layers take the head size from the width, whatever the config says.
-        if hasattr(attention, "q_proj") and getattr(attention, "head_dim", head) != head:
-            attention.head_dim, attention.scaling = head, head**-0.5
-            for name, projection in list(attention.named_children()):
-                if isinstance(projection, nn.Linear):
-                    size = head * (heads if name in ("q_proj", "o_proj") else config.num_key_value_heads)
-                    inward, outward = (
-                        (size, config.hidden_size) if name == "o_proj" else (config.hidden_size, size)
-                    )
-                    fitted = nn.Linear(inward, outward, bias=projection.bias is not None)
-                    nn.init.normal_(fitted.weight, std=config.initializer_range)
-                    setattr(attention, name, fitted)
-    return slim
+    fresh = type(decoder)(config)
+    fresh.set_input_embeddings(nn.Identity())
+    return fresh
+
+
+def norms_of(decoder: Any) -> list[nn.Module]:
+    """The norms over the decoder's width, whatever its family calls them."""
+    shape = (decoder.config.hidden_size,)
+    norms = [module for module in decoder.modules() if "norm" in type(module).__name__.lower()]
+    return [norm for norm in norms if getattr(getattr(norm, "weight", None), "shape", None) == shape]
+
+
+def _modulate(norm: Any, _args: Any, output: Tensor) -> Tensor:
+    """Forward hook of an adaptive norm; scale and bias [B, 1, width] are those of this pass's times."""
+    return torch.addcmul(norm.time_bias, output.to(norm.time_bias.dtype), 1 + norm.time_scale)

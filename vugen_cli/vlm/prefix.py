@@ -1,6 +1,6 @@
-"""What the generation expert reads of a prompt: keys and values of every layer."""
+"""What the generation expert reads of a prompt: keys and values of every layer, or hidden states of some."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ class Prefix:
         keys: one tensor [B, kv_heads, T, head_dim] for each layer, rotary positions applied.
         values: likewise.
         mask: bool [B, T], False where a shorter prompt is padded.
+        hidden: instead of both, the hidden states that were asked for, [B, T, D] each.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     mask: Tensor
+    hidden: list[Tensor] = field(default_factory=list)
 
     @property
     def lengths(self) -> Tensor:
@@ -32,8 +34,14 @@ class Prefix:
             [torch.cat(keys) for keys in zip(*(p.keys for p in prefixes), strict=True)],
             [torch.cat(values) for values in zip(*(p.values for p in prefixes), strict=True)],
             torch.cat([p.mask for p in prefixes]),
+            [torch.cat(hidden) for hidden in zip(*(p.hidden for p in prefixes), strict=True)],
         )
 
     def rows(self, index: Tensor) -> "Prefix":
         """The prefixes of some rows, in that order."""
-        return Prefix([k[index] for k in self.keys], [v[index] for v in self.values], self.mask[index])
+        return Prefix(
+            [k[index] for k in self.keys],
+            [v[index] for v in self.values],
+            self.mask[index],
+            [h[index] for h in self.hidden],
+        )
