@@ -6,10 +6,10 @@
     OMP_NUM_THREADS=1 python benchmarks/expert_loss.py --data latents [--steps 300] [--seeds 3] \
         --arm "lr=2.4e-3 init=fresh" --arm "lr=2.4e-3 kind=dit depth=4 mlp=505"
 
-An arm is a learning rate and settings of the recipe's `expert`. Each trains an expert for the bundled nano VLM as
-`vugen train-sampler` does (AdamW, warm-up, cool-down, a tenth of the prompts dropped, bfloat16), arms in turn
-within a seed. The loss is the velocity's mean squared error over six times and 512 held-out latents. The two
-arms above have 4,980,760 parameters each.
+An arm is a learning rate and settings of the recipe's `expert`. Each trains an expert for the bundled nano
+VLM as `vugen train-sampler` does (AdamW, warm-up, cool-down, a tenth of the prompts dropped, bfloat16), arms
+in turn within a seed. The loss is the velocity's mean squared error over six times and 512 held-out latents.
+The two arms above have 4,980,760 parameters each.
 """
 
 import argparse

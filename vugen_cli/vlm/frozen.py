@@ -6,6 +6,7 @@ Nothing here changes a weight: parameters do not require gradients and every pas
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,7 +142,7 @@ class FrozenVLM:
             "position_ids": torch.arange(length, device=self.device).expand(len(rows), -1),
         }
         if hidden is not None:
-            return Prefix([], [], mask, self._hidden_states(inputs, hidden))
+            return Prefix([], [], mask, self._layer_inputs(inputs, hidden))
         cache = DynamicCache()  # no config: sliding-window layers must keep the whole prompt too
         try:
             self.decoder(**inputs, past_key_values=cache, use_cache=True)
@@ -162,17 +163,30 @@ class FrozenVLM:
             )
         return Prefix([layer.keys for layer in layers], [layer.values for layer in layers], mask)
 
-    def _hidden_states(self, inputs: dict[str, Tensor], numbers: Sequence[int]) -> list[Tensor]:
+    def _layer_inputs(self, inputs: dict[str, Tensor], numbers: Sequence[int]) -> list[Tensor]:
         """What goes into the decoder's layers of these numbers, [B, T, D] each."""
-        states = self.decoder(**inputs, use_cache=False, output_hidden_states=True).hidden_states
-        if not states:
-            raise VugenError(
-                f"{self.name} cannot be used: its decoder gives neither keys and values of a prompt nor the "
-                "hidden states of its layers"
-            )
+        count = self.decoder.config.num_hidden_layers
+        stacks = [m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        if not stacks:
+            raise VugenError(f"{self.name} cannot be used: no list of {count} layers in its decoder")
+        seen: dict[int, Tensor] = {}
+
+        def keep(number: int, _layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            seen[number] = args[0] if args else kwargs["hidden_states"]
+
+        # Not `output_hidden_states`, whose hooks transformers leaves on the model, and so on a copy of it.
+        hooks = [
+            stacks[0][number].register_forward_pre_hook(partial(keep, number), with_kwargs=True)
+            for number in set(numbers)
+        ]
+        try:
+            self.decoder(**inputs, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
         # Gemma 3n carries several streams [streams, B, T, D], of which its layers read one.
         active = getattr(self.decoder.config, "altup_active_idx", 0)
-        return [state if state.ndim == 3 else state[active] for state in (states[n] for n in numbers)]
+        return [seen[number] if seen[number].ndim == 3 else seen[number][active] for number in numbers]
 
     def card(self) -> VLMCard:
         """What a checkpoint notes of the VLM it was trained on, for `check`."""
