@@ -20,8 +20,9 @@ from statistics import mean, median
 import torch
 from torch import nn
 
+from vugen_cli.card import LatentsCard
 from vugen_cli.data.loader import ShardedImages, training_batches
-from vugen_cli.engine.loop import learning_rate, parameter_groups
+from vugen_cli.engine.optimizer import learning_rate, parameter_groups
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.recipe import Training, load_recipe
@@ -69,7 +70,8 @@ def run(vlm: FrozenVLM, data: Path, arm: str, steps: int, seed: int) -> tuple[fl
     images, held_out = ShardedImages(data, latents=True), ShardedImages(data, "val", latents=True)
     made = images.manifest["latents"]
     torch.manual_seed(seed)
-    expert = new_expert(vlm, made, recipe.expert).train()
+    latents = LatentsCard(channels=made["channels"], grid=made["grid"], width=0)
+    expert = new_expert(vlm, latents, recipe.expert).train()
     if isinstance(expert, GenerationExpert):
         expert.decoder.set_attn_implementation("eager")  # as `train_sampler` does on a CPU
     optimizer = torch.optim.AdamW(parameter_groups(expert, 0.01), lr=rate, betas=(0.9, 0.98), fused=True)

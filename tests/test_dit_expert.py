@@ -13,6 +13,7 @@ from conftest import tiny_overrides
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from vugen_cli.card import LatentsCard
 from vugen_cli.checkpoint import read_card
 from vugen_cli.engine.compiling import compile_layers
 from vugen_cli.engine.distributed import blocks, recompute
@@ -40,7 +41,8 @@ def wake(module: nn.Module) -> Any:
 
 def dit(vlm: FrozenVLM) -> DiTExpert:
     torch.manual_seed(0)
-    expert = new_expert(vlm, {"channels": 4, "grid": [8, 8]}, Expert(kind="dit", **SIZES))  # type: ignore[arg-type]
+    latents = LatentsCard(channels=4, grid=(8, 8), width=32)
+    expert = new_expert(vlm, latents, Expert(kind="dit", **SIZES))  # type: ignore[arg-type]
     assert isinstance(expert, DiTExpert)
     return expert.eval()
 
@@ -165,7 +167,7 @@ def test_a_dit_trains_and_its_checkpoint_draws(
     out = train_sampler(
         recipe, trained / "reducer.safetensors", scenes, tmp_path / "s.safetensors", torch.device("cpu")
     )
-    assert read_card(out)["recipe"]["expert"]["kind"] == "dit"
+    assert read_card(out).recipe["expert"]["kind"] == "dit"
     sampler = load_sampler(out)
     assert isinstance(sampler.expert, DiTExpert) and len(blocks(sampler.expert)) == 3
     assert any(p.any() for p in sampler.expert.proj_out.parameters())

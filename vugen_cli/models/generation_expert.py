@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
+from vugen_cli.errors import VugenError
 from vugen_cli.models.embeddings import TimeEmbedding, grid_positions
 from vugen_cli.vlm.prefix import Prefix
 
@@ -179,10 +180,19 @@ def fresh_decoder(decoder: Any) -> Any:
 
 
 def norms_of(decoder: Any) -> list[nn.Module]:
-    """The norms over the decoder's width, whatever its family calls them."""
+    """The norms over the decoder's width, whatever its family calls them.
+
+    Raises:
+        VugenError: there are none.
+    """
     shape = (decoder.config.hidden_size,)
-    norms = [module for module in decoder.modules() if "norm" in type(module).__name__.lower()]
-    return [norm for norm in norms if getattr(getattr(norm, "weight", None), "shape", None) == shape]
+    named = [module for module in decoder.modules() if "norm" in type(module).__name__.lower()]
+    norms = [norm for norm in named if getattr(getattr(norm, "weight", None), "shape", None) == shape]
+    if not norms:
+        raise VugenError(
+            f"expert.adaptive_norms: {type(decoder).__name__} has no norms over its width; set it to false"
+        )
+    return norms
 
 
 def _modulate(norm: Any, _args: Any, output: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vugen_cli.card import Card, VLMCard
 from vugen_cli.checkpoint import combined_digest, weight_digests
