@@ -1,4 +1,4 @@
-"""The cached prompt beside joint mixture-of-transformers code, for training and for sampling.
+"""The cached prompt beside joint mixture-of-transformers code, in training and sampling; and both experts.
 
     python benchmarks/expert.py [--width 512] [--layers 8] [--batch 8] [--device cuda]
 
@@ -7,6 +7,7 @@ trains both; here also with the prompt's weights frozen). Each variant runs in a
 its peak memory is its own: added by the step to what the models take. Goals at 128 prompt and 256 image
 tokens: training 1.25x joint code with both streams trainable and never slower than joint code with the
 prompt frozen, at lower peak memory than both; sampling in 25 steps 1.4x; velocities agree to 1e-4.
+`dit` is the other expert, of as many parameters, reading hidden states: goal, no slower than `cached`.
 """
 
 import argparse
@@ -23,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vugen_cli.models.dit_expert import DiTExpert, spread
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.vlm.prefix import Prefix
 
-TRAINING = ("cached", "joint", "joint, prompt frozen", "cached, prompt under autograd")
-SAMPLING = ("sample cached", "sample joint")
+TRAINING = ("cached", "joint", "joint, prompt frozen", "cached, prompt under autograd", "dit")
+SAMPLING = ("sample cached", "sample joint", "sample dit")
 PROMPT, GRID, CHANNELS, STEPS = 128, (16, 16), 16, 25
 
 
@@ -60,14 +62,17 @@ def main() -> None:
     for variant in TRAINING[1:]:
         print(f"training, cached against {variant}: {found[variant]['seconds'] / cached:.2f}x the speed")
     print(f"sampling, cached against joint: {found['sample joint']['seconds'] / sampled:.2f}x the speed")
+    print(f"sampling, cached against dit: {found['sample dit']['seconds'] / sampled:.2f}x the speed")
+    copied, dit = (sum(p.numel() for p in models(options, dit)[1].parameters()) for dit in (False, True))
+    print(f"parameters: copy {copied / 1e6:.1f} M, dit {dit / 1e6:.1f} M")
     print(f"largest difference of the velocities: {agreement(options):.1e}")
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """Median seconds of a step (or of one sampling run) and the MB that it adds."""
-    language, expert = models(options)
-    ids, x, t, target = batch_of(options)
     kind = options.variant
+    language, expert = models(options, "dit" in kind)
+    ids, x, t, target = batch_of(options)
     both = kind in ("joint", "cached, prompt under autograd")
     language.requires_grad_(both)
     trained = [*expert.parameters(), *(language.parameters() if kind == "joint" else [])]
@@ -77,7 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         if "joint" in kind:
             return joint(language, expert, ids, noised, time_)
         with torch.set_grad_enabled(both):
-            prefix = prefix_of(language, ids)
+            prefix = prefix_of(language, ids, expert.reads)
         return expert(noised, time_, prefix)
 
     def train() -> None:
@@ -87,7 +92,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
     @torch.no_grad()
     def sample() -> None:
-        prefix = None if "joint" in kind else prefix_of(language, ids)
+        prefix = None if "joint" in kind else prefix_of(language, ids, expert.reads)
         state = x
         for step in range(STEPS):
             now = torch.full_like(t, step / STEPS)
@@ -118,8 +123,8 @@ def resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def models(options: argparse.Namespace) -> tuple[Any, GenerationExpert]:
-    """A language model and its expert, the output woken from zero."""
+def models(options: argparse.Namespace, dit: bool = False) -> tuple[Any, Any]:
+    """A language model and its expert, a copy or a DiT of as many parameters, the output woken from zero."""
     from transformers import LlamaConfig, LlamaModel
 
     torch.manual_seed(0)
@@ -131,6 +136,14 @@ def models(options: argparse.Namespace) -> tuple[Any, GenerationExpert]:
         num_attention_heads=options.width // 64,
     )
     language = LlamaModel(config).to(options.device)
+    if dit:
+        # As many in 3/4 the depth: the copy has 16 width² weights a layer, a DiT 12 width² + 3 width mlp.
+        depth = 3 * options.layers // 4
+        mlp = round((16 * options.layers / depth - 12) / 3 * options.width)
+        reads = spread(options.layers, depth)
+        other = DiTExpert(CHANNELS, reads, options.width, options.width, options.width // 64, mlp)
+        nn.init.normal_(other.proj_out.weight, std=0.02)
+        return language, other.to(options.device)
     expert = GenerationExpert(language, CHANNELS, GRID).to(options.device)
     nn.init.normal_(expert.proj_out.weight, std=0.02)
     return language, expert
@@ -150,13 +163,16 @@ def batch_of(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tenso
     return ids, x, t, target
 
 
-def prefix_of(language: Any, ids: Tensor) -> Prefix:
-    """The prompt's keys and values, as `FrozenVLM.prefix` takes them."""
+def prefix_of(language: Any, ids: Tensor, hidden: list[int] | None = None) -> Prefix:
+    """The prompt's keys and values, or hidden states, as `FrozenVLM.prefix` takes them."""
     from transformers import DynamicCache
 
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if hidden is not None:
+        states = language(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+        return Prefix([], [], mask, False, [states[number] for number in hidden])
     cache = DynamicCache()
     language(input_ids=ids, past_key_values=cache, use_cache=True)
-    mask = torch.ones_like(ids, dtype=torch.bool)
     return Prefix(
         [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], mask, False
     )

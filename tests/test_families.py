@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from vugen_cli.checkpoint import read_card
 from vugen_cli.errors import VugenError
+from vugen_cli.models.dit_expert import DiTExpert
 from vugen_cli.models.generation_expert import GenerationExpert, image_positions
 from vugen_cli.recipe import Recipe, load_recipe
 from vugen_cli.sampling.trained import load_sampler
@@ -109,8 +110,9 @@ def test_both_stages_train_and_a_sampler_draws(family: FrozenVLM, scenes: Path, 
             *tiny_overrides(Path(family.name)),
             "train_reducer.steps=1",
             "train_sampler.steps=1",
-            "expert.init=fresh",
+            "expert.kind=dit",
             "expert.width=32",
+            "expert.heads=2",
             "expert.mlp=48",
             "instruction=Draw {prompt}.",
         ],
@@ -120,7 +122,7 @@ def test_both_stages_train_and_a_sampler_draws(family: FrozenVLM, scenes: Path, 
     reducer = train_reducer(recipe, scenes, tmp_path / "r.safetensors", device)
     out = train_sampler(recipe, reducer, scenes, tmp_path / "s.safetensors", device)
     sampler = load_sampler(out)
-    assert sampler.expert.proj_in.out_features == 32
+    assert isinstance(sampler.expert, DiTExpert) and sampler.expert.proj_in.out_features == 32
     images = [image for _, _, image in sampler.sample(["a bear"])]
     assert images[0].shape == (3, 64, 64)
     with safe_open(out, "pt") as file:
@@ -165,11 +167,6 @@ def test_the_instruction_wraps_the_prompt_but_not_the_empty_one(llava: Path) -> 
     assert told.prompts.text("") == plain.prompts.text("")
     with pytest.raises(VugenError, match="instruction"):
         load_recipe(None, ["instruction=Draw it"])
-
-
-def test_a_slim_expert_cannot_start_from_the_vlms_weights() -> None:
-    with pytest.raises(VugenError, match=r"expert\.init=fresh"):
-        load_recipe(None, ["expert.width=32"])
 
 
 def test_a_mismatched_vlm_is_taken_only_when_asked_for(trained: Path, tmp_path: Path) -> None:

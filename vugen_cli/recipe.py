@@ -181,23 +181,36 @@ class VAE(Section):
 
 
 class Expert(Section):
-    """The generation expert: the image tokens' own copy of the language model's decoder."""
+    """The generation expert: the image tokens' own copy of the language model's decoder, or a diffusion
+    transformer of any size that reads the decoder's hidden states.
+    """
 
-    init: Literal["vlm", "fresh"] = Field("vlm", description="start from the VLM's weights or from noise")
-    width: PositiveInt | None = Field(
-        None, description="hidden width of a slim expert (init: fresh); default: the VLM decoder's"
+    kind: Literal["copy", "dit"] = Field(
+        "copy",
+        description="`copy` needs a decoder whose layers all keep keys and values; `dit` works beside any",
     )
+    init: Literal["vlm", "fresh"] = Field(
+        "vlm", description="of the copy: start from the VLM's weights or from noise"
+    )
+    adaptive_norms: bool = Field(
+        False, description="of the copy: scale and shift each norm by the time; at first they change nothing"
+    )
+    width: PositiveInt | None = Field(None, description="of the DiT; default: the VLM decoder's")
+    depth: PositiveInt | None = Field(None, description="blocks of the DiT; default: the decoder's layers")
+    heads: PositiveInt | None = Field(None, description="of the DiT; default: one for every 64 of its width")
     mlp: PositiveInt | None = Field(
-        None, description="width of its feed-forward layers (init: fresh); default: the VLM decoder's"
+        None, description="inner width of the DiT's SwiGLU; default: 8/3 of its width"
     )
 
     @model_validator(mode="after")
-    def _slim_is_fresh(self) -> "Expert":
-        if self.init == "vlm" and (self.width or self.mlp):
+    def _sizes_are_of_the_dit(self) -> "Expert":
+        if self.kind == "copy" and (self.width or self.depth or self.heads or self.mlp):
             raise ValueError(
-                "a slim expert (expert.width, expert.mlp) cannot start from the VLM's weights: "
-                "set expert.init=fresh"
+                "a copy has the sizes of the VLM's decoder: for expert.width, depth, heads or mlp set "
+                "expert.kind=dit"
             )
+        if self.kind == "dit" and self.adaptive_norms:
+            raise ValueError("expert.adaptive_norms is of expert.kind=copy: a dit has its own, leave it out")
         return self
 
 

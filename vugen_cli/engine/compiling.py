@@ -82,11 +82,14 @@ def compile_layers(
 
 def _own_prefix(number: int, _layer: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
     """Give a layer its part of the prefix as data: one that used its number would be compiled by itself."""
+    if inputs["attention_mask"] is not None:
+        _varies(inputs["attention_mask"], 3)
+    if "past_key_values" not in inputs:  # a DiT's block is called with its part
+        _varies(inputs["prompt"], 1)
+        return args, inputs
     prefix = inputs["past_key_values"].layer(number)
     _varies(prefix.keys, 2)
     _varies(prefix.values, 2)
-    if inputs["attention_mask"] is not None:
-        _varies(inputs["attention_mask"], 3)
     return args, {**inputs, "past_key_values": prefix}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -90,9 +91,10 @@ class GenerationExpert(nn.Module):
         channels: of z̃.
         grid: (h, w) of z̃.
         fresh: start from new weights; otherwise from the decoder's.
-        width, mlp: hidden and feed-forward width of a slim expert, if not the decoder's; needs `fresh`.
-            Layers, heads and head size stay those of the decoder, whose keys and values it reads.
+        adaptive_norms: scale and shift what each norm gives by the time (AdaLN), by nothing at the start.
     """
+
+    reads = None  # no hidden states, but keys and values: what `FrozenVLM.prefix` is asked for
 
     def __init__(
         self,
@@ -100,8 +102,7 @@ class GenerationExpert(nn.Module):
         channels: int,
         grid: tuple[int, int],
         fresh: bool = False,
-        width: int | None = None,
-        mlp: int | None = None,
+        adaptive_norms: bool = False,
     ):
         super().__init__()
         words = decoder.get_input_embeddings()
@@ -109,11 +110,11 @@ class GenerationExpert(nn.Module):
         copied = copy.deepcopy(decoder, {id(words): nn.Identity()})
         config = copied.config
         if fresh:
-            copied = fresh_decoder(decoder, width, mlp)
+            copied = fresh_decoder(decoder)
         if config._attn_implementation == "sdpa":
             copied.set_attn_implementation(FUSED)
         self.decoder: Any = without_dropout(copied).float().requires_grad_(True)
-        width = width or config.hidden_size
+        width = config.hidden_size
         self.mrope = bool((getattr(config, "rope_parameters", None) or {}).get("mrope_section"))
         self.proj_in = nn.Linear(channels, width)
         self.time_embed = TimeEmbedding(width)
@@ -121,6 +122,13 @@ class GenerationExpert(nn.Module):
         self.proj_out = nn.Linear(width, channels)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
+        self.norms = norms_of(self.decoder) if adaptive_norms else []
+        if self.norms:
+            self.modulation = nn.Linear(width, 2 * width * len(self.norms))
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+        for norm in self.norms:
+            norm.register_forward_hook(_modulate)
 
     def forward(self, noised: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
         """Velocity [B, h, w, channels].
@@ -131,10 +139,13 @@ class GenerationExpert(nn.Module):
             prefix: of B prompts, from `FrozenVLM.prefix`.
         """
         _, height, width, _ = noised.shape
+        time = self.time_embed(t)[:, None]  # [B, 1, width]
         # N = h w image tokens follow T of the prompt, padding included.
-        tokens = (
-            self.proj_in(noised.flatten(1, 2)) + self.pos_embed + self.time_embed(t)[:, None]
-        )  # [B, N, width]
+        tokens = self.proj_in(noised.flatten(1, 2)) + self.pos_embed + time  # [B, N, width]
+        if self.norms:
+            modulation = self.modulation(functional.silu(time)).chunk(2 * len(self.norms), -1)
+            for number, norm in enumerate(self.norms):
+                norm.time_scale, norm.time_bias = modulation[2 * number : 2 * number + 2]
         positions = image_positions(prefix.lengths, height, width, self.mrope)
         hidden = self.decoder(
             inputs_embeds=tokens,
@@ -192,36 +203,31 @@ def image_positions(start: Tensor, height: int, width: int, sections: bool) -> T
     return start[None, :, None] + places[:, None]
 
 
-def fresh_decoder(decoder: Any, width: int | None, mlp: int | None) -> Any:
-    """A decoder of the same class with new weights, no vocabulary and, if given, other widths.
+def fresh_decoder(decoder: Any) -> Any:
+    """A decoder of the same class and sizes with new weights and no vocabulary."""
+    config = copy.deepcopy(decoder.config)
+    config.vocab_size, config.pad_token_id = 1, None
+    fresh = type(decoder)(config)
+    fresh.set_input_embeddings(nn.Identity())
+    return fresh
+
+
+def norms_of(decoder: Any) -> list[nn.Module]:
+    """The norms over the decoder's width, whatever its family calls them.
 
     Raises:
-        VugenError: its class cannot be built at these widths.
+        VugenError: there are none.
     """
-    config = copy.deepcopy(decoder.config)
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    config.vocab_size, config.pad_token_id = 1, None
-    config.head_dim, config.hidden_size = head, width or config.hidden_size
-    config.intermediate_size = mlp or config.intermediate_size
-    try:
-        slim = type(decoder)(config)
-    except (ValueError, RuntimeError, TypeError) as error:
+    shape = (decoder.config.hidden_size,)
+    named = [module for module in decoder.modules() if "norm" in type(module).__name__.lower()]
+    norms = [norm for norm in named if getattr(getattr(norm, "weight", None), "shape", None) == shape]
+    if not norms:
         raise VugenError(
-            f"a slim expert of width {width} does not fit {type(decoder).__name__}: {error}"
-        ) from error
-    slim.set_input_embeddings(nn.Identity())
-    for attention in slim.modules():
-        # Some attention layers take the head size from the width, whatever the config says.
-        if hasattr(attention, "q_proj") and getattr(attention, "head_dim", head) != head:
-            attention.head_dim, attention.scaling = head, head**-0.5
-            for name, projection in list(attention.named_children()):
-                if isinstance(projection, nn.Linear):
-                    size = head * (heads if name in ("q_proj", "o_proj") else config.num_key_value_heads)
-                    width_in, width_out = (
-                        (size, config.hidden_size) if name == "o_proj" else (config.hidden_size, size)
-                    )
-                    fitted = nn.Linear(width_in, width_out, bias=projection.bias is not None)
-                    nn.init.normal_(fitted.weight, std=config.initializer_range)
-                    setattr(attention, name, fitted)
-    return slim
+            f"expert.adaptive_norms: {type(decoder).__name__} has no norms over its width; set it to false"
+        )
+    return norms
+
+
+def _modulate(norm: Any, _args: Any, output: Tensor) -> Tensor:
+    """Forward hook of an adaptive norm; scale and bias [B, 1, width] are those of this pass's times."""
+    return torch.addcmul(norm.time_bias, output.to(norm.time_bias.dtype), 1 + norm.time_scale)

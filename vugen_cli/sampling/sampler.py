@@ -15,6 +15,7 @@ from vugen_cli.engine.distributed import blocks
 from vugen_cli.engine.precision import passes
 from vugen_cli.flow import Solver, at, solve
 from vugen_cli.models.autoencoder import Autoencoder, ImageDecoder
+from vugen_cli.models.dit_expert import DiTExpert
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.recipe import Sampling, parse_recipe
 from vugen_cli.seeds import seeded_noise
@@ -39,7 +40,7 @@ class Sampler:
     def __init__(
         self,
         vlm: FrozenVLM,
-        expert: GenerationExpert,
+        expert: GenerationExpert | DiTExpert,
         autoencoder: Autoencoder,
         card: Card,
         path: str | Path,
@@ -83,7 +84,11 @@ class Sampler:
     @cached_property
     def unconditional(self) -> Prefix:
         """The empty prompt's prefix, of one row."""
-        return self.vlm.prefix([""], WIDTH)
+        return self._prefix("", WIDTH)
+
+    def _prefix(self, prompt: str, width: int) -> Prefix:
+        """What the expert reads of a prompt, padded to `width` tokens, of one row."""
+        return self.vlm.prefix([prompt], width, hidden=self.expert.reads)
 
     def settings(
         self, steps: int | None = None, guidance: float | None = None, solver: Solver | None = None
@@ -126,7 +131,7 @@ class Sampler:
             while batch := list(islice(jobs, SAMPLE_BATCH)):
                 wanted = list(dict.fromkeys(p for p, _ in batch))
                 with self.passes():
-                    known = {p: known.get(p) or self.vlm.prefix([prompts[p]], width) for p in wanted}
+                    known = {p: known.get(p) or self._prefix(prompts[p], width) for p in wanted}
                     rows = torch.tensor([wanted.index(p) for p, _ in batch], device=self.vlm.device)
                     prefix = Prefix.join([known[p] for p in wanted]).rows(rows)
                     images = self._draw([(seed, prompts[p], i) for p, i in batch], prefix, settings)

@@ -14,6 +14,7 @@ from vugen_cli.files import bundle
 from vugen_cli.flow import Solver
 from vugen_cli.hub import reach_hub
 from vugen_cli.models.autoencoder import Autoencoder
+from vugen_cli.models.dit_expert import DiTExpert, spread
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import Expert, parse_recipe
@@ -147,23 +148,36 @@ def save_sampler(sampler: Sampler, path: Path) -> None:
     )
 
 
-def new_expert(vlm: FrozenVLM, latents: LatentsCard, recipe: Expert) -> GenerationExpert:
+def new_expert(vlm: FrozenVLM, latents: LatentsCard, recipe: Expert) -> GenerationExpert | DiTExpert:
     """An untrained generation expert on the VLM's device.
 
     Args:
-        vlm: whose decoder it copies.
+        vlm: whose decoder it copies, or whose hidden states it reads.
         latents: of a checkpoint's card: `channels` and `grid` of z̃.
-        recipe: where it starts from, and its widths.
+        recipe: its kind, and where it starts from or its sizes.
+
+    Raises:
+        VugenError: the recipe's sizes do not fit together.
     """
-    expert = GenerationExpert(
+    if recipe.kind == "dit":
+        layers, width = vlm.decoder.config.num_hidden_layers, vlm.decoder.config.hidden_size
+        dit = DiTExpert(
+            latents.channels,
+            reads=spread(layers, recipe.depth or layers),
+            prompt_width=width,
+            width=recipe.width or width,
+            heads=recipe.heads,
+            mlp=recipe.mlp,
+        )
+        return dit.to(vlm.device)
+    copied = GenerationExpert(
         vlm.decoder,
         latents.channels,
         latents.grid,
         fresh=recipe.init == "fresh",
-        width=recipe.width,
-        mlp=recipe.mlp,
+        adaptive_norms=recipe.adaptive_norms,
     )
-    return expert.to(vlm.device)
+    return copied.to(vlm.device)
 
 
 def load_vae(name: str, device: torch.device) -> FrozenVAE:

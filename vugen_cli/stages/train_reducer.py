@@ -57,7 +57,8 @@ def train_reducer(
     images = open_images(data, recipe)
     size = recipe.decoder.image_size or images.size
     vlm = load_vlm(recipe.vlm, device, recipe)
-    vlm.prefix([""])  # stage 2 needs it: a VLM that has none must not cost hours first
+    # Stage 2 needs it: a VLM that has none must not cost hours first.
+    vlm.prefix([""], hidden=[0] if recipe.expert.kind == "dit" else None)
     vae = load_vae(recipe.decoder.vae, device) if recipe.decoder.vae else None
     shown = held_out_images(images, size)
     if recipe.reducer.kind == "vae" and vae:

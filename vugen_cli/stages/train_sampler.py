@@ -16,6 +16,7 @@ from vugen_cli.engine.profiling import mark
 from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
+from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe
@@ -65,7 +66,7 @@ def train_sampler(
     if further:
         load_weights(expert, select(stored, "expert"), reducer)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
-    if device.type == "cpu":
+    if device.type == "cpu" and isinstance(expert, GenerationExpert):
         expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
     settings = recipe.train_sampler
     layers = blocks(expert)
@@ -83,7 +84,7 @@ def train_sampler(
             tokens = [vlm.prompts.caption_tokens(caption) for caption in batch.captions]
             batch.tokens, batch.cut = [ids for ids, _ in tokens], sum(cut for _, cut in tokens)
         prompts = ["" if drop else ids for ids, drop in zip(batch.tokens, dropped.tolist(), strict=True)]
-        prefix = vlm.prefix(prompts, multiple=ALIGNED if device.type == "cuda" else 1)
+        prefix = vlm.prefix(prompts, multiple=ALIGNED if device.type == "cuda" else 1, hidden=expert.reads)
         with torch.no_grad():
             target = batch.images.float() if images.latents else autoencoder.encode(vlm, batch.images)
         mark("frozen VLM")

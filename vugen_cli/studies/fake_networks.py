@@ -15,6 +15,7 @@ from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.hub import reach_hub
 from vugen_cli.metrics.lpips import LAYERS, lpips_of, vgg16
 from vugen_cli.models.autoencoder import Autoencoder
+from vugen_cli.models.dit_expert import DiTExpert
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import PictureLosses, Recipe, Training
@@ -66,9 +67,9 @@ class FakeNetworks:
         self.latents = [*grid, latents.channels]
         with torch.device("meta"):
             expert = new_expert(meta, latents, recipe.expert)
-        if not gpu:
+        if not gpu and isinstance(expert, GenerationExpert):
             expert.decoder.set_attn_implementation("eager")
-        self.expert: GenerationExpert = faked(expert)
+        self.expert: GenerationExpert | DiTExpert = faked(expert)
         if recipe.engine.recompute:
             recompute(blocks(self.expert))
 
@@ -142,7 +143,7 @@ class FakeNetworks:
 
     def prefix(self, count: int) -> Prefix:
         """Of some prompts."""
-        return self.vlm.prefix([[0] * self.prompt_tokens] * count)
+        return self.vlm.prefix([[0] * self.prompt_tokens] * count, hidden=self.expert.reads)
 
     def _cost(self, step: Callable[[int], Tensor], settings: Training, module: nn.Module) -> Cost:
         module.train()

@@ -6,12 +6,13 @@ Nothing here changes a weight: parameters do not require gradients and every pas
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vugen_cli.card import Card, VLMCard
 from vugen_cli.checkpoint import combined_digest, weight_digests
@@ -115,7 +116,11 @@ class FrozenVLM:
 
     @torch.no_grad()
     def prefix(
-        self, prompts: Sequence[str | list[int]], length: int | None = None, multiple: int = 1
+        self,
+        prompts: Sequence[str | list[int]],
+        length: int | None = None,
+        multiple: int = 1,
+        hidden: Sequence[int] | None = None,
     ) -> Prefix:
         """Keys and values of some prompts in every layer; the empty prompt is the unconditional one.
 
@@ -123,6 +128,7 @@ class FrozenVLM:
             prompts: texts, put into the chat template, or their token ids.
             length: pad to this many tokens; default the longest of the prompts,
             multiple: rounded up to a multiple of this.
+            hidden: instead of keys and values, the inputs of the layers of these numbers.
 
         Raises:
             VugenError: a prompt is too long, or the decoder has layers without keys and values.
@@ -143,29 +149,58 @@ class FrozenVLM:
             visible = torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device)
             visible = visible.masked_fill(~mask, torch.finfo(visible.dtype).min)[:, None, None]
             visible = visible.expand(-1, -1, length, -1)
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": visible,
+            "position_ids": torch.arange(length, device=self.device).expand(len(rows), -1),
+        }
+        padded = any(len(row) < length for row in rows)
+        if hidden is not None:
+            return Prefix([], [], mask, padded, self._layer_inputs(inputs, hidden))
         cache = DynamicCache()  # no config: sliding-window layers must keep the whole prompt too
         try:
-            self.decoder(
-                input_ids=ids,
-                attention_mask=visible,
-                position_ids=torch.arange(length, device=self.device).expand(len(rows), -1),
-                past_key_values=cache,
-                use_cache=True,
-            )
+            self.decoder(**inputs, past_key_values=cache, use_cache=True)
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             kinds = set(getattr(self.decoder.config, "layer_types", None) or []) - ATTENTION
             why = f"layers of {', '.join(sorted(kinds))}" if kinds else first_line(error)
             raise VugenError(
-                f"{self.name} cannot be used: its decoder does not keep keys and values of a prompt ({why})"
+                f"{self.name} cannot have an expert of kind copy: its decoder does not keep keys and values "
+                f"of a prompt ({why}); set expert.kind=dit"
             ) from error
         layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
         if len(layers) != self.decoder.config.num_hidden_layers:
             raise VugenError(
-                f"{self.name} cannot be used: {self.decoder.config.num_hidden_layers - len(layers)} of its "
-                f"{self.decoder.config.num_hidden_layers} decoder layers keep no keys and values of their own"
+                f"{self.name} cannot have an expert of kind copy: "
+                f"{self.decoder.config.num_hidden_layers - len(layers)} of its "
+                f"{self.decoder.config.num_hidden_layers} decoder layers keep no keys and values of their "
+                "own; set expert.kind=dit"
             )
-        padded = any(len(row) < length for row in rows)
         return Prefix([layer.keys for layer in layers], [layer.values for layer in layers], mask, padded)
+
+    def _layer_inputs(self, inputs: dict[str, Tensor], numbers: Sequence[int]) -> list[Tensor]:
+        """What goes into the decoder's layers of these numbers, [B, T, D] each."""
+        count = self.decoder.config.num_hidden_layers
+        stacks = [m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        if not stacks:
+            raise VugenError(f"{self.name} cannot be used: no list of {count} layers in its decoder")
+        seen: dict[int, Tensor] = {}
+
+        def keep(number: int, _layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            seen[number] = args[0] if args else kwargs["hidden_states"]
+
+        # Not `output_hidden_states`, whose hooks transformers leaves on the model, and so on a copy of it.
+        hooks = [
+            stacks[0][number].register_forward_pre_hook(partial(keep, number), with_kwargs=True)
+            for number in set(numbers)
+        ]
+        try:
+            self.decoder(**inputs, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # Gemma 3n carries several streams [streams, B, T, D], of which its layers read one.
+        active = getattr(self.decoder.config, "altup_active_idx", 0)
+        return [seen[number] if seen[number].ndim == 3 else seen[number][active] for number in numbers]
 
     def card(self) -> VLMCard:
         """What a checkpoint notes of the VLM it was trained on, for `check`."""
