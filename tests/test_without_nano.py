@@ -47,7 +47,7 @@ def test_the_whole_line_runs_without_the_embedded_world(tmp_path: Path) -> None:
         sample "a red car" "a cat" -n 2
         reconstruct --images photos --count 4
         score --fid --features vlm
-        score --understanding --sampler sampler.safetensors --images photos
+        study understanding --sampler sampler.safetensors --images photos
     """
     steps = "\n".join(each.strip() for each in line.strip().splitlines())
     result = subprocess.run(
