@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,15 @@ def test_a_changed_recipe_does_not_resume(scenes: Path, tiny_recipe: Recipe, tmp
     with pytest.raises(VugenError, match=r"train_reducer\.lr: .* -> 0\.5.*delete.*--change-recipe"):
         train_reducer(changed(tiny_recipe, "train_reducer.lr=0.5"), scenes, out, CPU)
     assert not (tmp_path / "r.run" / "changes.jsonl").exists()
+
+
+def test_a_reducer_taken_up_with_other_parts_of_a_batch_is_refused(
+    scenes: Path, tiny_recipe: Recipe, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "reducer.run", tmp_path / "r.run")
+    parts = changed(tiny_recipe, "engine.accumulate=2", "train_reducer.steps=6")
+    with pytest.raises(VugenError, match="accumulate: None -> 2"):
+        train_reducer(parts, scenes, tmp_path / "r.safetensors", CPU)
 
 
 def test_a_changed_recipe_goes_on_when_told_and_the_change_is_kept(

@@ -98,7 +98,11 @@ def train_reducer(
         latents=LatentsCard(channels=module.reducer.channels, grid=grid, width=d),
         image_size=size,
     )
-    kept = {"reducer": fingerprint(module.reducer, "autoencoder.reducer.")} if reducer else {}
+    kept: dict[str, object] = {}
+    if reducer:
+        kept["reducer"] = fingerprint(module.reducer, "autoencoder.reducer.")
+    if recipe.engine.accumulate > 1 and module.reducer.trained:  # z̃ is normalised within each part of a batch
+        kept["accumulate"] = recipe.engine.accumulate
     resolved = (
         card.facts("vlm", "data", "latents", "image_size")
         | kept
