@@ -180,6 +180,24 @@ def new_expert(vlm: FrozenVLM, latents: LatentsCard, recipe: Expert) -> Generati
     return copied.to(vlm.device)
 
 
+@torch.no_grad()
+def try_expert(expert: GenerationExpert, vlm: FrozenVLM, latents: LatentsCard) -> None:
+    """Run a new expert once, on the empty prompt, before anything is trained.
+
+    Raises:
+        VugenError: the VLM's decoder, and so its copy, wants more than embeddings.
+    """
+    prefix = vlm.prefix([""])
+    noised = torch.zeros(1, *latents.grid, latents.channels, device=vlm.device)
+    try:
+        expert(noised, torch.zeros(1, device=vlm.device), prefix)
+    except Exception as error:  # the decoder's own code
+        raise VugenError(
+            f"{vlm.name} has a decoder whose copy does not run on image tokens ({first_line(error)}): "
+            "set expert.kind=dit"
+        ) from error
+
+
 def load_vae(name: str, device: torch.device) -> FrozenVAE:
     """Load an `AutoencoderKL`.
 
