@@ -111,7 +111,7 @@ def page(found: dict[str, Any]) -> str:
         text += (
             f"| {name} | {'works' if entry['result'] == WORKS else '`dit`'} | `{entry['tap']}` "
             f"| {rows}x{columns}x{entry['width']} | {billions(entry, 'parameters')} "
-            f"| {billions(entry, 'expert')} |\n"
+            f"| {billions(entry, 'expert') if entry['result'] == WORKS else ''} |\n"
         )
     text += SIZES
     for name, entry in found["sizes"].items():

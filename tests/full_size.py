@@ -5,6 +5,9 @@ layers a side and a small vocabulary, on random weights, since a forward on `met
 that a model looks at.
 """
 
+import vugen_cli.vlm  # noqa: F401 - repairs torchvision before transformers imports it
+
+# isort: split
 import copy
 from typing import Any
 
@@ -13,7 +16,6 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-import vugen_cli.vlm  # noqa: F401 - repairs torchvision before transformers imports it
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.vlm.frozen import stack_of
 from vugen_cli.vlm.latents import find_tap, read_latents, to_grid, vision_inputs

@@ -5,6 +5,9 @@ rules, and saves what a user has: weights, config, tokenizer and image processor
 rules stands in `OVERRIDES`, one line each.
 """
 
+import vugen_cli.vlm  # noqa: F401 - repairs torchvision before transformers imports it
+
+# isort: split
 import functools
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,9 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-import vugen_cli.vlm  # noqa: F401 - repairs torchvision before transformers imports it
-
+TYPES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 PATCH, SIDE = 8, 64  # pixels a patch, pixels an image: 8 x 8 patches
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
