@@ -295,9 +295,15 @@ class FrozenVLM:
 
 def stack_of(model: Any) -> Any:
     """The stack of decoder layers of a VLM's language model, without a vocabulary head."""
-    decoders = (part.get_decoder() for part in model.modules() if hasattr(part, "get_decoder"))
-    # A model around a VLM (pi0) names no decoder of its own.
-    stack = next(d for d in decoders if d is not None and hasattr(d.config, "num_hidden_layers")).base_model
+    decoder, words = model.get_decoder(), model.get_input_embeddings()
+    if not hasattr(decoder.config, "num_hidden_layers"):  # a model around a VLM (pi0) names no decoder
+        inner = (part.get_decoder() for part in model.modules() if hasattr(part, "get_decoder"))
+        decoder = next(
+            part
+            for part in inner
+            if hasattr(part.config, "num_hidden_layers") and part.get_input_embeddings() is words
+        )
+    stack = decoder.base_model
     if getattr(stack, "lm_head", None) is not None:  # its own name for its stack is another (Llama 4)
         stack = stack.model
     return stack
