@@ -29,9 +29,12 @@ is no list of supported models in the code: one path serves all.
 - **The prompt** goes through the model's chat template and `instruction: "Draw {{prompt}}."`, if you give
   one. A model without a template reads the bare prompt after its start token. The empty prompt is the
   unconditional branch.
-- **The generation expert** copies the decoder: `expert.init: vlm` starts from its weights, `fresh` does
-  not. That needs a decoder that keeps keys and values of a prompt in every layer; for the others there is
-  `expert.kind: dit`.
+- **The generation expert** is a copy of the decoder (`expert.init: vlm` starts from its weights, `fresh` does
+  not), which reads the prompt's keys and values in every layer. Image tokens take the rotary positions after
+  the prompt; with M-RoPE, rows and columns. Where layers keep none of their own (linear attention,
+  convolutions, shared keys), or for another size, `expert.kind: dit` is a transformer of our own that reads
+  hidden states: set `expert.width`, `depth`, `heads` and `mlp`, or leave them and have the decoder's width
+  and depth.
 - **Precision**: `vlm_dtype: bfloat16` halves the memory of the frozen model. Its fingerprint stays the
   same.
 
@@ -47,8 +50,8 @@ in `-hf`.
 {total} types are mapped as image-text-to-text. **{works} work, {dit} more work with `expert.kind: dit`
 only, {refused} are refused.** Each is built tiny, with random weights, from its own default config, saved,
 and loaded as a user would load it. Then: each of 16 parts of a picture moves its own part of z; prompts in
-a padded batch give the keys, values and velocities that each gives alone (1e-5 in float32; for `dit`, the
-hidden states); gradients reach the expert; the VLM's weights are the same bytes before and after. `z` is of
+a padded batch give the keys, values and velocities that each gives alone (1e-5 in float32);
+gradients reach the expert; the VLM's weights are the same bytes before and after. `z` is of
 a 64 px picture (some types need larger ones) in the tiny model and shows how tokens merge; the parameters
 are those of the type's default config at full size, in billions, and of the expert that copies its decoder.
 

@@ -41,12 +41,12 @@ def examine(model_type: str, folder: Path) -> dict[str, Any]:
         found = {"tap": vlm.taps[0].name, "grid": list(z.shape[1:3]), "width": z.shape[3]}
         before = combined_digest(weight_digests(vlm.model))
         try:
-            check_copy(vlm, z)
+            check_expert(vlm, z, Expert())
             found = {"result": "works", **found}
         except VugenError as error:
             if DIT not in str(error):
                 raise
-            check_hidden(vlm)
+            check_expert(vlm, z, Expert(kind="dit", width=32, heads=2, depth=2))
             why = (
                 reason(error, vlm.name)
                 .removesuffix(f": set {DIT}")
@@ -65,43 +65,32 @@ def reason(error: Exception, name: str) -> str:
     return str(error).replace(f"{name} ", "").replace("cannot be used: ", "")
 
 
-def check_copy(vlm: FrozenVLM, z: Tensor) -> None:
-    """A padded batch gives prefix and velocities as each prompt does alone; gradients reach the copy."""
-    batch = vlm.prefix(PROMPTS, 40)
-    height, width = z.shape[1:3]
+def check_expert(vlm: FrozenVLM, z: Tensor, recipe: Expert) -> None:
+    """A padded batch gives prefix and velocities as each prompt does alone; gradients reach the expert."""
+    side = min(4, *z.shape[1:3])
+    latents = LatentsCard(channels=4, grid=(side, side), width=z.shape[3])
     torch.manual_seed(0)
-    latents = LatentsCard(channels=4, grid=(min(height, 4), min(width, 4)), width=z.shape[3])
-    expert = new_expert(vlm, latents, Expert())
+    expert = new_expert(vlm, latents, recipe)
     try_expert(expert, vlm, latents)
-    torch.nn.init.normal_(expert.proj_out.weight, std=0.1)  # zero at the start, which would hide everything
-    x, t = torch.randn(3, min(height, 4), min(width, 4), 4), torch.tensor([0.1, 0.5, 0.9])
+    batch = vlm.prefix(PROMPTS, 40, hidden=expert.reads)
+    for name, parameter in expert.named_parameters():
+        if not parameter.any():  # zero at the start, which would hide what lies before
+            torch.nn.init.normal_(parameter, std=0.1) if "weight" in name else None
+    x, t = torch.randn(3, side, side, 4), torch.tensor([0.1, 0.5, 0.9])
     together = expert(x, t, batch)
     together.square().mean().backward()
     trained = [p.grad is not None and bool(p.grad.any()) for p in expert.parameters()]
     assert sum(trained) > len(trained) // 2
     with torch.no_grad():
         for i, prompt in enumerate(PROMPTS):
-            alone = vlm.prefix([prompt])
+            alone = vlm.prefix([prompt], hidden=expert.reads)
             length = int(alone.lengths)
             for mine, theirs in zip(batch.keys + batch.values, alone.keys + alone.values, strict=True):
                 torch.testing.assert_close(mine[i, :, :length], theirs[0], atol=1e-5, rtol=1e-5)
             single = expert(x[i : i + 1], t[i : i + 1], alone)[0]
             torch.testing.assert_close(together[i], single, atol=1e-5, rtol=1e-5)
-        other = expert(x, t, vlm.prefix(["a cat on a beach"] * 3))
+        other = expert(x, t, vlm.prefix(["a cat on a beach"] * 3, hidden=expert.reads))
     assert (other - together).abs().max() > 1e-6
-
-
-def check_hidden(vlm: FrozenVLM) -> None:
-    """A padded batch gives the hidden states that each prompt gives alone."""
-    rows = [vlm.prompts.tokens(prompt) for prompt in PROMPTS]
-    length = max(map(len, rows)) + 5
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    with torch.no_grad():
-        together = vlm.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        for i, row in enumerate(rows):
-            alone = vlm.decoder(input_ids=ids[i : i + 1, : len(row)], use_cache=False).last_hidden_state
-            torch.testing.assert_close(together[i, : len(row)], alone[0], atol=1e-5, rtol=1e-5)
 
 
 def main(types: list[str]) -> None:
