@@ -178,13 +178,6 @@ def test_a_mismatched_vlm_is_taken_only_when_asked_for(trained: Path, tmp_path: 
     assert load_sampler(trained / "sampler.safetensors", str(other), allow_vlm_mismatch=True).vlm.name
 
 
-def test_models_that_cannot_be_used_say_why(vlm: FrozenVLM, tmp_path: Path) -> None:
-    from vugen_cli.vlm.latents import find_projector
-
-    with pytest.raises(VugenError, match="no vision projector"):
-        find_projector(vlm.decoder)
-
-
 def test_tokens_listed_by_blocks_and_windows_come_back_row_by_row() -> None:
     # 4 x 6 tokens in blocks of 2 x 2: the first block holds 0 1 / 6 7, the next 2 3 / 8 9.
     listed = torch.tensor(
@@ -262,26 +255,3 @@ def test_a_changed_weight_changes_the_hash_and_the_logits(vlm_path: Path) -> Non
     images = [torch.zeros(3, 64, 64, dtype=torch.uint8)]
     assert weight_hash(before.model) != weight_hash(after.model)
     assert not torch.equal(_understand(before, images)[0][0], _understand(after, images)[0][0])
-
-
-def test_decoders_without_keys_and_values_say_why(tmp_path: Path) -> None:
-    """A hybrid of linear and full attention, as Qwen3.5: there is nothing for the expert to read."""
-    import transformers
-
-    words = families.tokenizer()
-    words.chat_template = families.TEMPLATE
-    text = families.text_config(
-        "Qwen3_5TextConfig",
-        words,
-        head_dim=16,
-        layer_types=["linear_attention", "full_attention"],
-        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-    )
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
-    config = transformers.Qwen3_5Config(vision_config=vision, text_config=text.to_dict())
-    path = tmp_path / "hybrid"
-    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(path)
-    transformers.Qwen2VLImageProcessor().save_pretrained(path)
-    words.save_pretrained(path)
-    with pytest.raises(VugenError, match=r"does not keep keys and values .*linear_attention"):
-        load_vlm(str(path)).prefix(["a bear"])

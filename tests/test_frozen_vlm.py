@@ -11,7 +11,6 @@ from conftest import make_card, save_random_vlm, vugen
 from vugen_cli.errors import VugenError
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
-from vugen_cli.vlm.latents import projector_states
 
 
 def test_latents_are_what_the_projector_reads(vlm: FrozenVLM) -> None:
@@ -19,7 +18,7 @@ def test_latents_are_what_the_projector_reads(vlm: FrozenVLM) -> None:
     z = vlm.encode(images)
     assert z.shape == (3, 8, 8, 32) and z.dtype == torch.float32 and not z.requires_grad
     pixels = images.float() / 127.5 - 1
-    with projector_states(vlm.projector) as seen, torch.no_grad():
+    with vlm.taps[0].states() as seen, torch.no_grad():
         vlm.model.get_image_features(pixel_values=pixels)
     assert torch.allclose(z.flatten(1, 2), seen[0], atol=1e-4)
 

@@ -4,8 +4,9 @@ Every number that shapes a run lives here; the resolved recipe is stored in ever
 """
 
 import difflib
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -70,6 +71,15 @@ class NanoVLM(Section):
     pixels_weight: float = Field(
         1.0, ge=0, description="weight of reconstructing each patch from its own latent"
     )
+
+
+class Layers(Section):
+    """z from several layers of the VLM's vision tower (arXiv 2605.18324), not what its projector reads."""
+
+    layers: Annotated[str, Field(pattern=r"^last [1-9]\d*$")] | Annotated[list[int], Field(min_length=1)] = (
+        Field("last 4", description="`last 4`, or numbers from 0 (the first) or from -1 (the last)")
+    )
+    how: Literal["sum", "stack"] = Field("sum", description="add them up, or lay their channels side by side")
 
 
 class Reducer(Section):
@@ -307,8 +317,10 @@ class Recipe(Section):
     vlm_size: PositiveInt | None = Field(
         None, description="pixels a side at which the VLM sees images; default: its image processor's"
     )
-    latents: Literal["encoder", "projector"] = Field(
-        "encoder", description="z is what the VLM's projector reads, or what it gives"
+    latents: Literal["encoder", "projector"] | Layers = Field(
+        "encoder",
+        description="z is what the VLM's projector reads, or what it gives, or several layers of its vision "
+        "tower",
     )
     instruction: str = Field(
         "{prompt}", pattern=r"\{prompt\}", description="what the VLM is told, as in `Draw {prompt}.`"
@@ -413,6 +425,9 @@ def _number(value: Any) -> Any:
 def _explain(error: ValidationError, where: str) -> str:
     """The first problem of a recipe as one line."""
     first = error.errors()[0]
+    # Of a value of several kinds, the kind that got furthest; its own name (`Layers`) is no part of the key.
+    first = max((e for e in error.errors() if e["loc"][:1] == first["loc"][:1]), key=lambda e: len(e["loc"]))
+    first["loc"] = tuple(part for part in first["loc"] if not re.search(r"[A-Z\[-]", str(part)))
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         parents = first["loc"][:-1]
@@ -425,5 +440,6 @@ def _explain(error: ValidationError, where: str) -> str:
 def _keys(parents: tuple[Any, ...]) -> list[str]:
     section: Any = Recipe
     for parent in parents:
-        section = section.model_fields[parent].annotation
+        annotation = section.model_fields[parent].annotation
+        section = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
     return list(section.model_fields)

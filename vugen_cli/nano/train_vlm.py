@@ -38,7 +38,7 @@ from vugen_cli.processes import is_first
 from vugen_cli.recipe import NanoVLM, Recipe
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.frozen import load_model
-from vugen_cli.vlm.latents import projector_states
+from vugen_cli.vlm.latents import Tap
 
 
 class NanoTraining(nn.Module):
@@ -72,7 +72,7 @@ class NanoTraining(nn.Module):
         """Weighted sum of the pixel, word and (after `vision_steps`) language losses; or the last alone."""
         rng = np.random.default_rng(generator.initial_seed())
         images = batch.images.float() / 127.5 - 1
-        with projector_states(self.model.model.multi_modal_projector) as seen:
+        with Tap(self.model.model.multi_modal_projector).states() as seen:
             features = self.model.model.get_image_features(pixel_values=images).pooler_output
         if self.rarity is None:
             language = self._language_loss(torch.stack(list(features)), batch, rng)

@@ -180,6 +180,27 @@ def new_expert(vlm: FrozenVLM, latents: LatentsCard, recipe: Expert) -> Generati
     return copied.to(vlm.device)
 
 
+@torch.no_grad()
+def try_expert(expert: GenerationExpert | DiTExpert, vlm: FrozenVLM, latents: LatentsCard) -> None:
+    """Run a new expert once, on the empty prompt with padding, before anything is trained.
+
+    Raises:
+        VugenError: the VLM's decoder, and so its copy, wants more than embeddings.
+    """
+    tokens = vlm.prompts.tokens("")
+    prefix = vlm.prefix([tokens], len(tokens) + 1, hidden=expert.reads)  # padded, as a batch would be
+    noised = torch.zeros(1, *latents.grid, latents.channels, device=vlm.device)
+    try:
+        expert(noised, torch.zeros(1, device=vlm.device), prefix)
+    except Exception as error:  # of a copy, the decoder's own code
+        if isinstance(expert, DiTExpert):
+            raise
+        raise VugenError(
+            f"{vlm.name} has a decoder whose copy does not run on image tokens ({first_line(error)}): "
+            "set expert.kind=dit"
+        ) from error
+
+
 def load_vae(name: str, device: torch.device) -> FrozenVAE:
     """Load an `AutoencoderKL`.
 

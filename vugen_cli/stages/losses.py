@@ -18,7 +18,6 @@ from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.vae import VAEDecoder
 from vugen_cli.recipe import PictureLosses, Recipe
 from vugen_cli.vlm.frozen import FrozenVLM
-from vugen_cli.vlm.latents import projector_states
 
 PictureLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (predicted, true pixels [B, 3, S, S], z) -> scalar
 
@@ -120,10 +119,7 @@ class VisionFeatures:
             edge = (self.side - self.crop) // 2
             x = x[..., edge : edge + self.crop, edge : edge + self.crop]
         x = ((x - self.mean) / self.std).to(self.vlm.model.dtype)
-        with projector_states(self.vlm.projector) as seen:
-            self.vlm.model.get_image_features(pixel_values=x)
-        side = round(seen[0].shape[1] ** 0.5)
-        return seen[0].float().unflatten(1, (side, side))
+        return self.vlm.read({"pixel_values": x}, len(x))
 
     def _example(self, size: int) -> Tensor:
         """A smooth random picture, uint8 [1, 3, size, size]: what resizes alike where natural pictures do."""

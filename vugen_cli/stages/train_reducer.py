@@ -25,6 +25,7 @@ from vugen_cli.sampling.trained import decode_images, load_autoencoder, load_vae
 from vugen_cli.stages.latent_report import describe_latents, save_latent_report
 from vugen_cli.stages.losses import Alignment, picture_losses, reducer_loss
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
+from vugen_cli.vlm.latents import check_grid
 
 STATISTICS_IMAGES = 10_000  # enough for a per-channel mean and deviation to three digits
 REPORT_IMAGES = 1_000
@@ -64,6 +65,7 @@ def train_reducer(
     if recipe.reducer.kind == "vae" and vae:
         d, height, width = vae.encode(shown[:1].to(device)).shape[1:]
     else:
+        check_grid(vlm, size)
         height, width, d = vlm.encode(shown[:1]).shape[1:]
     torch.manual_seed(recipe.seed)
     module = Autoencoder(recipe, d, vae).to(device)

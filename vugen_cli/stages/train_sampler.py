@@ -21,7 +21,7 @@ from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.sampling.sampler import Sampler
-from vugen_cli.sampling.trained import load_autoencoder, load_weights, new_expert
+from vugen_cli.sampling.trained import load_autoencoder, load_weights, new_expert, try_expert
 from vugen_cli.seeds import random_rows
 from vugen_cli.stages.latent_cache import check_cache, latent_facts
 from vugen_cli.vlm.frozen import load_vlm
@@ -63,6 +63,7 @@ def train_sampler(
         check_cache(images, latent_facts(autoencoder, vlm, recipe, reducer_card), recipe.data.flip)
     torch.manual_seed(recipe.seed)
     expert = new_expert(vlm, reducer_card.latents, recipe.expert)
+    try_expert(expert, vlm, reducer_card.latents)
     if further:
         load_weights(expert, select(stored, "expert"), reducer)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}

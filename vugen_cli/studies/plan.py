@@ -372,7 +372,7 @@ def parameters(networks: FakeNetworks) -> dict[str, int]:
     parts: dict[str, nn.Module | None] = {
         "VLM": vlm.model,
         "VLM: language model's layers": vlm.decoder,
-        "VLM: projector": vlm.projector,
+        "VLM: projector": next((tap.module for tap in vlm.taps if tap.key is not None), None),
         "VAE": networks.vae.model if networks.vae else None,
         "reducer": autoencoder.reducer,
         "decoder": autoencoder.decoder,

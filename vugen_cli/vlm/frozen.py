@@ -5,8 +5,9 @@ Nothing here changes a weight: parameters do not require gradients and every pas
 
 import json
 import re
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +20,23 @@ from vugen_cli.checkpoint import combined_digest, weight_digests
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
 from vugen_cli.hub import reach_hub
-from vugen_cli.recipe import Recipe, parse_recipe
-from vugen_cli.vlm.latents import find_projector, read_latents, to_grid, vision_inputs
+from vugen_cli.recipe import Layers, Recipe, parse_recipe
+from vugen_cli.vlm.latents import (
+    Tap,
+    canvas,
+    find_layers,
+    find_tap,
+    read_latents,
+    resized,
+    to_grid,
+    vision_inputs,
+)
 from vugen_cli.vlm.prefix import Prefix
 from vugen_cli.vlm.prompts import Prompts
+from vugen_cli.vlm.refusals import refuse
 
 WORDS = "words.json"  # in the directory of a VLM that lists the words of its captions
+PROBE = 224  # pixels a side of the picture, darker to the left, that shows where z is read
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values
 
 
@@ -57,22 +69,12 @@ class FrozenVLM:
     ):
         self.name, self.model, self.processor = name, model.eval().requires_grad_(False), processor
         self.recipe = recipe or Recipe()
-        self.projector = find_projector(model)
-        self.decoder: Any = model.get_decoder().base_model  # without a vocabulary head
+        refuse(model, name)
+        self.decoder: Any = stack_of(model)
         self.device: torch.device = next(model.parameters()).device
-        digests = weight_digests(model) if digests is None else digests
-        self.fingerprint = combined_digest(digests)
-        behind = [self.decoder, model.get_output_embeddings()]  # what z does not pass through
-        if self.recipe.latents == "encoder":
-            behind.append(self.projector)
-        left_out = {
-            id(tensor)
-            for part in behind
-            if part is not None
-            for tensor in part.state_dict(keep_vars=True).values()
-        }
-        weights = model.state_dict(keep_vars=True)
-        self.vision = combined_digest({n: d for n, d in digests.items() if id(weights[n]) not in left_out})
+        self._digests = weight_digests(model) if digests is None else digests
+        self.fingerprint = combined_digest(self._digests)
+        self._canvas: dict[int, int] = {}  # see `canvas`
         self.words: frozenset[str] | None = None
         self.prompts = Prompts(
             processor.tokenizer,
@@ -81,6 +83,63 @@ class FrozenVLM:
             self.recipe.prompt_tokens,
             getattr(self.decoder.config, "max_position_embeddings", None),
         )
+
+    @cached_property
+    def taps(self) -> list[Tap]:
+        """Where z is read, in one place or in several; found by showing the model one picture.
+
+        Raises:
+            VugenError: the vision side cannot be used.
+        """
+        ramp = torch.linspace(0, 255, PROBE).to(torch.uint8).expand(1, 3, PROBE, PROBE).contiguous()
+        latents, any_size = self.recipe.latents, bool(self.recipe.vlm_size)
+        with self._vision(), torch.no_grad():
+            inputs = self.vision_inputs(ramp)
+            if isinstance(latents, Layers):
+                return find_layers(self.model, inputs, latents.layers, any_size)
+            return [find_tap(self.model, inputs, latents, any_size)]
+
+    @cached_property
+    def vision(self) -> str:
+        """A hash over those weights that z depends on alone, whatever the language side was trained to."""
+        behind = [self.decoder, self.model.get_output_embeddings()]  # what z does not pass through
+        behind += [tap.module for tap in self.taps if tap.key is not None]
+        left_out = {
+            id(tensor)
+            for part in behind
+            if part is not None
+            for tensor in part.state_dict(keep_vars=True).values()
+        }
+        weights = self.model.state_dict(keep_vars=True)
+        return combined_digest({n: d for n, d in self._digests.items() if id(weights[n]) not in left_out})
+
+    def vision_inputs(self, images: Tensor) -> dict[str, Any]:
+        """What the vision side is given for images, uint8 [B, 3, H, W]."""
+        images = images.to(self.device)
+        if (size := images.shape[-1]) not in self._canvas:
+            self._canvas[size] = (
+                size if self.recipe.vlm_size else canvas(self.processor.image_processor, size)
+            )
+        if self._canvas[size] != size:
+            images = resized(images, self._canvas[size])
+        inputs = vision_inputs(self.processor.image_processor, images, self.recipe.vlm_size)
+        inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        return {
+            k: v.to(self.model.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in inputs.items()
+        }
+
+    @contextmanager
+    def _vision(self) -> Iterator[None]:
+        """Whatever goes wrong in the vision side's own code comes out as one line."""
+        try:
+            yield
+        except VugenError:
+            raise
+        except Exception as error:  # as many kinds as there are families
+            size = self.recipe.vlm_size
+            where = f" at {size} px (recipe key vlm_size)" if size else ""
+            raise VugenError(f"{self.name} cannot read images{where}: {first_line(error)}") from error
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -97,16 +156,25 @@ class FrozenVLM:
         """
         if images.dtype != torch.uint8:
             images = (images * 255).round().clamp(0, 255).to(torch.uint8)
-        size = self.recipe.vlm_size
-        try:
-            inputs = vision_inputs(self.processor.image_processor, images.to(self.device), size)
-            inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-            tokens = read_latents(self.model, self.projector, inputs, self.recipe.latents, size is not None)
-        except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
-            where = f" at {size} px (recipe key vlm_size)" if size else ""
-            raise VugenError(f"{self.name} cannot read images{where}: {first_line(error)}") from error
-        return to_grid(tokens, inputs, len(images), self.model).float()
+        with self._vision():
+            return self.read(self.vision_inputs(images), len(images))
+
+    def read(self, inputs: dict[str, Any], batch: int) -> Tensor:
+        """z of what the vision side is given, float32 [B, h, w, d]; with a gradient, if the inputs have one.
+
+        Args:
+            inputs: from `vision_inputs`.
+            batch: B.
+        """
+        taps = self.taps
+        states = read_latents(self.model, taps, inputs, batch, bool(self.recipe.vlm_size))
+        grids = [
+            to_grid(tokens, inputs, batch, self.model, tap).float()
+            for tokens, tap in zip(states, taps, strict=True)
+        ]
+        if isinstance(self.recipe.latents, Layers) and self.recipe.latents.how == "stack":
+            return torch.cat(grids, -1)
+        return torch.stack(grids).sum(0) if len(grids) > 1 else grids[0]
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of a prompt that no training caption had; none for a VLM that does not list its words."""
@@ -152,7 +220,7 @@ class FrozenVLM:
         inputs = {
             "input_ids": ids,
             "attention_mask": visible,
-            "position_ids": torch.arange(length, device=self.device).expand(len(rows), -1),
+            "position_ids": torch.arange(length, device=self.device).repeat(len(rows), 1),
         }
         padded = any(len(row) < length for row in rows)
         if hidden is not None:
@@ -160,22 +228,21 @@ class FrozenVLM:
         cache = DynamicCache()  # no config: sliding-window layers must keep the whole prompt too
         try:
             self.decoder(**inputs, past_key_values=cache, use_cache=True)
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            kinds = set(getattr(self.decoder.config, "layer_types", None) or []) - ATTENTION
-            why = f"layers of {', '.join(sorted(kinds))}" if kinds else first_line(error)
+            keys = [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
+            problem = None
+        except Exception as error:  # a decoder that wants another cache fails in its own way
+            keys, problem = [], error
+        config = self.decoder.config
+        if problem or len(keys) != config.num_hidden_layers:
+            kinds = sorted(set(getattr(config, "layer_types", None) or []) - ATTENTION)
+            layers = f"layers of {', '.join(kinds)}" if kinds else "layers that share keys and values"
+            why = first_line(problem) if problem and not kinds else layers
             raise VugenError(
-                f"{self.name} cannot have an expert of kind copy: its decoder does not keep keys and values "
-                f"of a prompt ({why}); set expert.kind=dit"
-            ) from error
-        layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-        if len(layers) != self.decoder.config.num_hidden_layers:
-            raise VugenError(
-                f"{self.name} cannot have an expert of kind copy: "
-                f"{self.decoder.config.num_hidden_layers - len(layers)} of its "
-                f"{self.decoder.config.num_hidden_layers} decoder layers keep no keys and values of their "
-                "own; set expert.kind=dit"
-            )
-        return Prefix([layer.keys for layer in layers], [layer.values for layer in layers], mask, padded)
+                f"{self.name} does not keep keys and values of a prompt in all of its "
+                f"{config.num_hidden_layers} decoder layers ({why}), so no copy of its decoder can follow: "
+                "set expert.kind=dit"
+            ) from problem
+        return Prefix(keys, [layer.values for layer in cache.layers], mask, padded)
 
     def _layer_inputs(self, inputs: dict[str, Tensor], numbers: Sequence[int]) -> list[Tensor]:
         """What goes into the decoder's layers of these numbers, [B, T, D] each."""
@@ -224,6 +291,22 @@ class FrozenVLM:
                 f"but this is {self.name} ({self.fingerprint[:12]}): pass the right one with --vlm, or "
                 "--allow-vlm-mismatch if you know that it fits"
             )
+
+
+def stack_of(model: Any) -> Any:
+    """The stack of decoder layers of a VLM's language model, without a vocabulary head."""
+    decoder, words = model.get_decoder(), model.get_input_embeddings()
+    if not hasattr(decoder.config, "num_hidden_layers"):  # a model around a VLM (pi0) names no decoder
+        inner = (part.get_decoder() for part in model.modules() if hasattr(part, "get_decoder"))
+        decoder = next(
+            part
+            for part in inner
+            if hasattr(part.config, "num_hidden_layers") and part.get_input_embeddings() is words
+        )
+    stack = decoder.base_model
+    if getattr(stack, "lm_head", None) is not None:  # its own name for its stack is another (Llama 4)
+        stack = stack.model
+    return stack
 
 
 def words_of(text: str) -> list[str]:
@@ -281,7 +364,6 @@ def load_model(
     logging.disable_progress_bar()
     source = str(path) if path.is_dir() else name
     try:
-        processor = _load_processor(source, local)
         model = AutoModelForImageTextToText.from_pretrained(
             source,
             local_files_only=local,
@@ -289,9 +371,10 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
         )
+        processor = _load_processor(source, local)
     except Exception as error:  # a foreign directory can fail in as many ways as there are model classes
         raise VugenError(
-            f"{name} could not be loaded as a vision-language model: {first_line(error)}"
+            f"{name} could not be loaded as a vision-language model: {_why_not_loaded(error)}"
         ) from error
     return model.to(device or "cpu"), processor
 
@@ -328,11 +411,33 @@ def _load_processor(source: str, local: bool) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     options = {"local_files_only": local, "trust_remote_code": False}
+    missing = "its processor is a tokenizer alone"
     try:
-        return AutoProcessor.from_pretrained(source, **options)
+        processor = AutoProcessor.from_pretrained(source, **options)
+        if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
+            return processor
     except Exception as error:  # as many kinds as there are processors; the parts say what is really missing
-        return SimpleNamespace(
-            missing=first_line(error),
-            image_processor=AutoImageProcessor.from_pretrained(source, **options),
-            tokenizer=AutoTokenizer.from_pretrained(source, **options),
+        missing = first_line(error)
+    return SimpleNamespace(
+        missing=missing,
+        image_processor=AutoImageProcessor.from_pretrained(source, **options),
+        tokenizer=AutoTokenizer.from_pretrained(source, **options),
+    )
+
+
+def _why_not_loaded(error: Exception) -> str:
+    """What transformers says of a model that it does not load, or what to do about it."""
+    from transformers import __version__
+
+    text = str(error)
+    if "trust_remote_code" in text or "custom code" in text:
+        return (
+            "it runs code from its own repository, and vugen runs none; take its conversion to transformers, "
+            "whose name often ends in -hf (as OpenGVLab/InternVL3-1B-hf)"
         )
+    if "Unrecognized configuration class" in text:
+        return (
+            f"transformers {__version__} has no image-text-to-text model for its type; "
+            "take another VLM, or a newer transformers if its type is new"
+        )
+    return first_line(error)

@@ -1,0 +1,128 @@
+"""What every type in transformers' image-text-to-text mapping comes to: it works, or why not.
+
+`python tests/matrix.py` tries all of them and writes docs/vlms.json, from which docs/write_vlms.py makes the
+page. The suite tries one type of each kind of vision side and compares with that file.
+"""
+
+import json
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny_vlms
+import torch
+from torch import Tensor
+
+from vugen_cli.card import LatentsCard
+from vugen_cli.checkpoint import combined_digest, weight_digests
+from vugen_cli.errors import VugenError
+from vugen_cli.recipe import Expert
+from vugen_cli.sampling.trained import new_expert, try_expert
+from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
+from vugen_cli.vlm.latents import check_grid
+
+PROMPTS = ["a bear", "two apples to the left of a red car in a city at night", ""]
+RESULTS = Path(__file__).parent.parent / "docs" / "vlms.json"
+DIT = "expert.kind=dit"  # what an error says of a decoder that the copy cannot follow
+
+
+def examine(model_type: str, folder: Path) -> dict[str, Any]:
+    """Build a tiny model of a type, load it as a user would, and run all that the method asks of it."""
+    try:
+        vlm = load_vlm(str(tiny_vlms.build(model_type, folder / model_type)))
+        check_grid(vlm, 64)
+        z = vlm.encode(torch.full((2, 3, 64, 64), 127, dtype=torch.uint8))
+        found = {"tap": vlm.taps[0].name, "grid": list(z.shape[1:3]), "width": z.shape[3]}
+        before = combined_digest(weight_digests(vlm.model))
+        try:
+            check_expert(vlm, z, Expert())
+            found = {"result": "works", **found}
+        except VugenError as error:
+            if DIT not in str(error):
+                raise
+            check_expert(vlm, z, Expert(kind="dit", width=32, heads=2, depth=2))
+            why = (
+                reason(error, vlm.name)
+                .removesuffix(f": set {DIT}")
+                .removesuffix(", so no copy of its decoder can follow")
+            )
+            found = {"result": "works with `expert.kind: dit` only", **found, "reason": why}
+        assert combined_digest(weight_digests(vlm.model)) == before
+        return found
+    except VugenError as error:
+        name = str(folder / model_type)
+        return {"result": "refused", "reason": reason(error, name).removeprefix(f"({model_type}) ")}
+
+
+def reason(error: Exception, name: str) -> str:
+    """An error's line without the model's own name."""
+    return str(error).replace(f"{name} ", "").replace("cannot be used: ", "")
+
+
+def check_expert(vlm: FrozenVLM, z: Tensor, recipe: Expert) -> None:
+    """A padded batch gives prefix and velocities as each prompt does alone; gradients reach the expert."""
+    side = min(4, *z.shape[1:3])
+    latents = LatentsCard(channels=4, grid=(side, side), width=z.shape[3])
+    torch.manual_seed(0)
+    expert = new_expert(vlm, latents, recipe)
+    try_expert(expert, vlm, latents)
+    batch = vlm.prefix(PROMPTS, 40, hidden=expert.reads)
+    for name, parameter in expert.named_parameters():
+        if not parameter.any():  # zero at the start, which would hide what lies before
+            torch.nn.init.normal_(parameter, std=0.1) if "weight" in name else None
+    x, t = torch.randn(3, side, side, 4), torch.tensor([0.1, 0.5, 0.9])
+    together = expert(x, t, batch)
+    together.square().mean().backward()
+    trained = [p.grad is not None and bool(p.grad.any()) for p in expert.parameters()]
+    assert sum(trained) > len(trained) // 2
+    with torch.no_grad():
+        for i, prompt in enumerate(PROMPTS):
+            alone = vlm.prefix([prompt], hidden=expert.reads)
+            length = int(alone.lengths)
+            for mine, theirs in zip(batch.keys + batch.values, alone.keys + alone.values, strict=True):
+                torch.testing.assert_close(mine[i, :, :length], theirs[0], atol=1e-5, rtol=1e-5)
+            single = expert(x[i : i + 1], t[i : i + 1], alone)[0]
+            torch.testing.assert_close(together[i], single, atol=1e-5, rtol=1e-5)
+        other = expert(x, t, vlm.prefix(["a cat on a beach"] * 3, hidden=expert.reads))
+    assert (other - together).abs().max() > 1e-6
+
+
+def main(types: list[str]) -> None:
+    """Examine some types, all by default, count parameters at full size, and keep what each came to."""
+    import full_size
+    from transformers import __version__
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"types": {}, "sizes": {}}
+    broken = []
+    for model_type in types or tiny_vlms.TYPES:
+        begun = time.perf_counter()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                kept["types"][model_type] = examine(model_type, Path(folder)) | full_size.default(model_type)
+            said = json.dumps(kept["types"][model_type])
+        except Exception:  # a fault of ours: go on, and fail in the end
+            broken.append(model_type)
+            said = traceback.format_exc(limit=-3)
+        print(f"{model_type}: {time.perf_counter() - begun:.1f} s, {said}", flush=True)
+    for name in () if types else full_size.SIZES:
+        kept["sizes"][name] = full_size.known(name)
+        print(f"{name}: {kept['sizes'][name]}", flush=True)
+    kept["transformers"] = __version__
+    kept["types"] = {name: kept["types"][name] for name in tiny_vlms.TYPES if name in kept["types"]}
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    if broken:
+        sys.exit(f"neither works nor is refused: {', '.join(broken)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
