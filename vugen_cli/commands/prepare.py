@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vugen_cli.commands.options import DeviceOption, VlmOption, refuse_command
+from vugen_cli.commands.options import DeviceOption, VlmOption, refuse_address
 
 if TYPE_CHECKING:
     from vugen_cli.data.sample import Source
@@ -76,8 +76,8 @@ def prepare(
     """Turn images and captions into webdataset shards with a manifest.
 
     Resizes and crops to squares, keeps every caption, shuffles, and writes train-000000.tar, ... and
-    dataset.json. Pictures that cannot be used are skipped and listed there. Interrupted, the same command
-    goes on where it stopped.
+    dataset.json. Pictures that cannot be used are skipped and listed in skipped-train.jsonl. Interrupted,
+    the same command goes on where it stopped.
 
     \b
     Sources:
@@ -98,8 +98,7 @@ def prepare(
       vugen prepare --dataset captions --source photos.csv --size 512 --strict
       vugen prepare --latents reducer.safetensors --out data/mine-latents
     """
-    import os
-
+    from vugen_cli.data.shards import cores
     from vugen_cli.data.writer import write_dataset
     from vugen_cli.errors import VugenError
     from vugen_cli.processes import local_world_size, meet
@@ -118,7 +117,6 @@ def prepare(
     meet()
     out = out or Path("data") / dataset.value
     size = size or (64 if dataset is Dataset.openmoji else 256)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         manifest = write_dataset(
             open_source(dataset, source, split.value, size, count, seed, pairs),
@@ -126,7 +124,7 @@ def prepare(
             split=split.value,
             size=size,
             shard_size=shard_size,
-            workers=workers or max(1, cores // local_world_size()),
+            workers=workers or max(1, cores() // local_world_size()),
             seed=seed,
             count=count,
             strict=strict,
@@ -136,11 +134,11 @@ def prepare(
             f"Interrupted. Finished shards are kept in {out}; run the same command to go on.", err=True
         )
         raise typer.Exit(130) from None
-    entry = manifest["splits"][split.value]
-    skipped = f", {entry['skipped_count']} skipped (listed in dataset.json)" if entry["skipped_count"] else ""
+    entry = manifest.splits[split.value]
+    listed = f"skipped-{split.value}.jsonl"
+    skipped = f", {entry.skipped_count} skipped (listed in {listed})" if entry.skipped_count else ""
     typer.echo(
-        f"{out}: {split.value}, {entry['count']} images of {size} px in {len(entry['shards'])} "
-        f"shards{skipped}"
+        f"{out}: {split.value}, {entry.count} images of {size} px in {len(entry.shards)} shards{skipped}"
     )
 
 
@@ -166,7 +164,7 @@ def prepare_latents(
             f"{checkpoint} was trained on a mixture: give --data, once for each of its data sets"
         )
     if data is None:
-        refuse_command(known.path)
+        refuse_address(known.path)
         data = Path(known.path)
     out = out or data.with_name(f"{data.name}-latents")
     try:
@@ -174,7 +172,7 @@ def prepare_latents(
     except KeyboardInterrupt:
         typer.echo(f"Interrupted. Finished shards are kept in {out}; the same command goes on.", err=True)
         raise typer.Exit(130) from None
-    count = sum(entry["count"] for entry in manifest["splits"].values())
+    count = sum(entry.count for entry in manifest.splits.values())
     typer.echo(
         f"{out}: latents of {count} images; next: vugen train-sampler --reducer {checkpoint} --data {out}"
     )

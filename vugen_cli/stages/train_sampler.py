@@ -5,10 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vugen_cli.card import DataCard
 from vugen_cli.checkpoint import fingerprint, save_checkpoint, select, with_prefix
 from vugen_cli.data.loader import Batch, training_batches
-from vugen_cli.data.mixture import open_images
+from vugen_cli.data.mixture import open_dataset
 from vugen_cli.engine.compiling import compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
 from vugen_cli.engine.loop import train
@@ -56,7 +55,7 @@ def train_sampler(
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
     autoencoder, stored, reducer_card = load_autoencoder(reducer, device, "sampler" if further else "reducer")
-    images = open_images(data, recipe, latents=True)
+    images = open_dataset(data, recipe, latents=True)
     vlm = load_vlm(recipe.vlm, device, recipe)
     vlm.check(reducer_card, reducer, allow_vlm_mismatch)
     if images.latents:
@@ -81,9 +80,7 @@ def train_sampler(
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         host = getattr(generator, "host", generator)
         dropped = random_rows(torch.rand, (len(batch.captions),), host) < settings.prompt_dropout
-        if batch.tokens is None:
-            tokens = [vlm.prompts.caption_tokens(caption) for caption in batch.captions]
-            batch.tokens, batch.cut = [ids for ids, _ in tokens], sum(cut for _, cut in tokens)
+        assert batch.tokens is not None  # of the loader's workers, or of the cache
         prompts = ["" if drop else ids for ids, drop in zip(batch.tokens, dropped.tolist(), strict=True)]
         prefix = vlm.prefix(prompts, multiple=ALIGNED if device.type == "cuda" else 1, hidden=expert.reads)
         with torch.no_grad():
@@ -98,7 +95,7 @@ def train_sampler(
             "step": settings.steps,
             "recipe": recipe.model_dump(mode="json"),
             "vlm": vlm.card(),
-            "data": DataCard.model_validate(images.card()),
+            "data": images.card(),
         }
     )
     begun = {"expert": fingerprint(expert, "expert.")} if further else {}
@@ -133,7 +130,8 @@ def train_sampler(
         save_grid(torch.stack(pictures), path, labels=prompts)
 
     run = out.with_suffix(".run")
-    stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip)
+    tokenize = None if images.latents else vlm.prompts.caption_tokens
+    stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, tokenize=tokenize)
 
     def save(path: Path, step: int) -> None:
         weights = gathered(expert.state_dict())

@@ -111,7 +111,7 @@ def train_vae(
     resolved = {
         "recipe": recipe.model_dump(mode="json", include={"seed", "data", "vae", "train_vae"}),
         **({"vlm": vlm.card().model_dump(mode="json")} if vlm else {}),
-        "data": dataset_card(data),
+        "data": dataset_card(data).model_dump(mode="json"),
     }
     settings = recipe.train_vae
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip)
