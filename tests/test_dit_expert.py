@@ -144,7 +144,7 @@ def test_decoders_without_keys_of_their_own_have_a_dit_and_no_copy(
     torch.manual_seed(0)
     hybrid = copy.copy(vlm)
     hybrid.decoder = decoder().eval().requires_grad_(False)
-    with pytest.raises(VugenError, match=r"kind copy: .* set expert\.kind=dit"):
+    with pytest.raises(VugenError, match=r"keys and values .* set expert\.kind=dit"):
         hybrid.prefix(["a bear"])
     expert = wake(dit(hybrid)).requires_grad_(False)
     check_padding(expert, hybrid)

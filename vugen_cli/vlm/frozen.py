@@ -265,9 +265,15 @@ class FrozenVLM:
         finally:
             for hook in hooks:
                 hook.remove()
-        # Gemma 3n carries several streams [streams, B, T, D], of which its layers read one.
-        active = getattr(self.decoder.config, "altup_active_idx", 0)
-        return [seen[number] if seen[number].ndim == 3 else seen[number][active] for number in numbers]
+        return [self._one_stream(seen[number], len(inputs["input_ids"])) for number in numbers]
+
+    def _one_stream(self, states: Tensor, batch: int) -> Tensor:
+        """Hidden states [B, T, D] of a decoder that may carry several streams of them side by side."""
+        width = self.decoder.config.hidden_size
+        if states.ndim == 4 and len(states) != batch:  # Gemma 3n: [streams, B, T, D], layers read one
+            return states[getattr(self.decoder.config, "altup_active_idx", 0)]
+        # Hyper-connections (GLM 5, Qwen4): [B, T, streams, D] or [B, T, streams * D], which layers mix.
+        return states.reshape(*states.shape[:2], -1, width).mean(2)
 
     def card(self) -> VLMCard:
         """What a checkpoint notes of the VLM it was trained on, for `check`."""
