@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
+from vugen_cli.card import LatentsCard
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.models.autoencoder import Autoencoder
@@ -47,7 +48,9 @@ class Real:
         _, height, width, d = vlm.encode(images(1)).shape
         self.autoencoder = Autoencoder(recipe, d)
         channels = self.autoencoder.reducer.channels
-        self.expert = new_expert(vlm, {"channels": channels, "grid": [height, width]}, recipe.expert)
+        self.expert = new_expert(
+            vlm, LatentsCard(channels=channels, grid=(height, width), width=d), recipe.expert
+        )
         self.expert.decoder.set_attn_implementation("eager")  # which torch's counter sees on a CPU
 
     def reducer(self, count: int) -> Tensor:

@@ -52,7 +52,7 @@ class DiTExpert(nn.Module):
             )
         self.reads, self.head = reads, width // heads
         self.proj_in = nn.Linear(channels, width)
-        self.time = TimeEmbedding(width)
+        self.time_embed = TimeEmbedding(width)
         self.blocks = nn.ModuleList(
             DiTBlock(width, heads, mlp or 8 * width // 3, prompt_width) for _ in reads
         )
@@ -69,7 +69,7 @@ class DiTExpert(nn.Module):
         """
         batch, height, width, _ = noised.shape
         x = self.proj_in(noised.flatten(1, 2)).float()  # [B, N, width]; the residual stream stays float32
-        condition = functional.silu(self.time(t))[:, None]  # [B, 1, width]
+        condition = functional.silu(self.time_embed(t))[:, None]  # [B, 1, width]
         cos, sin = rotary_2d(height, width, self.head, x.device)
         seen = torch.cat([prefix.mask, prefix.mask.new_ones(batch, height * width)], 1)[:, None, None]
         for block, prompt in zip(self.blocks, prefix.hidden, strict=True):
@@ -91,7 +91,7 @@ class DiTBlock(nn.Module):
         self.q_norm, self.k_norm, self.prompt_k_norm = (
             nn.RMSNorm(width // heads, eps=1e-6) for _ in range(3)
         )
-        self.out = nn.Linear(width, width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
         self.gate_up = nn.Linear(width, 2 * mlp, bias=False)
         self.down = nn.Linear(mlp, width, bias=False)
 
@@ -115,7 +115,7 @@ class DiTBlock(nn.Module):
         v = torch.cat([prompt_v, v], 2)
         q = rotate(self.q_norm(q.float()), cos, sin)
         h = attend(q.to(v.dtype), k.to(v.dtype), v, attention_mask)
-        x = torch.addcmul(x, gate1.to(x.dtype), self.out(h.transpose(1, 2).flatten(2)).to(x.dtype))
+        x = torch.addcmul(x, gate1.to(x.dtype), self.proj(h.transpose(1, 2).flatten(2)).to(x.dtype))
         gate, up = self.gate_up(modulate(x, scale2, bias2)).chunk(2, -1)
         return torch.addcmul(x, gate2.to(x.dtype), self.down(functional.silu(gate) * up).to(x.dtype))
 
