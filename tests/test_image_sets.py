@@ -45,15 +45,15 @@ def write_tar(path, members):
 
 def write_dataset(path, splits):
     path.mkdir()
-    manifest = {"size": 24, "splits": {}}
+    manifest = {"format": 2, "dataset": "made up", "size": 24, "splits": {}}
     for split, shards in splits.items():
         entries = []
         for index, rows in enumerate(shards):
             name = f"{split}-{index:06d}.tar"
             members = [(f"{row}.{kind}", data) for row in rows for kind, data in _sample(row)]
             write_tar(path / name, members)
-            entries.append({"name": name, "samples": len(rows)})
-        manifest["splits"][split] = {"shards": entries}
+            entries.append({"name": name, "samples": len(rows), "bytes": 1, "sha256": "0" * 64})
+        manifest["splits"][split] = {"count": sum(map(len, shards)), "shards": entries}
     (path / "dataset.json").write_text(json.dumps(manifest))
     return path
 

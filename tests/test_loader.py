@@ -1,18 +1,37 @@
 """The stream: exact, seeded, resumable, and unafraid of damage."""
 
-import json
+import errno
+import io
 import os
+import resource
 import shutil
-from collections import Counter
+import struct
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from vugen_cli.data.loader import Batch, ShardedImages, ShuffledOrder, TrainingStream, batches
-from vugen_cli.data.manifest import read_manifest
+from vugen_cli.data.images import encode
+from vugen_cli.data.loader import (
+    Batch,
+    Damaged,
+    DamageLimit,
+    ShardedImages,
+    TrainingStream,
+    _raised,
+    batches,
+    decode_latents,
+    decode_stored,
+)
+from vugen_cli.data.manifest import read_manifest, write_manifest
+from vugen_cli.data.order import StreamOrder, stream_count
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 from vugen_cli.nano.scenes import OpenMojiScenes
@@ -26,13 +45,136 @@ def same(a: Batch, b: Batch) -> bool:
     return torch.equal(a.images, b.images) and a.captions == b.captions
 
 
-@pytest.mark.parametrize(("counts", "window"), [([7, 3, 12, 1], 5), ([4], 100), ([5, 5], 1)])
-def test_every_sample_comes_once_an_epoch_and_epochs_differ(counts: list[int], window: int) -> None:
-    order = ShuffledOrder(np.array(counts), seed=3, window=window)
-    epochs = [[order[e * order.total + i] for i in range(order.total)] for e in range(2)]
-    for e, epoch in enumerate(epochs):
+def epochs(order: StreamOrder, stream: int, count: int = 2) -> list[list[tuple[int, int, int]]]:
+    length = order.length(stream)
+    return [[order.at(stream, e * length + i) for i in range(length)] for e in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "window", "streams"),
+    [
+        ([7, 3, 12, 1], 5, 1),
+        ([4], 100, 1),
+        ([5, 5], 1, 1),
+        ([7, 3, 12, 1], 5, 4),
+        ([23], 8, 5),
+        ([1] * 9, 3, 2),
+    ],
+)
+def test_every_sample_comes_once_an_epoch_of_one_stream_and_epochs_differ(
+    counts: list[int], window: int, streams: int
+) -> None:
+    """More streams than shards, fewer, unequal shards, shards that two streams share."""
+    order = StreamOrder(np.array(counts), seed=3, window=window, streams=streams)
+    lengths = [order.length(k) for k in range(streams)]
+    assert sum(lengths) == sum(counts) and max(lengths) - min(lengths) <= 1
+    first, second = ([place for k in range(streams) for place in epochs(order, k)[e]] for e in range(2))
+    for e, epoch in enumerate((first, second)):
         assert Counter(epoch) == Counter((e, s, i) for s, c in enumerate(counts) for i in range(c))
-    assert [x[1:] for x in epochs[0]] != [x[1:] for x in epochs[1]]
+    assert [x[1:] for x in first] != [x[1:] for x in second]
+
+
+def test_a_stream_keeps_to_its_shards_over_epochs_and_shuffles_them() -> None:
+    order = StreamOrder(np.full(64, 50), seed=0, window=100, streams=8)
+    for stream in range(8):
+        for epoch in epochs(order, stream):
+            assert {shard for _, shard, _ in epoch} == set(range(8 * stream, 8 * stream + 8))
+    places = epochs(order, 0, 1)[0]
+    assert (
+        len({shard for _, shard, _ in places[:50]}) == 1
+    )  # a window of 100 over 8 streams is one shard each
+    assert [i for _, _, i in places[:50]] != list(range(50))
+
+
+def test_one_shard_is_shuffled_as_a_whole_and_shared_out() -> None:
+    order = StreamOrder(np.array([64_000]), seed=0, window=10_000, streams=64)
+    assert stream_count(512, 64_000) == 64
+    assert {i for _, _, i in epochs(order, 5, 1)[0]} == set(range(5000, 6000))
+
+
+@pytest.mark.parametrize(
+    ("rows", "samples", "streams"),
+    [(512, 10**8, 64), (384, 10**8, 64), (48, 10**8, 48), (100, 10**8, 50), (64, 40_000, 32), (64, 96, 1)],
+)
+def test_streams_divide_the_batch_and_are_not_short(rows: int, samples: int, streams: int) -> None:
+    assert stream_count(rows, samples) == streams
+
+
+def many_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let data sets as small as ours have several streams."""
+    monkeypatch.setattr("vugen_cli.data.order.LEAST", 10)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "accumulate", "workers"), [(1, 1, 3), (2, 1, 0), (4, 1, 0), (2, 2, 2), (1, 4, 0)]
+)
+def test_a_batch_holds_the_same_whoever_computes_its_rows(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, accumulate: int, workers: int
+) -> None:
+    many_streams(monkeypatch)
+    images = ShardedImages(scenes)
+    whole = take(TrainingStream(images, 8, seed=1, window=30), 4)
+    assert images.order(1, 30, 8).streams == 8
+    parts = [
+        take(
+            TrainingStream(images, 8, seed=1, window=30, part=(r, ranks), accumulate=accumulate),
+            4 * accumulate,
+            workers,
+        )
+        for r in range(ranks)
+    ]
+    for step, batch in enumerate(whole):
+        mine = [p for part in parts for p in part[step * accumulate : (step + 1) * accumulate]]
+        assert torch.equal(batch.images, torch.cat([p.images for p in mine]))
+        assert batch.captions == [caption for p in mine for caption in p.captions]
+
+
+def test_a_reader_opens_only_its_own_streams_shards(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many_streams(monkeypatch)
+    for part in range(4):  # 4 shards of 24, 8 streams of 12
+        images = ShardedImages(scenes)
+        seen = {
+            shard
+            for b in take(TrainingStream(images, 8, seed=1, part=(part, 4)), 30)
+            for shard in images._open
+        }
+        assert seen == {part}
+
+
+def test_no_tar_is_listed_where_there_is_an_index(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vugen_cli.data.index.list_members", lambda tar: pytest.fail(f"listed {tar}"))
+    assert len(take(TrainingStream(ShardedImages(scenes), 96, seed=1), 1)[0].captions) == 96
+
+
+@pytest.mark.parametrize("content", [None, b"", b"junk", b"\x93NUMPY\x01\x00v\x00{'descr'"])
+@pytest.mark.parametrize("writable", [True, False])
+def test_an_index_that_is_missing_or_damaged_is_made_and_kept(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, writable: bool
+) -> None:
+    monkeypatch.setenv("VUGEN_CACHE", str(tmp_path / "cache"))
+    expected = take(TrainingStream(ShardedImages(copy), 96, seed=1), 1)[0]
+    index = copy / "train-000001.index.npy"
+    before = index.read_bytes()
+    index.unlink()
+    if content is not None:
+        index.write_bytes(content)
+    if not writable:  # as for a user who may only read
+        monkeypatch.setattr("vugen_cli.data.index.index_path", lambda tar: Path("/proc/none.npy"))
+    assert same(take(TrainingStream(ShardedImages(copy), 96, seed=1), 1)[0], expected)
+    kept = [index] if writable else list((tmp_path / "cache" / "shards").glob("*.npy"))
+    assert before in [path.read_bytes() for path in kept]
+
+
+def test_captions_are_tokenised_in_the_workers(scenes: Path) -> None:
+    stream = TrainingStream(ShardedImages(scenes), 4, seed=0, tokenize=letters)
+    for batch in [*take(stream, 2), *take(stream, 2, workers=2)]:
+        assert batch.tokens == [letters(caption)[0] for caption in batch.captions]
+        assert batch.cut == sum(len(caption) > 20 for caption in batch.captions)
+    assert take(TrainingStream(ShardedImages(scenes), 4, seed=0), 1)[0].tokens is None
+
+
+def letters(text: str) -> tuple[list[int], bool]:
+    return list(text.encode()[:20]), len(text) > 20
 
 
 def test_the_stream_does_not_depend_on_workers_and_more_workers_than_shards_do_not_hang(scenes: Path) -> None:
@@ -104,11 +246,138 @@ def test_a_truncated_shard_gives_what_is_left_of_it(copy: Path) -> None:
     assert 5 < seen.corrupt < 20
 
 
-def test_a_set_without_a_readable_sample_says_so(copy: Path) -> None:
+def test_stand_ins_are_drawn_at_random(copy: Path) -> None:
+    """A quarter of the samples is gone, and no other one takes all their places."""
+    (copy / "train-000002.tar").write_bytes(b"")
+    batch = take(TrainingStream(ShardedImages(copy), 96, seed=0), 1)[0]
+    assert batch.corrupt == 24
+    assert max(Counter(str(meta["source_key"]) for meta in batch.meta).values()) <= 4
+    again = take(TrainingStream(ShardedImages(copy), 96, seed=0), 1)[0]
+    assert same(batch, again)
+
+
+def test_a_set_without_a_readable_sample_says_so_in_workers_too(copy: Path) -> None:
     for shard in copy.glob("train-*.tar"):
         shard.write_bytes(bytes(1024))
-    with pytest.raises(VugenError, match="no readable sample"):
-        take(TrainingStream(ShardedImages(copy), 2, seed=0), 1)
+    for workers in (0, 1):
+        with pytest.raises(VugenError, match="^no readable sample in [^\n]*$"):
+            take(TrainingStream(ShardedImages(copy), 2, seed=0), 1, workers)
+
+
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    def loader() -> Iterator[Batch]:
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+        yield
+
+    with pytest.raises(VugenError, match=r"fewer data\.workers"):
+        next(_raised(loader()))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOENT])
+def test_errors_of_the_environment_are_tried_again_and_then_end_the_run(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    images, failures = ShardedImages(scenes), [2]
+    pread = os.pread
+
+    def failing(*arguments: int) -> bytes:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return pread(*arguments)
+
+    monkeypatch.setattr("os.pread", failing)
+    assert images.read(0, 0)[1]["captions"] and failures == [0]
+    failures[0] = 1000
+    with pytest.raises(VugenError, match=f"cannot read train-000000.tar .*{os.strerror(number)}"):
+        take(TrainingStream(images, 96, seed=0), 1)
+
+
+def test_too_many_open_shards_are_closed_and_opened_again(scenes: Path) -> None:
+    images = ShardedImages(scenes)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2, hard))
+        batch = take(TrainingStream(images, 96, seed=0), 1)[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert batch.corrupt == 0
+
+
+def test_fuzzed_members_are_counted_and_never_crash(copy: Path) -> None:
+    """Bytes of every kind of member are overwritten, with junk and with what decoders trip over."""
+    random = np.random.default_rng(0)
+    path = copy / "train-000000.tar"
+    whole = path.read_bytes()
+    index = np.load(copy / "train-000000.index.npy")
+    images = ShardedImages(copy)
+    traps = [
+        b"",
+        b"[]",
+        b"[1]",
+        b'"a"',
+        b"{",
+        b"[" * 5000,
+        b"\xff\xfe",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff",
+    ]
+    damaged = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        sample = int(random.integers(len(index)))
+        offset, size = index[sample][random.integers(3)]
+        if random.random() < 0.3:
+            trap = traps[random.integers(len(traps))][:size]
+            data[offset : offset + size] = trap + bytes(size - len(trap))
+        else:
+            for _ in range(int(random.integers(1, 8))):
+                data[offset + random.integers(min(size, 64))] = random.integers(256)
+        path.write_bytes(data)
+        images._open.clear()
+        try:
+            pixels, meta = images.read(0, sample)
+            assert pixels.shape == (64, 64, 3) and isinstance(meta["captions"], list)
+        except Damaged:
+            damaged += 1
+    assert damaged > 100
+
+
+@pytest.mark.parametrize("side", [32, 65_000])
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_pictures_of_another_size_are_damage_and_not_decoded(side: int, kind: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "PNG")
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    header += struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    png = file.getvalue()[:16] + header + file.getvalue()[33:]
+    jpg = bytearray(encode(np.zeros((32, 32, 3), np.uint8))[1])
+    at = jpg.index(b"\xff\xc0") + 5
+    jpg[at : at + 4] = struct.pack(">HH", side, side)
+    with pytest.raises(Exception, match=f"{side}x{side} pixels, not 64x64|exceeds limit"):
+        decode_stored(png if kind == "png" else bytes(jpg), 64)
+
+
+def test_latents_are_checked_before_they_are_allocated() -> None:
+    stored = io.BytesIO()
+    np.save(stored, np.ones((1, 2, 2, 4), np.float16))
+    assert decode_latents(stored.getvalue(), (1, 2, 2, 4)).sum() == 16
+    huge = stored.getvalue().replace(b"(1, 2, 2, 4)", b"(9999999999)")
+    for data in (huge, stored.getvalue()[:-1], b"", stored.getvalue().replace(b"<f2", b"|O8")):
+        with pytest.raises(ValueError, match="latents|buffer|magic|shape"):
+            decode_latents(data, (1, 2, 2, 4))
+
+
+def test_more_damage_than_allowed_ends_a_run() -> None:
+    limit, few = DamageLimit(0.1), DamageLimit(0.1)
+    for corrupt in [4] * 1000 + [32] * 10 + [0] * 200:  # 6%, a bad shard, none
+        limit.add(corrupt, 64)
+    with pytest.raises(VugenError, match=r"1\d\d\d of the last 10048 samples .* data\.max_corrupt=0\.1"):
+        deque(limit.add(7, 64) for _ in range(157))
+    with pytest.raises(VugenError, match=r"1001 of the last 1001 samples"):  # at once where all are damaged
+        deque(few.add(1, 1) for _ in range(1001))
 
 
 def test_what_is_not_a_data_set_is_explained(tmp_path: Path, copy: Path) -> None:
@@ -145,14 +414,14 @@ def test_ranks_and_workers_see_every_sample_once_an_epoch_from_fewer_shards_of_d
 
 def test_shards_that_are_let_go_of_are_closed(scenes: Path, tmp_path: Path) -> None:
     manifest = read_manifest(scenes)
-    shard = manifest["splits"]["train"]["shards"][0]
-    shards = [{**shard, "name": f"{number}.tar"} for number in range(150)]  # far more than are kept open
-    for copy in shards:
-        (tmp_path / copy["name"]).symlink_to((scenes / shard["name"]).resolve())
-    manifest["splits"] = {"train": {"count": 150 * shard["samples"], "shards": shards}}
-    (tmp_path / "dataset.json").write_text(json.dumps(manifest))
+    split = manifest.splits["train"]
+    shard = split.shards[0]
+    split.shards = [replace(shard, name=f"{number}.tar") for number in range(40)]  # more than are kept open
+    for copy in split.shards:
+        (tmp_path / copy.name).symlink_to((scenes / shard.name).resolve())
+    write_manifest(tmp_path, manifest)
     images = ShardedImages(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
-    for number in range(150):
+    for number in range(40):
         images.read(number, 0)
-    assert len(os.listdir("/proc/self/fd")) - before <= 64
+    assert len(os.listdir("/proc/self/fd")) - before <= images.keep_open

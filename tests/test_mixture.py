@@ -31,16 +31,22 @@ def mixture(scenes: Path, other: Path) -> list[MixtureSource]:
     return [MixtureSource(path=str(scenes), weight=3), MixtureSource(path=str(other), weight=1)]
 
 
-def test_sources_come_by_weight_and_each_sample_once_in_its_own_epoch(mixture: list[MixtureSource]) -> None:
+@pytest.mark.parametrize("streams", [1, 4])
+def test_sources_come_by_weight_and_each_sample_once_in_its_own_epoch(
+    mixture: list[MixtureSource], monkeypatch: pytest.MonkeyPatch, streams: int
+) -> None:
+    """With four streams, the first set has four of its own and the second, too small for that, two."""
+    monkeypatch.setattr("vugen_cli.data.order.LEAST", 1000 if streams == 1 else 10)
     images = MixedImages(mixture)
-    order = images.order(5, window=30)
-    drawn = [order[n] for n in range(2 * BLOCK)]
+    order = images.order(5, window=30, batch_size=4)
+    assert [order.streams, *(o.streams for o in order.orders)] == ([4, 4, 2] if streams == 4 else [1, 1, 1])
+    drawn = [order.at(k, i) for k in range(streams) for i in range(2 * BLOCK)]
     for first, last, size, share in ((0, 4, 96, BLOCK * 3 // 4), (4, 7, 20, BLOCK // 4)):
         mine = [d for d in drawn if first <= d[1] < last]
-        assert len(mine) == 2 * share
-        for epoch in range(len(mine) // size):
-            seen = Counter((s, i) for _, s, i in mine[epoch * size : (epoch + 1) * size])
-            assert len(seen) == size and {d[0] for d in mine[epoch * size : (epoch + 1) * size]} == {epoch}
+        assert len(mine) == 2 * share * streams
+        for epoch in range(2 * share * streams // size):
+            seen = Counter((s, i) for e, s, i in mine if e == epoch)
+            assert len(seen) == size and set(seen.values()) == {1}
 
 
 def test_shares_are_exact_and_follow_the_weights() -> None:
@@ -50,8 +56,9 @@ def test_shares_are_exact_and_follow_the_weights() -> None:
 
 
 def test_a_mixed_stream_is_the_same_with_workers_when_resumed_and_in_parts(
-    mixture: list[MixtureSource],
+    mixture: list[MixtureSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("vugen_cli.data.order.LEAST", 10)
     images = MixedImages(mixture)
     whole = list(islice(TrainingStream(images, 6, seed=1, window=30), 12))
     rest = list(islice(batches(TrainingStream(images, 6, seed=1, window=30, start=4), 2), 8))
@@ -80,7 +87,7 @@ def test_both_stages_train_on_a_mixture_and_their_cards_name_it(
     cpu = torch.device("cpu")
     reducer = train_reducer(recipe, None, tmp_path / "r.safetensors", cpu)
     card = read_card(train_sampler(recipe, reducer, None, tmp_path / "s.safetensors", cpu)).data
-    assert card.path == str(scenes) and card.counts == {"train": 116}
+    assert card.path == str(scenes) and card.counts == {"train": 116} and card.sha256
     assert [source["weight"] for source in card.mixture or []] == [3, 1]
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from vugen_cli.commands.prepare import Dataset, Split, prepare
 from vugen_cli.data import writer
+from vugen_cli.data.manifest import Manifest, Skipped, read_manifest, read_skipped
 from vugen_cli.data.sample import Sample
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
@@ -67,28 +68,30 @@ def samples_of(folder: Path, split: str = "train") -> dict[str, dict[str, bytes]
     return samples
 
 
-def write(out: Path, source: Drawn | None = None, **options) -> dict:
+def write(out: Path, source: Drawn | None = None, **options) -> Manifest:
     settings = {"size": 32, "shard_size": 10, "progress": False} | options
     return write_dataset(Drawn() if source is None else source, out, **settings)
 
 
 def test_shards_and_manifest(tmp_path):
     manifest = write(tmp_path, Drawn(25, bad=10))
-    assert manifest == json.loads((tmp_path / "dataset.json").read_text())
-    assert manifest["format"] == 1 and manifest["size"] == 32 and manifest["classes"] == ["even", "odd"]
-    assert (manifest["dataset"], manifest["source"], manifest["licence"]) == ("drawn", "nowhere", "CC0")
-    train = manifest["splits"]["train"]
-    assert train["count"] == 22 and train["skipped_count"] == 3
-    assert {item["key"] for item in train["skipped"]} == {"picture 0", "picture 10", "picture 20"}
-    assert all("not an image" in item["reason"] for item in train["skipped"])
-    assert train["captions"]["count"] == 44 and train["captions"]["per_image"] == 2.0
-    assert train["captions"]["words_max"] == 3 and train["captions"]["words_mean"] == 2.5
-    assert sorted(os.listdir(tmp_path)) == ["dataset.json", *(f"train-00000{i}.tar" for i in range(3))]
-    for shard in train["shards"]:
-        data = (tmp_path / shard["name"]).read_bytes()
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
+    assert manifest == read_manifest(tmp_path)
+    assert manifest.format == 2 and manifest.size == 32 and manifest.classes == ["even", "odd"]
+    assert (manifest.dataset, manifest.source, manifest.licence) == ("drawn", "nowhere", "CC0")
+    train = manifest.splits["train"]
+    assert train.count == 22 and train.skipped_count == 3
+    skipped = [json.loads(line) for line in (tmp_path / "skipped-train.jsonl").read_text().splitlines()]
+    assert {item["key"] for item in skipped} == {"picture 0", "picture 10", "picture 20"}
+    assert all("not an image" in item["reason"] for item in skipped)
+    assert train.captions.count == 44 and train.captions.per_image == 2.0
+    assert train.captions.words_max == 3 and train.captions.words_mean == 2.5
+    shards = [f"train-00000{i}.{kind}" for i in range(3) for kind in ("index.npy", "tar")]
+    assert sorted(os.listdir(tmp_path)) == ["dataset.json", "skipped-train.jsonl", *shards]
+    for shard in train.shards:
+        data = (tmp_path / shard.name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
     samples = samples_of(tmp_path)
-    assert len(samples) == sum(shard["samples"] for shard in train["shards"]) == 22
+    assert len(samples) == sum(shard.samples for shard in train.shards) == 22
     for key, members in samples.items():
         assert len(key) == 9 and sorted(members) == ["jpg", "json", "txt"]
         meta = json.loads(members["json"])
@@ -284,7 +287,7 @@ def test_another_plan_is_refused_with_what_differs(tmp_path, monkeypatch, change
         pytest.skip("a split that was never finished binds no other")
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(writer, "_finished", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(writer, "_finished", lambda job, shard: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 write(tmp_path)
     before = files_of(tmp_path)
@@ -339,15 +342,15 @@ def test_nothing_usable_is_an_error_and_leaves_no_shards(tmp_path):
 
 def test_a_shard_of_bad_pictures_is_left_out(tmp_path):
     manifest = write(tmp_path, Drawn(12, bad=2), shard_size=1)
-    shards = manifest["splits"]["train"]["shards"]
-    assert len(shards) == 6 == len(list(tmp_path.glob("*.tar"))) and all(s["samples"] == 1 for s in shards)
+    shards = manifest.splits["train"].shards
+    assert len(shards) == 6 == len(list(tmp_path.glob("*.tar"))) and all(s.samples == 1 for s in shards)
 
 
 def test_pictures_without_captions_are_skipped(tmp_path):
     image = Drawn()[0].image
     source = Listed([Sample("mute", image, [" ", "\n"]), Sample("fine", image, ["words"])])
-    manifest = write_dataset(source, tmp_path, size=32, progress=False)
-    assert manifest["splits"]["train"]["skipped"] == [{"key": "mute", "reason": "no caption"}]
+    write_dataset(source, tmp_path, size=32, progress=False)
+    assert list(read_skipped(tmp_path, "train")) == [Skipped(key="mute", reason="no caption")]
 
 
 def test_captions_of_any_script_survive(tmp_path):

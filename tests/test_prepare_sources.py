@@ -15,6 +15,7 @@ from vugen_cli.data.coco import CocoCaptions
 from vugen_cli.data.folder import ImageFolder
 from vugen_cli.data.hf import HuggingFaceDataset
 from vugen_cli.data.imagenet import ImageNet, class_names
+from vugen_cli.data.manifest import read_skipped
 from vugen_cli.data.shards import WebDatasetShards
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
@@ -107,7 +108,7 @@ def test_imagenet_layouts_give_the_same_shards(tmp_path):
     hashes = set()
     for number, path in enumerate(imagenet_layouts(tmp_path).values()):
         manifest = write_dataset(ImageNet(path), tmp_path / f"out{number}", size=16, progress=False)
-        hashes.add(manifest["splits"]["train"]["shards"][0]["sha256"])
+        hashes.add(manifest.splits["train"].shards[0].sha256)
     assert len(hashes) == 1
 
 
@@ -196,9 +197,9 @@ def test_a_tar_cut_after_it_was_listed_costs_only_what_is_lost(tmp_path):
     source = ImageNet(path)
     path.write_bytes(path.read_bytes()[:5000])
     manifest = write_dataset(source, tmp_path / "out", size=16, progress=False)
-    train = manifest["splits"]["train"]
-    assert 0 < train["count"] < 6 and train["count"] + train["skipped_count"] == 6
-    assert "cut short" in train["skipped"][0]["reason"]
+    train = manifest.splits["train"]
+    assert 0 < train.count < 6 and train.count + train.skipped_count == 6
+    assert "cut short" in next(read_skipped(tmp_path / "out", "train")).reason
 
 
 @pytest.mark.parametrize(
@@ -362,7 +363,7 @@ def test_text_beside_images(tmp_path):
         },
     )
     manifest = write_dataset(CaptionedImages(tmp_path), tmp_path / "out", size=16, progress=False)
-    assert manifest["splits"]["train"]["count"] == 2 and manifest["splits"]["train"]["captions"]["count"] == 3
+    assert manifest.splits["train"].count == 2 and manifest.splits["train"].captions.count == 3
     assert content(CaptionedImages(tmp_path))["a.jpg"][0] == ["one", "two", ""]
 
 
@@ -419,11 +420,10 @@ def test_wrong_captions(tmp_path, files, words):
 
 def test_missing_pictures_of_a_table_are_listed(tmp_path):
     put(tmp_path, {"a.jpg": jpeg(), "t.csv": "path,caption\na.jpg,x\ngone.jpg,y\n"})
-    train = write_dataset(CaptionedImages(tmp_path), tmp_path / "out", size=16, progress=False)["splits"][
-        "train"
-    ]
-    assert train["count"] == 1 and train["skipped"][0]["reason"] == "No such file or directory"
-    assert train["skipped"][0]["key"].endswith("gone.jpg")
+    manifest = write_dataset(CaptionedImages(tmp_path), tmp_path / "out", size=16, progress=False)
+    (skipped,) = read_skipped(tmp_path / "out", "train")
+    assert manifest.splits["train"].count == 1 and skipped.reason == "No such file or directory"
+    assert skipped.key.endswith("gone.jpg")
 
 
 # --- webdataset
@@ -455,8 +455,8 @@ def test_shards_as_img2dataset_writes_them(tmp_path):
     assert (source[0].captions, source[0].meta) == (["from text"], {"url": "u"})
     assert source[1].captions == ["from json"] and source[1].image == jpeg(1, "WEBP")
     assert source[1].meta["url"] == "http://x" and source[1].key == "00000.tar/000000001"
-    train = write_dataset(source, tmp_path / "out", size=16, progress=False)["splits"]["train"]
-    skipped = {item["key"]: item["reason"] for item in train["skipped"]}
+    write_dataset(source, tmp_path / "out", size=16, progress=False)
+    skipped = {item.key: item.reason for item in read_skipped(tmp_path / "out", "train")}
     assert skipped["00000.tar/000000002"] == "no image in the sample"
     assert "damaged .json" in skipped["00001.tar/d/000000003"]
     # And our own shards are webdataset shards.
@@ -554,14 +554,13 @@ def test_hf_of_another_layout(tmp_path):
 def test_real_imagenet(tmp_path):
     tar = SHARED / "imagenet-sample.tar"
     manifest = write_dataset(ImageNet(tar), tmp_path / "out", size=64, count=60, progress=False)
-    assert manifest["splits"]["train"]["count"] == 60 and len(manifest["classes"]) == 1000
+    assert manifest.splits["train"].count == 60 and len(manifest.classes) == 1000
 
 
 @pytest.mark.skipif(not (SHARED / "coco-mini.tar").exists(), reason="the COCO sample is not here")
 def test_real_coco(tmp_path):
     with tarfile.open(SHARED / "coco-mini.tar") as tar:
         tar.extractall(tmp_path / "coco", filter="data")
-    train = write_dataset(CocoCaptions(tmp_path / "coco"), tmp_path / "out", progress=False)["splits"][
-        "train"
-    ]
-    assert train["count"] == 80 and train["captions"] == train["captions"] | {"count": 400, "per_image": 5.0}
+    manifest = write_dataset(CocoCaptions(tmp_path / "coco"), tmp_path / "out", progress=False)
+    train = manifest.splits["train"]
+    assert (train.count, train.captions.count, train.captions.per_image) == (80, 400, 5.0)

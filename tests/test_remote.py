@@ -1,18 +1,24 @@
 """Data sets given by address: the same stream, each shard fetched once and verified."""
 
 import functools
+import hashlib
 import json
+import os
 import shutil
 import socket
+import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from threading import Thread
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_card, tiny_overrides
@@ -21,8 +27,9 @@ from typer.testing import CliRunner
 from vugen_cli.app import app
 from vugen_cli.commands.options import data_of
 from vugen_cli.data import remote
-from vugen_cli.data.loader import ShardedImages, TrainingStream, batches
-from vugen_cli.data.remote import fetched
+from vugen_cli.data.loader import Damaged, ShardedImages, TrainingStream, batches
+from vugen_cli.data.manifest import read_manifest, write_manifest
+from vugen_cli.data.remote import open_shard, patiently
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe
 
@@ -44,14 +51,20 @@ def copy(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(shutil.copytree(scenes, tmp_path / "copy"))
 
 
-@pytest.fixture
-def address(copy: Path) -> Iterator[str]:
+@contextmanager
+def serving(folder: Path, handler: type[Handler] = Handler) -> Iterator[str]:
     asked.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(copy)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
     Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def address(copy: Path) -> Iterator[str]:
+    with serving(copy) as address:
+        yield address
 
 
 def same_as(path: Path, images: ShardedImages, workers: int = 0) -> bool:
@@ -69,35 +82,31 @@ def test_a_web_server_gives_the_same_stream_and_each_shard_once(copy: Path, addr
     assert len(shards) == 4 and set(shards.values()) == {1}
 
 
-def test_fsspec_and_commands_give_the_same_stream(copy: Path, tmp_path: Path) -> None:
+def test_fsspec_gives_the_same_stream(copy: Path, tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
     memory.put(str(copy), "/scenes", recursive=True)
-    for base in ("memory://scenes", f"file://{copy}", f"pipe:cat {copy}/{{}}"):
+    for base in ("memory://scenes", f"file://{copy}"):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         assert same_as(copy, ShardedImages(base))
 
 
 def test_several_at_once_fetch_a_shard_once(copy: Path, address: str) -> None:
-    shard = ShardedImages(address).facts[0]
+    images = ShardedImages(address)
     with ThreadPoolExecutor(6) as pool:
-        paths = set(pool.map(lambda _: fetched(address, shard), range(6)))
-    assert len(paths) == 1 and asked["/train-000000.tar"] == 1
-    assert paths.pop().read_bytes() == (copy / "train-000000.tar").read_bytes()
+        files = list(pool.map(lambda _: open_shard(address, images.shard(0), images.cache), range(6)))
+    assert asked["/train-000000.tar"] == 1
+    assert {file.read() for file in files} == {(copy / "train-000000.tar").read_bytes()}
 
 
 def test_what_cannot_be_had_is_one_line_and_leaves_nothing(copy: Path, address: str, tmp_path: Path) -> None:
     images = ShardedImages(address)
-    (copy / images.names[0]).write_bytes(b"other bytes")
+    (copy / images.names[0]).write_bytes(b"other bytes".ljust(int(images.lengths[0])))
     with pytest.raises(VugenError, match="is not what its dataset.json notes"):
         images.read(0, 0)
     (copy / images.names[1]).unlink()
     with pytest.raises(VugenError, match=r"cannot get train-000001\.tar .*404"):
         images.read(1, 0)
-    with pytest.raises(VugenError, match=r"cannot get dataset\.json .*ended with 1"):
-        ShardedImages(f"pipe:cat {tmp_path}/nowhere/{{}}")
-    with pytest.raises(VugenError, match="damaged"):
-        ShardedImages("pipe:echo {}")
     assert not list((tmp_path / "cache" / "shards").glob("*.tar"))
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -121,34 +130,144 @@ def test_a_manifest_cannot_name_a_file_outside_its_data_set(copy: Path) -> None:
             ShardedImages(f"file://{copy}")
 
 
-def test_a_command_that_only_a_checkpoint_names_is_not_run() -> None:
-    command = "pipe:touch /tmp/{}"
-    mixture = {"data": {"mixture": [{"path": command}]}}
-    data = {"path": "x", "dataset": "folder", "size": 64, "counts": {}}
-    cards = [make_card(data=data | named) for named in ({"path": command}, {"mixture": [{"path": command}]})]
+@pytest.mark.parametrize("address", ["https://example.org/x", "s3://bucket/x", "file:///etc", "any://x"])
+def test_an_address_that_only_a_checkpoint_names_is_not_opened(address: str) -> None:
+    mixture = {"data": {"mixture": [{"path": address}]}}
+    data = {"path": "/here", "dataset": "folder", "size": 64, "counts": {}}
+    cards = [make_card(data=data | named) for named in ({"path": address}, {"mixture": [{"path": address}]})]
     harmless = make_card(data=data)
     for card in cards:
-        with pytest.raises(VugenError, match="not run unless you give it"):
+        with pytest.raises(VugenError, match="not opened unless you give it"):
             data_of(Recipe(), None, card, own_recipe=True)
-    with pytest.raises(VugenError, match="not run unless you give it"):
+    with pytest.raises(VugenError, match="not opened unless you give it"):
         data_of(Recipe.model_validate(mixture), None, harmless, own_recipe=False)
     assert data_of(Recipe.model_validate(mixture), None, harmless, own_recipe=True) is None
-    assert data_of(Recipe(), command, cards[0]) == command
+    assert data_of(Recipe(), address, cards[0]) == address
+    assert data_of(Recipe(), None, harmless) == "/here"
 
 
-def test_a_path_is_never_a_command(tmp_path: Path) -> None:
-    """A checkpoint's data is opened as a Path by scores: a stranger's must not run."""
-    with pytest.raises(VugenError, match="no data set at pipe:touch"):
-        ShardedImages(Path(f"pipe:touch {tmp_path}/{{}}"))
-    assert not any(tmp_path.iterdir())
+def test_a_path_is_never_an_address(tmp_path: Path) -> None:
+    """A checkpoint's data is opened as a Path by scores: a stranger's must not lead elsewhere."""
+    with pytest.raises(VugenError, match="no data set at memory:/x"):
+        ShardedImages(Path("memory://x"))
 
 
-def test_a_command_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PIPE_PATIENCE", 0.3)
-    begin = time.monotonic()
-    with pytest.raises(VugenError, match="wrote nothing for"):
-        ShardedImages("pipe:sleep 30")
-    assert time.monotonic() - begin < 10
+class Unreliable(Handler):
+    """Fails as `failures` says, by the number of the request: a status, `reset`, or `short`."""
+
+    failures: ClassVar[dict[int, int | str]] = {}
+    requests: ClassVar[Iterator[int]] = count()
+
+    def do_GET(self) -> None:
+        how = self.failures.get(next(self.requests))
+        if isinstance(how, int):
+            self.send_error(how)
+        elif how == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        elif how == "short":
+            data = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[:1000])
+        else:
+            super().do_GET()
+
+
+@pytest.fixture
+def unreliable(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    Unreliable.requests, Unreliable.failures = count(), {}
+    with serving(copy, Unreliable) as address:
+        yield address
+
+
+@pytest.mark.parametrize("how", [503, 429, 500, "reset", "short"])
+def test_what_fails_in_passing_is_asked_for_again(copy: Path, unreliable: str, how: int | str) -> None:
+    # Of the manifest only a failed request can be told: a short one has no hash to tell it by.
+    Unreliable.failures = {0: 503 if how == "short" else how, 2: how, 3: how}
+    images = ShardedImages(unreliable)
+    assert np.array_equal(images.read(0, 0)[0], ShardedImages(copy).read(0, 0)[0])
+    assert next(Unreliable.requests) == 5
+
+
+@pytest.mark.parametrize(("how", "asked"), [(404, 2), (403, 2), (503, 1 + remote.TRIES)])
+def test_what_fails_for_good_is_one_line(unreliable: str, how: int, asked: int) -> None:
+    images = ShardedImages(unreliable)
+    Unreliable.failures = dict.fromkeys(range(1, 100), how)
+    with pytest.raises(VugenError, match=f"cannot get train-000000.tar of {unreliable}: .*{how}"):
+        images.read(0, 0)
+    assert next(Unreliable.requests) == asked
+
+
+def test_pauses_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    for _ in range(2):
+        with pytest.raises(VugenError):
+            patiently("it", lambda: (_ for _ in ()).throw(ConnectionResetError()), 8)
+    assert len(pauses) == 14 and pauses[:7] != pauses[7:]
+    assert all(0.25 * 2**i <= pauses[i] <= 0.75 * 2**i for i in range(7))
+
+
+def test_the_next_shards_are_fetched_ahead(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = iter(TrainingStream(ShardedImages(address), 2, seed=1, window=24))
+    next(stream)
+    deadline = time.monotonic() + 10
+    while len(shards_asked()) < 2:  # that of the batch, and that of the window after it
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(shards_asked()) == 2
+
+
+def shards_asked() -> set[str]:
+    return {path for path in asked if path.endswith(".tar")}
+
+
+def test_a_reader_fetches_only_its_own_shards(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vugen_cli.data.order.LEAST", 10)
+    stream = iter(TrainingStream(ShardedImages(address), 8, seed=1, part=(2, 4)))
+    for _ in range(30):
+        next(stream)
+    assert shards_asked() == {"/train-000002.tar"}
+
+
+def test_the_cache_keeps_to_its_size_and_what_was_read_last(
+    copy: Path, address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    images = ShardedImages(address)
+    images.keep_open = 1
+    monkeypatch.setenv("VUGEN_CACHE_GB", str(2.5 * max(images.lengths) / 1e9))
+    for number, shard in enumerate((0, 1, 0, 2)):
+        images.read(shard, 0)
+        path = remote.cached_path(images.shard(shard), images.cache)
+        os.utime(path, (number, number))  # the clock of a file system is too coarse for this test
+    kept = {path.stem for path in images.cache.glob("*.tar")}
+    assert kept == {images.shard(0).sha256, images.shard(2).sha256}
+    assert {path.name.partition(".")[0] for path in images.cache.glob("*.npy")} == kept
+    assert same_as(copy, images)  # from a cache that is smaller than what is being read
+    monkeypatch.setenv("VUGEN_CACHE_GB", "much")
+    with pytest.raises(VugenError, match="VUGEN_CACHE_GB=much"):
+        remote.make_room(images.cache, 1)
+
+
+def test_processes_share_a_cache_that_is_too_small_for_them(
+    copy: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ShardedImages(address)
+    monkeypatch.setenv("VUGEN_CACHE_GB", str(1.5 * max(images.lengths) / 1e9))
+    assert same_as(copy, images, workers=3)
+
+
+def test_what_a_killed_process_left_is_removed(address: str) -> None:
+    images = ShardedImages(address)
+    images.cache.mkdir(parents=True)
+    left = images.cache / f".{images.shard(0).sha256}.tar.abcd.tar"
+    left.write_bytes(b"half")
+    images.read(0, 0)
+    assert not left.exists()
 
 
 def test_a_stage_trains_and_shows_previews_from_afar(address: str, vlm_path: Path, tmp_path: Path) -> None:
@@ -157,3 +276,52 @@ def test_a_stage_trains_and_shows_previews_from_afar(address: str, vlm_path: Pat
     result = CliRunner().invoke(app, [*words, *options])
     assert result.exit_code == 0, result.exception
     assert (tmp_path / "r.run/preview-0000002.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_stage_trains_from_a_server_that_fails_every_tenth_time_and_damaged_data(
+    copy: Path, vlm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data has a shard cut short and a damaged picture; the counts are what they are."""
+    manifest = read_manifest(copy)
+    for shard, damage in ((1, lambda data: data[: len(data) * 3 // 4]), (2, spoil)):
+        path = copy / f"train-00000{shard}.tar"
+        path.write_bytes(damage(path.read_bytes()))
+        facts = manifest.splits["train"].shards[shard]
+        facts.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        facts.bytes = path.stat().st_size
+    write_manifest(copy, manifest)
+    lost = sum(not readable(ShardedImages(copy), n) for n in range(96))
+    assert 5 <= lost <= 9
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    Unreliable.requests, Unreliable.failures = count(1), dict.fromkeys(range(0, 10000, 10), 503)
+    options = [p for o in [*tiny_overrides(vlm_path), "data.workers=1"] for p in ("--set", o)]
+    with serving(copy, Unreliable) as address:
+        words = ["train-reducer", "--data", address, "--out", str(tmp_path / "r.safetensors")]
+        result = CliRunner().invoke(app, [*words, *options, "--steps", "24"])
+    assert result.exit_code == 0, result.exception
+    rows = [json.loads(line) for line in (tmp_path / "r.run/metrics.jsonl").read_text().splitlines()]
+    assert sum(row.get("corrupt", 0) for row in rows) == lost
+
+
+def spoil(data: bytes) -> bytes:
+    at = data.index(b"\x89PNG")
+    return data[:at] + bytes(64) + data[at + 64 :]
+
+
+def readable(images: ShardedImages, number: int) -> bool:
+    try:
+        return bool(images.read(*divmod(number, 24)))
+    except Damaged:
+        return False
+
+
+def test_an_error_in_a_worker_is_one_line(
+    copy: Path, vlm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in copy.glob("train-*.tar"):
+        path.write_bytes(bytes(10_240))
+    options = [p for o in [*tiny_overrides(vlm_path), "data.workers=1"] for p in ("--set", o)]
+    words = ["train-vae", "--data", str(copy), "--out", str(tmp_path / "vae")]
+    result = CliRunner().invoke(app, [*words, *options])
+    assert isinstance(result.exception, VugenError) and "\n" not in str(result.exception)

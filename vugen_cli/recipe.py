@@ -49,6 +49,9 @@ class Data(Section):
     mixture: list[MixtureSource] = Field(
         [], description="data sets to draw from by weight, where no --data is given; see docs/data.md"
     )
+    max_corrupt: float = Field(
+        0.1, ge=0, le=1, description="share of damaged samples among 10,000 that ends a run"
+    )
     workers: int = Field(1, ge=0, description="decoding processes; 0 decodes in the training process")
 
 

@@ -61,5 +61,5 @@ def random_rows(
     """
     how = {"generator": generator, "device": generator.device, "dtype": dtype}
     if isinstance(generator, BatchGenerator):
-        return random((generator.size, *shape[1:]), **how)[generator.rows]
+        return random((generator.size, *shape[1:]), **how)[generator.rows].clone()
     return random(tuple(shape), **how)

@@ -23,9 +23,10 @@ def inspect(
         _show(read_header(file).model_dump(mode="json", exclude_none=True))
         return
     manifest = read_manifest(file)
-    for split in manifest["splits"].values():
+    shown = manifest.plain()
+    for split in shown["splits"].values():
         split["shards"] = f"{len(split['shards'])} files"
-    _show(manifest)
+    _show(shown)
 
 
 def _show(values: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def data_of(
         own_recipe: the recipe is the user's own, not the checkpoint's.
 
     Raises:
-        VugenError: a checkpoint, which may be a stranger's, names a command to run.
+        VugenError: a checkpoint, which may be a stranger's, names an address.
     """
     from vugen_cli.recipe import MixtureSource
 
@@ -120,19 +120,19 @@ def data_of(
     named = [source.path for source in resolved.data.mixture] or [card.data.path if card else "data/openmoji"]
     if card is not None and not own_recipe:
         for path in named:
-            refuse_command(path)
+            refuse_address(path)
     return None if resolved.data.mixture else named[0]
 
 
-def refuse_command(path: str) -> None:
-    """Commands are run only where the user gives them.
+def refuse_address(path: str) -> None:
+    """Addresses are opened only where the user gives them: a stranger's may lead anywhere.
 
     Raises:
-        VugenError: a checkpoint names a `pipe:` command as its data.
+        VugenError: a checkpoint names a URL as its data.
     """
-    if path.startswith("pipe:"):
+    if "://" in path:
         raise VugenError(
-            f"the checkpoint's data comes from a command, which is not run unless you give it yourself: "
+            f"the checkpoint's data lies elsewhere, which is not opened unless you give it yourself: "
             f"--data '{path}', or a recipe of your own"
         )
 

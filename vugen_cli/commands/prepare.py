@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vugen_cli.commands.options import DeviceOption, VlmOption, refuse_command
+from vugen_cli.commands.options import DeviceOption, VlmOption, refuse_address
 
 if TYPE_CHECKING:
     from vugen_cli.data.sample import Source
@@ -136,11 +136,11 @@ def prepare(
             f"Interrupted. Finished shards are kept in {out}; run the same command to go on.", err=True
         )
         raise typer.Exit(130) from None
-    entry = manifest["splits"][split.value]
-    skipped = f", {entry['skipped_count']} skipped (listed in dataset.json)" if entry["skipped_count"] else ""
+    entry = manifest.splits[split.value]
+    listed = f"skipped-{split.value}.jsonl"
+    skipped = f", {entry.skipped_count} skipped (listed in {listed})" if entry.skipped_count else ""
     typer.echo(
-        f"{out}: {split.value}, {entry['count']} images of {size} px in {len(entry['shards'])} "
-        f"shards{skipped}"
+        f"{out}: {split.value}, {entry.count} images of {size} px in {len(entry.shards)} shards{skipped}"
     )
 
 
@@ -166,7 +166,7 @@ def prepare_latents(
             f"{checkpoint} was trained on a mixture: give --data, once for each of its data sets"
         )
     if data is None:
-        refuse_command(known.path)
+        refuse_address(known.path)
         data = Path(known.path)
     out = out or data.with_name(f"{data.name}-latents")
     try:
@@ -174,7 +174,7 @@ def prepare_latents(
     except KeyboardInterrupt:
         typer.echo(f"Interrupted. Finished shards are kept in {out}; the same command goes on.", err=True)
         raise typer.Exit(130) from None
-    count = sum(entry["count"] for entry in manifest["splits"].values())
+    count = sum(entry.count for entry in manifest.splits.values())
     typer.echo(
         f"{out}: latents of {count} images; next: vugen train-sampler --reducer {checkpoint} --data {out}"
     )

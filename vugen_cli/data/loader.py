@@ -1,21 +1,20 @@
-"""Streams prepared shards to training: one global, seeded order that does not depend on workers or ranks.
+"""Streams prepared shards to training: one seeded order that does not depend on workers or ranks.
 
-Sample number n of a run is a pure function of (data set, seed, n). Batch b holds samples b*B to b*B+B-1, so a
-run resumes to the sample by starting at another b, and worker processes cannot change what is seen: worker w
-of W makes batches w, w+W, ... and the loader takes them in turn. The order shuffles whole shards, then
-the samples of a window of neighbouring shards together, so reading stays local to a few files.
+Sample number n of a run is a pure function of (data set, batch size, seed, n); see `order`. Batch b holds
+samples b*B to b*B+B-1, so a run resumes to the sample by starting at another b, and worker processes cannot
+change what is seen: worker w of W makes batches w, w+W, ... and the loader takes them in turn.
 """
 
 import io
 import itertools
 import json
+import multiprocessing
 import os
-import re
-import tarfile
+import random
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,11 +27,24 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vugen_cli.data.images import adm_crop
-from vugen_cli.data.manifest import dataset_card, read_manifest
-from vugen_cli.data.remote import fetched, is_remote, shard_cache
-from vugen_cli.errors import VugenError
+from vugen_cli.data.index import shard_index
+from vugen_cli.data.manifest import Shard, read_manifest
+from vugen_cli.data.order import Order, StreamOrder, random_bits, stream_count
+from vugen_cli.data.remote import Prefetch, cached_path, fetch, is_remote, open_shard, shard_cache
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.processes import rank, world_size
 from vugen_cli.recipe import Recipe
+
+Meta = dict[str, Any]  # a sample's `.json`, whatever its source knew, with every caption under `captions`
+
+MOST_OPEN = 256  # shards a reader keeps open: of the 1024 files that a process may have as a rule
+READ_TRIES = 3  # of a shard that the system will not read: a network file system may be back in a second
+STAND_INS = 96  # tries before a data set counts as unreadable
+JUDGED = 10_000  # samples over which the share of damaged ones is taken
+
+
+class Damaged(Exception):
+    """A sample whose bytes are not what was stored: missing, cut short, or not to be decoded."""
 
 
 @dataclass
@@ -43,14 +55,14 @@ class Batch:
         images: uint8 [B, 3, S, S], RGB; of a latent cache z̃ instead, float16 [B, h, w, c].
         captions: B captions, one chosen at random for each image and epoch.
         meta: B dictionaries, the samples' `.json`, with every caption under `captions`.
-        corrupt: how many samples of this batch could not be read and were replaced by a neighbour.
-        tokens: the captions' token ids.
+        corrupt: how many samples of this batch were damaged; others, drawn at random, stand in for them.
+        tokens: the captions' token ids, of a latent cache or where the stream was given a tokeniser.
         cut: how many captions were too long and lost their end.
     """
 
     images: Tensor
     captions: list[str]
-    meta: list[dict[str, Any]]
+    meta: list[Meta]
     corrupt: int
     tokens: list[list[int]] | None = None
     cut: int = 0
@@ -64,73 +76,119 @@ class Batch:
 class ShardedImages:
     """Random access to the samples of one split; opens shards lazily and keeps a few open.
 
+    Workers are sent arrays, not the manifest.
+
     Args:
-        path: a directory written by `vugen prepare`, a URL of one, or a `pipe:` command (see `remote`).
+        path: a directory written by `vugen prepare`, or a URL of one (see `remote`).
         split: `train` or `val`.
         latents: take a latent cache too, whose z̃ are then read in place of images.
+
+    Raises:
+        VugenError: there is no such data set, split or shard, or it holds latents.
     """
 
     def __init__(self, path: str | Path, split: str = "train", latents: bool = False):
         self.directory: str | Path = str(path) if is_remote(path) else Path(path)
         self.split = split
         self.manifest = read_manifest(path)
-        self.latents: dict[str, Any] | None = self.manifest.get("latents")
+        self.latents = self.manifest.latents
         if self.latents and not latents:
+            images = self.manifest.data.path if self.manifest.data else "see its dataset.json"
             raise VugenError(
                 f"{path} holds latents, which only `vugen train-sampler` reads: give the images they were "
-                f"made from ({self.manifest['data']['path']})"
+                f"made from ({images})"
             )
-        if split not in self.manifest["splits"]:
-            found = ", ".join(self.manifest["splits"]) or "none"
+        if split not in self.manifest.splits:
+            found = ", ".join(self.manifest.splits) or "none"
             raise VugenError(
                 f"{path} has no {split} split (found: {found}): run `vugen prepare --split {split}`"
             )
-        shards = [s for s in self.manifest["splits"][split]["shards"] if s["samples"]]
-        self.names = [s["name"] for s in shards]
-        self.facts = shards
-        self.counts = np.array([s["samples"] for s in shards], dtype=np.int64)
-        for name in self.names:
-            if is_remote(path) and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-                # The far shell of `pipe:ssh host cat {}` would run what a manifest put into a name.
-                raise VugenError(
-                    f"dataset.json of {path} names a shard {name!r}, which is no plain file name"
-                )
-            if Path(name).name != name or not (is_remote(path) or (Path(path) / name).is_file()):
-                raise VugenError(f"shard {name} of {path} is missing: run `vugen prepare` again")
-        self.size: int = self.manifest["size"]
+        shards = [s for s in self.manifest.splits[split].shards if s.samples]
+        self.names = [s.name for s in shards]
+        self.counts = np.array([s.samples for s in shards], dtype=np.int64)
+        self.lengths = np.array([s.bytes for s in shards], dtype=np.int64)
+        self.digests = np.frombuffer(b"".join(bytes.fromhex(s.sha256) for s in shards), np.uint8)
+        if not is_remote(path):
+            there = set(os.listdir(path))
+            if missing := next((name for name in self.names if name not in there), None):
+                raise VugenError(f"shard {missing} of {path} is missing: run `vugen prepare` again")
+        self.size = self.manifest.size
         self.cache = shard_cache()  # of this process: a worker's environment may be older
-        self._shard = lru_cache(maxsize=64)(self._open_shard)
+        self.keep_open = 8
+        self._start_reading()
+
+    def _start_reading(self) -> None:
+        self._open: OrderedDict[int, tuple[IO[bytes], np.ndarray, int]] = OrderedDict()
+        self._prefetch = Prefetch(self._fetch_ahead)
+
+    def _fetch_ahead(self, shard: int) -> None:
+        fetch(str(self.directory), self.shard(shard), self.cache, wait=False)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_shard"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_prefetch", "manifest")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._shard = lru_cache(maxsize=64)(self._open_shard)
+        self._start_reading()
 
-    def _open_shard(self, shard: int) -> tuple[IO[bytes], list[dict[str, tuple[int, int]]]]:
-        """The file, closed when the cache lets go of it, and for each sample where each member lies."""
+    def shard(self, shard: int) -> Shard:
+        """What `dataset.json` says of a shard."""
+        digest = self.digests[32 * shard : 32 * shard + 32].tobytes().hex()
+        return Shard(self.names[shard], int(self.counts[shard]), int(self.lengths[shard]), digest)
+
+    def _opened(self, shard: int) -> tuple[IO[bytes], np.ndarray, int]:
+        """A shard's file, its index, and its length as it is; the shard last used is closed for it.
+
+        Raises:
+            OSError: the system will not open it.
+        """
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        facts = self.shard(shard)
         if is_remote(self.directory):
-            path = fetched(str(self.directory), self.facts[shard], self.cache)
+            file, path = open_shard(str(self.directory), facts, self.cache), cached_path(facts, self.cache)
         else:
-            path = Path(self.directory) / self.names[shard]
-        samples: dict[str, dict[str, tuple[int, int]]] = {}
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    key, _, kind = member.name.partition(".")
-                    if member.isfile():
-                        samples.setdefault(key, {})[kind] = (member.offset_data, member.size)
-        except tarfile.TarError:
-            pass  # a truncated shard: what was listed before the damage can still be read
-        return open(path, "rb", buffering=0), list(samples.values())
+            path = Path(self.directory) / facts.name
+            file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed when it is let go of
+        spare = cached_path(facts, self.cache).with_suffix(".index.npy")
+        opened = file, shard_index(path, facts.samples, spare), os.fstat(file.fileno()).st_size
+        self._open[shard] = opened
+        while len(self._open) > self.keep_open:
+            self._open.popitem(last=False)  # nobody else holds the file: it is closed
+        return opened
 
-    def read(
-        self, shard: int, index: int, place: np.ndarray | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def _stored(self, shard: int, index: int) -> list[bytes]:
+        """The bytes of a sample: picture or latents, `.json`, `.txt`.
+
+        Raises:
+            Damaged: one of them is missing.
+            VugenError: the system does not read the shard, though it was asked again.
+        """
+        for left in reversed(range(READ_TRIES)):
+            try:
+                file, places, length = self._opened(shard)
+                if index >= len(places):
+                    raise Damaged(f"sample {index} is missing from {self.names[shard]}")
+                members = []
+                for offset, size in places[index].tolist():
+                    if offset < 0 or size < 0 or offset + size > length:
+                        raise Damaged(f"a part of sample {index} is missing from {self.names[shard]}")
+                    members.append(os.pread(file.fileno(), size, offset))
+                return members
+            except OSError as error:  # too many open files, an input/output error, a stale handle, gone
+                self._open.clear()
+                if not left:
+                    raise VugenError(
+                        f"cannot read {self.names[shard]} of {self.directory}: {error.strerror or error}"
+                    ) from error
+                time.sleep(0.25 * 2 ** (READ_TRIES - 1 - left) * random.SystemRandom().uniform(0.5, 1.5))
+        raise AssertionError("unreachable")
+
+    def read(self, shard: int, index: int, place: np.ndarray | None = None) -> tuple[np.ndarray, Meta]:
         """Decode one sample: uint8 [S, S, 3], or z̃ float16 [1 or 2, h, w, c]; and its meta with `captions`.
 
         Args:
@@ -138,32 +196,24 @@ class ShardedImages:
             place: may be decoded into, where it has the stored size.
 
         Raises:
-            ValueError, OSError: the sample is damaged or missing from its shard.
+            Damaged: the sample is damaged or missing from its shard.
+            VugenError: the shard cannot be read or had.
         """
-        file, samples = self._shard(shard)
-        if index >= len(samples):
-            raise ValueError(f"sample {index} is missing from {self.names[shard]}")
-        members = samples[index]
-
-        def member(*kinds: str) -> bytes:
-            for kind in kinds:
-                if kind in members:
-                    offset, size = members[kind]
-                    data = os.pread(file.fileno(), size, offset)
-                    if len(data) == size:
-                        return data
-            raise ValueError(f"sample {index} of {self.names[shard]} has no readable {'/'.join(kinds)}")
-
-        if self.latents:
-            stored = np.load(io.BytesIO(member("npy")), allow_pickle=False)
-            if stored.shape[1:] != (*self.latents["grid"], self.latents["channels"]):
-                raise ValueError(f"sample {index} of {self.names[shard]} has the shape {stored.shape}")
-        meta = json.loads(member("json"))
-        meta["captions"] = member("txt").decode().splitlines()
-        if self.latents:
-            return stored, meta
-        fits = place is not None and place.shape[0] == place.shape[1] == self.size
-        return decode_stored(member("png", "jpg"), place if fits else None), meta
+        stored, facts, text = self._stored(shard, index)
+        try:
+            meta: Meta = dict(json.loads(facts))
+            meta["captions"] = text.decode().splitlines()
+            if self.latents:
+                shape = (1 + self.latents.flip, *self.latents.grid, self.latents.channels)
+                if len(meta["tokens"]) != len(meta["captions"]):
+                    raise ValueError("captions and tokens are not equally many")
+                return decode_latents(stored, shape), meta
+            fits = place is not None and place.shape[0] == place.shape[1] == self.size
+            return decode_stored(stored, self.size, place if fits else None), meta
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged bytes make decoders raise nearly anything
+            raise Damaged(f"sample {index} of {self.names[shard]}: {first_line(error)}") from error
 
     @property
     def sets(self) -> list["ShardedImages"]:
@@ -171,19 +221,30 @@ class ShardedImages:
         return getattr(self, "parts", [self])
 
     def card(self) -> dict[str, Any]:
-        """See `dataset_card`."""
-        return dataset_card(self.directory)
+        """See `card.DataCard`."""
+        return self.manifest.card(self.directory).model_dump(mode="json")
 
-    def order(self, seed: int, window: int) -> Any:
-        """Where sample n of a seeded stream lies: a `ShuffledOrder`, or a mixture's own."""
-        return ShuffledOrder(self.counts, seed, window)
+    def order(self, seed: int, window: int, batch_size: int, parts: int = 1) -> Order:
+        """Where the samples of a seeded run lie, for a reader of one of `parts` equal parts of each batch."""
+        return self.streams(seed, window, stream_count(batch_size, len(self)), parts)
+
+    def streams(self, seed: int, window: int, count: int, parts: int) -> StreamOrder:
+        """`count` streams; as many shards are kept open as the windows of a part of them take."""
+        order = StreamOrder(
+            self.counts, seed, window, count, self._expect if is_remote(self.directory) else None
+        )
+        self.keep_open = min(MOST_OPEN, (count // parts + 1) * (order.shards_at_once() + 1))
+        return order
+
+    def _expect(self, shards: list[int]) -> None:
+        self._prefetch(shards)
 
     def held_out(self) -> "ShardedImages":
         """The data set's `val` split, or `train` if it has none."""
-        split = "val" if "val" in self.manifest["splits"] else "train"
+        split = "val" if "val" in self.manifest.splits else "train"
         return ShardedImages(self.directory, split, latents=self.latents is not None)
 
-    def in_order(self, count: int | None = None) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    def in_order(self, count: int | None = None) -> Iterator[tuple[np.ndarray, Meta]]:
         """The first `count` readable samples in stored order."""
         left = len(self) if count is None else count
         for shard, samples in enumerate(self.counts):
@@ -192,73 +253,48 @@ class ShardedImages:
                     return
                 try:
                     sample = self.read(shard, index)
-                except (ValueError, OSError):
+                except Damaged:
                     continue
                 left -= 1
                 yield sample
 
 
-def decode_stored(data: bytes, place: np.ndarray | None = None) -> np.ndarray:
+def decode_stored(data: bytes, size: int, place: np.ndarray | None = None) -> np.ndarray:
     """Pixels of an image as `vugen prepare` stores it (RGB PNG or JPEG), uint8 [S, S, 3].
+
+    Nothing is decoded that claims another size: a few damaged bytes can claim gigabytes.
 
     Args:
         data: of the file.
-        place: a JPEG is decoded into this contiguous array; one that is larger counts as damaged.
+        size: S.
+        place: a JPEG is decoded into this contiguous array.
 
     Raises:
-        ValueError, OSError: the bytes are damaged.
+        Exception: the bytes are damaged, or the picture is of another size.
     """
     if data[:2] == b"\xff\xd8":
+        found = simplejpeg.decode_jpeg_header(data)[:2]
+        if found != (size, size):
+            raise ValueError(f"a picture of {found[1]}x{found[0]} pixels, not {size}x{size}")
         return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=place)
     with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        if image.size != (size, size):
+            raise ValueError(f"a picture of {image.width}x{image.height} pixels, not {size}x{size}")
         return np.array(image.convert("RGB"))
 
 
-class ShuffledOrder:
-    """Where sample n of an endless, seeded stream lies.
+def decode_latents(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """The latents of an image from their `.npy`, float16 of `shape`.
 
-    Args:
-        counts: samples in each shard.
-        seed: of the run.
-        window: samples shuffled together, rounded up to whole shards.
+    Raises:
+        Exception: the bytes are damaged or of another shape.
     """
-
-    def __init__(self, counts: np.ndarray, seed: int, window: int):
-        self.counts, self.seed, self.window = counts, seed, window
-        self.total = int(counts.sum())
-        self._epoch = lru_cache(maxsize=2)(self._epoch_windows)
-        self._samples = lru_cache(maxsize=2)(self._window_samples)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ShuffledOrder, (self.counts, self.seed, self.window)  # worker processes make their own caches
-
-    def _epoch_windows(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """The shards of each window of an epoch, and where in the epoch each window ends."""
-        shards = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
-        windows: list[np.ndarray] = []
-        first, size = 0, 0
-        for i, shard in enumerate(shards):
-            size += int(self.counts[shard])
-            if size >= self.window or i == len(shards) - 1:
-                windows.append(shards[first : i + 1])
-                first, size = i + 1, 0
-        return windows, np.cumsum([self.counts[w].sum() for w in windows])
-
-    def _window_samples(self, epoch: int, window: int) -> np.ndarray:
-        shards = self._epoch(epoch)[0][window]
-        pairs = np.concatenate(
-            [np.stack([np.full(self.counts[s], s), np.arange(self.counts[s])], 1) for s in shards]
-        )
-        return np.random.default_rng([self.seed, epoch, window, 1]).permutation(pairs)
-
-    def __getitem__(self, n: int) -> tuple[int, int, int]:
-        """(epoch, shard, index in shard) of sample n >= 0."""
-        epoch, position = divmod(n, self.total)
-        _, ends = self._epoch(epoch)
-        window = int(np.searchsorted(ends, position, side="right"))
-        begin = int(ends[window - 1]) if window else 0
-        shard, index = self._samples(epoch, window)[position - begin]
-        return epoch, int(shard), int(index)
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else None
+    if header != (shape, False, np.dtype(np.float16)):  # before anything is allocated
+        raise ValueError(f"{header} are not latents of the shape {shape}")
+    return np.frombuffer(data, np.float16, offset=file.tell()).reshape(shape)
 
 
 class TrainingStream(IterableDataset[Batch]):
@@ -268,11 +304,14 @@ class TrainingStream(IterableDataset[Batch]):
         images: the split to read.
         batch_size: samples in a batch.
         seed: of the run: order, caption choice and flips.
-        window: see `ShuffledOrder`.
+        window: see `StreamOrder`.
         flip: mirror half of the images.
         start: number of the first batch (resume: the step to go on from).
         size: pixels a side; images of another stored size are resized.
         part: (i, of): the i-th of `of` equal parts of every batch, for one of several processes.
+        accumulate: a part comes as this many batches that follow one another.
+        tokenize: caption -> token ids, and whether it was cut; called in the workers, to which it is sent. A
+            cache has its own tokens.
     """
 
     def __init__(
@@ -285,42 +324,57 @@ class TrainingStream(IterableDataset[Batch]):
         start: int = 0,
         size: int | None = None,
         part: tuple[int, int] = (0, 1),
+        accumulate: int = 1,
+        tokenize: Callable[[str], tuple[list[int], bool]] | None = None,
     ):
         self.images, self.batch_size, self.seed, self.flip = images, batch_size, seed, flip
-        self.first, self.count = batch_size // part[1] * part[0], batch_size // part[1]
-        self.start, self.size = start, size or images.size
-        self.order = images.order(seed, window)
+        self.first, self.count = batch_size // part[1] * part[0], batch_size // part[1] // accumulate
+        self.start, self.size, self.accumulate = start, size or images.size, accumulate
+        self.tokenize = tokenize
+        self.order = images.order(seed, window, batch_size, part[1])
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(wds.DataPipeline(self.numbers, wds.map(self.batch)))
 
     def numbers(self) -> Iterator[int]:
-        """Numbers of this worker's batches: worker w of W makes start + w, start + w + W, ..."""
+        """Numbers of this worker's micro-batches: worker w of W makes w, w + W, ... from the first on."""
         worker = get_worker_info()
         number, of = (worker.id, worker.num_workers) if worker else (0, 1)
-        return itertools.count(self.start + number, of)
+        return itertools.count(self.start * self.accumulate + number, of)
 
     def batch(self, number: int) -> Batch:
-        """This process's part of batch `number`, its pictures decoded straight into place."""
+        """This process's micro-batch `number`, its pictures decoded straight into place."""
         # Rows of pixels, as they are decoded; the permuted view is channels-last, as convolutions like it.
         cached = self.images.latents
-        shape = (*cached["grid"], cached["channels"]) if cached else (self.size, self.size, 3)
+        shape = (*cached.grid, cached.channels) if cached else (self.size, self.size, 3)
         images = torch.empty(self.count, *shape, dtype=torch.float16 if cached else torch.uint8)
         places = images.numpy()
-        begin = number * self.batch_size + self.first
-        samples = [self.read(begin + row, places[row]) for row in range(self.count)]
-        choices, meta, corrupt = zip(*samples, strict=True)
-        captions = [m["captions"][i] if m["captions"] else "" for i, m in zip(choices, meta, strict=True)]
+        batch, part = divmod(number, self.accumulate)
+        first = self.first + part * self.count
+        samples = [self.read(batch, first + row, places[row]) for row in range(self.count)]
+        choices, metas, corrupt = zip(*samples, strict=True)
+        captions = [m["captions"][i] if m["captions"] else "" for i, m in zip(choices, metas, strict=True)]
+        tokens, cut = None, 0
         if cached:
-            tokens = [m["tokens"][i] for i, m in zip(choices, meta, strict=True)]
-            return Batch(images, captions, list(meta), sum(corrupt), tokens)
-        return Batch(images.permute(0, 3, 1, 2), captions, list(meta), sum(corrupt))
+            tokens = [m["tokens"][i] if m["tokens"] else [] for i, m in zip(choices, metas, strict=True)]
+        elif self.tokenize:
+            tokens, cuts = map(list, zip(*map(self.tokenize, captions), strict=True))
+            cut = sum(cuts)
+        pictures = images if cached else images.permute(0, 3, 1, 2)
+        return Batch(pictures, captions, list(metas), sum(corrupt), tokens, cut)
 
-    def read(self, n: int, place: np.ndarray) -> tuple[int, dict[str, Any], int]:
-        """Sample n: picture or z̃ into `place`; which caption, meta, and 1 if it is a stand-in."""
-        epoch, shard, index = self.order[n]
-        pixels, meta, corrupt = self._read_or_neighbour(shard, index, place)
+    def read(self, batch: int, row: int, place: np.ndarray) -> tuple[int, Meta, int]:
+        """A row of a whole batch: picture or z̃ into `place`; which caption, meta, and 1 for a stand-in."""
+        rows = self.batch_size // self.order.streams
+        stream, position = row // rows, batch * rows + row % rows
+        epoch, shard, index = self.order.at(stream, position)
         luck = random_bits(self.seed, epoch, shard, index)
+        corrupt = 0
+        try:
+            pixels, meta = self.images.read(shard, index, place)
+        except Damaged:
+            pixels, meta = self._stand_in(stream, position, place)
+            corrupt = 1
         choice = (luck >> 1) % max(len(meta["captions"]), 1)
         if self.images.latents:  # mirrored latents are not the mirror's latents: both were stored
             place[:] = pixels[1 if self.flip and luck & 1 else 0]
@@ -333,29 +387,56 @@ class TrainingStream(IterableDataset[Batch]):
             place[:] = pixels
         return choice, meta, corrupt
 
-    def _read_or_neighbour(
-        self, shard: int, index: int, place: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, Any], int]:
-        """A sample, or the next readable one of its shard (then of the others) if it is damaged."""
-        corrupt = 0
-        for s in [shard, *range(len(self.images.counts))]:
-            count = int(self.images.counts[s])
-            for step in range(count):
-                try:
-                    pixels, meta = self.images.read(s, (index + step) % count, place)
-                    return pixels, meta, corrupt
-                except (ValueError, OSError):
-                    corrupt = 1
-        raise VugenError(f"no readable sample in {self.images.directory}: run `vugen prepare` again")
+    def _stand_in(self, stream: int, position: int, place: np.ndarray) -> tuple[np.ndarray, Meta]:
+        """A sample drawn at random, near the damaged one if one can be read there."""
+        for attempt in range(STAND_INS):
+            _, shard, index = self.order.stand_in(stream, position, attempt)
+            try:
+                return self.images.read(shard, index, place)
+            except Damaged:
+                continue
+        raise VugenError(
+            f"no readable sample in {self.images.directory}, in {STAND_INS} tries: run `vugen prepare` again"
+        )
 
 
-def random_bits(*key: int) -> int:
-    """64 bits fixed by some numbers; a generator of its own for each sample would cost more than its JSON."""
-    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+class DamageLimit:
+    """Ends a run on a data set that is more than a little damaged.
+
+    Args:
+        most: share of damaged samples (`data.max_corrupt`) among the last 10,000; a run that has not read as
+            many is held to the same number.
+    """
+
+    def __init__(self, most: float):
+        self.most, self.found, self.read = most, 0, 0
+        self.steps: deque[tuple[int, int]] = deque()
+
+    def add(self, corrupt: int, samples: int) -> None:
+        """Count the damaged samples of a step.
+
+        Raises:
+            VugenError: there are too many.
+        """
+        self.steps.append((corrupt, samples))
+        self.found, self.read = self.found + corrupt, self.read + samples
+        while self.read - self.steps[0][1] >= JUDGED:
+            past = self.steps.popleft()
+            self.found, self.read = self.found - past[0], self.read - past[1]
+        if self.found > self.most * max(JUDGED, self.read):
+            raise VugenError(
+                f"{self.found} of the last {self.read} samples are damaged, more than "
+                f"data.max_corrupt={self.most} allows: check the disk, run `vugen prepare` again, or raise it"
+            )
 
 
 def training_batches(
-    images: ShardedImages, recipe: Recipe, batch_size: int, flip: bool, size: int | None = None
+    images: ShardedImages,
+    recipe: Recipe,
+    batch_size: int,
+    flip: bool,
+    size: int | None = None,
+    tokenize: Callable[[str], tuple[list[int], bool]] | None = None,
 ) -> Callable[[int], Iterator[Batch]]:
     """What a stage trains on: step -> this process's stream from there, `engine.accumulate` batches a step.
 
@@ -370,32 +451,61 @@ def training_batches(
         )
 
     def batches_from(step: int) -> Iterator[Batch]:
-        stream = TrainingStream(
-            images,
-            batch_size // parts,
-            recipe.seed,
-            data.shuffle,
-            flip,
-            step * parts,
-            size,
-            (rank(), world_size()),
+        part = (rank(), world_size())
+        return batches(
+            TrainingStream(
+                images, batch_size, recipe.seed, data.shuffle, flip, step, size, part, parts, tokenize
+            ),
+            data.workers,
         )
-        return batches(stream, data.workers)
 
     return batches_from
 
 
+class _Told(IterableDataset[Any]):
+    """A stream in a worker, whose error for the user comes as a value: raised, it would be rewrapped."""
+
+    def __init__(self, stream: TrainingStream):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Batch | VugenError]:
+        try:
+            yield from self.stream
+        except VugenError as error:
+            yield error
+
+
 def batches(stream: TrainingStream, workers: int) -> Iterator[Batch]:
-    """Iterate over a stream, decoding in `workers` processes (0: in this one)."""
+    """Iterate over a stream, decoding in `workers` processes (0: in this one).
+
+    Raises:
+        VugenError: as it was raised in a worker; a worker died.
+    """
+    # Imported once in the server that workers are forked from: they start at once and share its memory.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["vugen_cli.data.loader"])
     loader = wds.WebLoader(
-        stream,
+        _Told(stream),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         multiprocessing_context="forkserver" if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    return _raised(iter(loader))  # the workers start now, not when the first batch is asked for
+
+
+def _raised(found: Iterator[Batch | VugenError]) -> Iterator[Batch]:
+    try:
+        for batch in found:
+            if isinstance(batch, VugenError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+            raise
+        raise VugenError(
+            "a decoding process died, most likely for want of memory: run again with fewer data.workers"
+        ) from error
 
 
 def stored_images(

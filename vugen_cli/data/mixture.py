@@ -1,11 +1,15 @@
 """Several data sets as one, drawn from by weights (the paper's StockMix is such a mixture).
 
-Sample n of a mixture is a pure function of (sets, weights, seed, n), as it is of one set: samples come in
-blocks of 1024, each with the same number from every source, shuffled by (seed, block). How many came from a
-source before sample n is then known without counting, and is the sample's number in that source's own order:
-each of its samples comes once in its own epoch, however long the epochs of the others are.
+Sample n of a mixture is a pure function of (sets, weights, batch size, seed, n), as it is of one set. Each of
+its streams (see `order`) mixes one stream of every set: its samples come in blocks of 1024, each with the
+same number from every set, shuffled by (seed, stream, block). How many came from a set before a sample is
+then known without counting, and is the sample's number in that set's own stream: each sample comes once in
+its own set's epoch, however long the epochs of the others are. A set too small for as many streams as the
+mixture has gives several of them one of its own, from which they draw in turn.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from vugen_cli.data.loader import ShardedImages, ShuffledOrder
-from vugen_cli.data.manifest import dataset_card
+from vugen_cli.card import DataCard
+from vugen_cli.data.loader import Meta, ShardedImages
+from vugen_cli.data.order import StreamOrder, stream_count
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import MixtureSource, Recipe
 
@@ -62,24 +67,27 @@ class MixedImages(ShardedImages):
 
     def card(self) -> dict[str, Any]:
         """As of one set, with the first one's path for scores to compare with, and `mixture`."""
-        cards = [dataset_card(source.path) for source in self.sources]
-        return {
-            "path": cards[0]["path"],
-            "dataset": " + ".join(card["dataset"] for card in cards),
-            "size": self.size,
-            "licence": "; ".join(dict.fromkeys(card["licence"] for card in cards if card["licence"])) or None,
-            "counts": {"train": sum(card["counts"].get("train", 0) for card in cards)},
-            "mixture": [source.model_dump(mode="json") for source in self.sources],
-        }
+        cards = [images.manifest.card(images.directory) for images in self.parts]
+        hashes = [card.sha256 for card in cards]
+        return DataCard(
+            path=cards[0].path,
+            dataset=" + ".join(card.dataset for card in cards),
+            size=self.size,
+            licence="; ".join(dict.fromkeys(card.licence for card in cards if card.licence)) or None,
+            counts={"train": sum(card.counts.get("train", 0) for card in cards)},
+            sha256=None if None in hashes else hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
+            mixture=[source.model_dump(mode="json") for source in self.sources],
+        ).model_dump(mode="json")
 
-    def order(self, seed: int, window: int) -> "MixedOrder":
-        """Where sample n of a seeded stream lies."""
-        orders = [images.order(seed, window) for images in self.parts]
-        return MixedOrder(orders, self.shares, self.firsts, seed)
+    def order(self, seed: int, window: int, batch_size: int, parts: int = 1) -> "MixedOrder":
+        """As `ShardedImages.order`; every set shuffles a window of its own."""
+        streams = stream_count(batch_size, len(self))
+        orders = [
+            images.streams(seed, window, stream_count(streams, len(images)), parts) for images in self.parts
+        ]
+        return MixedOrder(orders, self.shares, self.firsts, seed, streams)
 
-    def read(
-        self, shard: int, index: int, place: np.ndarray | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def read(self, shard: int, index: int, place: np.ndarray | None = None) -> tuple[np.ndarray, Meta]:
         """As `ShardedImages.read`."""
         part = int(np.searchsorted(self.firsts, shard, side="right")) - 1
         return self.parts[part].read(shard - int(self.firsts[part]), index, place)
@@ -88,13 +96,13 @@ class MixedImages(ShardedImages):
         """A mixture of the sets' `val` splits, of `train` where there is none."""
         return MixedImages(self.sources, "val", latents=self.latents is not None)
 
-    def in_order(self, count: int | None = None) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    def in_order(self, count: int | None = None) -> Iterator[tuple[np.ndarray, Meta]]:
         """The first `count` readable samples, of each set in stored order and taken in turn by weight."""
         left = len(self) if count is None else count
         sets = [images.in_order() for images in self.parts]
         alive, turn = set(range(len(sets))), 0
         while left > 0 and alive:
-            part = int(block_of(self.shares, 0, turn // BLOCK)[turn % BLOCK])
+            part = int(block_of(self.shares, 0, 0, turn // BLOCK)[turn % BLOCK])
             turn += 1
             if part not in alive:
                 continue
@@ -107,35 +115,53 @@ class MixedImages(ShardedImages):
 
 
 class MixedOrder:
-    """Where sample n of an endless, seeded stream of several sets lies.
+    """The streams of several sets; see `order.Order`.
 
     Args:
-        orders: of each set alone.
+        orders: of each set alone; as many streams as go into `streams`.
         shares: samples of each set in a block, BLOCK together.
         firsts: number of each set's first shard.
         seed: of the run.
+        streams: K.
     """
 
-    def __init__(self, orders: list[ShuffledOrder], shares: np.ndarray, firsts: np.ndarray, seed: int):
+    def __init__(
+        self, orders: list[StreamOrder], shares: np.ndarray, firsts: np.ndarray, seed: int, streams: int
+    ):
         self.orders, self.shares, self.firsts, self.seed = orders, shares, firsts, seed
-        self._block = lru_cache(maxsize=2)(self._sources_and_ranks)
+        self.streams = streams
+        self._block = lru_cache(maxsize=2 * streams)(self._sources_and_ranks)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MixedOrder, (self.orders, self.shares, self.firsts, self.seed)
+        return MixedOrder, (self.orders, self.shares, self.firsts, self.seed, self.streams)
 
-    def _sources_and_ranks(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        sources = block_of(self.shares, self.seed, block)
+    def _sources_and_ranks(self, stream: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each sample of a block: its set, and how many of that set came before it. int64 [BLOCK]."""
+        sources = block_of(self.shares, self.seed, stream, block)
         ranks = np.empty(BLOCK, dtype=np.int64)
         for source, share in enumerate(self.shares):
             ranks[sources == source] = np.arange(share)
         return sources, ranks
 
-    def __getitem__(self, n: int) -> tuple[int, int, int]:
-        """(epoch of its set, shard, index in shard) of sample n >= 0."""
-        block, place = divmod(n, BLOCK)
-        sources, ranks = self._block(block)
+    def _in_source(self, stream: int, position: int) -> tuple[int, int, int]:
+        """The set of a sample, and its stream and position there."""
+        block, place = divmod(position, BLOCK)
+        sources, ranks = self._block(stream, block)
         source = int(sources[place])
-        epoch, shard, index = self.orders[source][block * int(self.shares[source]) + int(ranks[place])]
+        sharing = self.streams // self.orders[source].streams  # our streams that draw from one of the set's
+        number = block * int(self.shares[source]) + int(ranks[place])
+        return source, stream // sharing, number * sharing + stream % sharing
+
+    def at(self, stream: int, position: int) -> tuple[int, int, int]:
+        """See `order.Order`; epochs are those of the sample's own set."""
+        source, stream, position = self._in_source(stream, position)
+        epoch, shard, index = self.orders[source].at(stream, position)
+        return epoch, shard + int(self.firsts[source]), index
+
+    def stand_in(self, stream: int, position: int, attempt: int) -> tuple[int, int, int]:
+        """See `order.Order`; of the same set."""
+        source, stream, position = self._in_source(stream, position)
+        epoch, shard, index = self.orders[source].stand_in(stream, position, attempt)
         return epoch, shard + int(self.firsts[source]), index
 
 
@@ -148,12 +174,13 @@ def block_shares(weights: list[float]) -> np.ndarray:
     return shares
 
 
-def block_of(shares: np.ndarray, seed: int, block: int) -> np.ndarray:
-    """The source of each sample of a block, int64 [BLOCK]."""
-    return np.random.default_rng([seed, block, 2]).permutation(np.repeat(np.arange(len(shares)), shares))
+def block_of(shares: np.ndarray, seed: int, stream: int, block: int) -> np.ndarray:
+    """The source of each sample of a stream's block, int64 [BLOCK]."""
+    sources = np.repeat(np.arange(len(shares)), shares)
+    return np.random.default_rng([seed, stream, block]).permutation(sources)
 
 
-def open_images(data: str | Path | None, recipe: Recipe, latents: bool = False) -> ShardedImages:
+def open_dataset(data: str | Path | None, recipe: Recipe, latents: bool = False) -> ShardedImages:
     """A prepared data set, or for None the recipe's mixture."""
     if data is not None:
         return ShardedImages(data, latents=latents)

@@ -1,34 +1,49 @@
 """Prepared data sets that lie elsewhere: shards are fetched whole, verified, and read from a local cache.
 
 The cache is `shards` in the user's cache folder ($VUGEN_CACHE); a shard's name there is its SHA-256, so that
-no two data sets can be confused. Nothing is ever deleted from it.
+no two data sets can be confused. It is kept under $VUGEN_CACHE_GB gigabytes, or else leaves a twentieth of
+the disk free: what was not read for longest goes first.
 """
 
+import contextlib
+import errno
 import fcntl
 import hashlib
-import io
 import os
-import select
-import shlex
+import queue
+import random
 import shutil
-import subprocess
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, TypeVar
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from vugen_cli.errors import VugenError
 from vugen_cli.files import user_cache, whole_file
 
+if TYPE_CHECKING:
+    from vugen_cli.data.manifest import Shard
+
+T = TypeVar("T")
+
 PATIENCE = 10.0  # seconds without an answer or a byte after which a host counts as unreachable
-PIPE = "pipe:"
-PIPE_PATIENCE = 60.0  # seconds without a byte after which a command is given up: it may have to log in first
+PAUSE = 0.5  # seconds before the second try, about; doubled before each further one
+TRIES = 8  # for a shard: a host may be away for a minute
+FIRST_TRIES = 3  # for the manifest: an address that is wrong must not take a minute to say so
+
+# Answers and errors that trying again mends. HTTP: too slow, too early, too many requests.
+_PASSING = (408, 425, 429)
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, ImportError)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a data set is given by URL or by a `pipe:` command; a `Path` is never one."""
-    return isinstance(path, str) and (path.startswith(PIPE) or "://" in path)
+    """Whether a data set is given by URL; a `Path` is never one."""
+    return isinstance(path, str) and "://" in path
 
 
 @contextmanager
@@ -36,55 +51,70 @@ def opened(base: str, name: str) -> Iterator[IO[bytes]]:
     """One file of a remote data set as a stream.
 
     Args:
-        base: `http://...`, anything fsspec opens, or `pipe:COMMAND`, whose `{}` is replaced by `name` and
-            whose output is the file. It is run without a shell.
+        base: `http://...`, or anything fsspec opens.
         name: of the file.
 
     Raises:
-        VugenError: it is not there or cannot be had.
+        VugenError: fsspec is not installed.
+        Exception: it is not there or cannot be had; as many kinds as fsspec has file systems.
     """
+    address = f"{base.rstrip('/')}/{name}"
+    if base.startswith(("http://", "https://")):
+        with urlopen(address, timeout=PATIENCE) as file:
+            yield file
+        return
     try:
-        if base.startswith(PIPE):
-            words = [word.replace("{}", name) for word in shlex.split(base.removeprefix(PIPE))]
-            with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
-                assert process.stdout
-                try:
-                    yield io.BufferedReader(_Patient(process.stdout.fileno()))
-                except BaseException:
-                    process.kill()
-                    raise
-            if process.returncode:
-                raise OSError(f"the command ended with {process.returncode}")
-        elif base.startswith(("http://", "https://")):
-            with urlopen(f"{base.rstrip('/')}/{name}", timeout=PATIENCE) as file:
-                yield file
-        else:
-            try:
-                import fsspec
-            except ImportError as error:
-                raise VugenError(f"{base} needs fsspec: pip install 'vugen-cli[remote]'") from error
-            with fsspec.open(f"{base.rstrip('/')}/{name}", "rb") as file:
-                yield file
-    except VugenError:
-        raise
-    except Exception as error:  # as many kinds as fsspec has file systems
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise VugenError(f"cannot get {name} of {base}: {reason}") from error
+        import fsspec
+    except ImportError as error:
+        raise VugenError(f"{base} needs fsspec: pip install 'vugen-cli[remote]'") from error
+    with fsspec.open(address, "rb") as file:
+        yield file
 
 
-class _Patient(io.RawIOBase):
-    """Reads a command's output, for as long as there comes some."""
+def patiently(what: str, get: Callable[[], T], tries: int) -> T:
+    """What `get` returns, called again after a growing, random pause where its error may pass.
 
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
+    Raises:
+        VugenError: `what` cannot be got.
+        OSError: the local disk is full or cannot be written.
+    """
+    for left in reversed(range(tries)):
+        try:
+            return get()
+        except VugenError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _DISK:
+                raise
+            if not left or not _may_pass(error):
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise VugenError(f"cannot get {what}: {reason}") from error
+        # Random, so that the readers of a job do not come back all at once; not from a seeded generator.
+        time.sleep(PAUSE * 2 ** (tries - left - 1) * random.SystemRandom().uniform(0.5, 1.5))
+    raise AssertionError("unreachable")
 
-    def readable(self) -> bool:
-        return True
 
-    def readinto(self, buffer: Any) -> int:
-        if not select.select([self.descriptor], [], [], PIPE_PATIENCE)[0]:
-            raise TimeoutError(f"the command wrote nothing for {PIPE_PATIENCE:.0f} seconds")
-        return os.readv(self.descriptor, [buffer])
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, HTTPError):
+        return error.code >= 500 or error.code in _PASSING
+    return not isinstance(error, _FINAL)
+
+
+def fetched_bytes(base: str, name: str) -> bytes:
+    """A small file of a remote data set.
+
+    Raises:
+        VugenError: it cannot be had.
+    """
+
+    def get() -> bytes:
+        with opened(base, name) as file:
+            return file.read()
+
+    return patiently(f"{name} of {base}", get, FIRST_TRIES)
+
+
+# --- the cache of shards
 
 
 def shard_cache() -> Path:
@@ -92,37 +122,144 @@ def shard_cache() -> Path:
     return user_cache() / "shards"
 
 
-def fetched(base: str, shard: dict[str, Any], folder: Path | None = None) -> Path:
-    """The local copy of a shard, fetched if there is none; of several processes one fetches, the others wait.
+def cached_path(shard: "Shard", folder: Path) -> Path:
+    """Where the copy of a shard is, or will be."""
+    return folder / f"{shard.sha256}.tar"
+
+
+def open_shard(base: str, shard: "Shard", folder: Path) -> IO[bytes]:
+    """The local copy of a shard, opened; fetched if there is none.
 
     Args:
         base: as for `opened`.
-        shard: its `name` and `sha256` in `dataset.json`.
-        folder: of the copies; default: `shard_cache` of this process.
+        shard: as `dataset.json` has it.
+        folder: of the copies.
 
     Raises:
-        VugenError: as `opened`; the bytes are not those that `dataset.json` notes; the disk is full.
+        VugenError: it cannot be had; the bytes are not those that `dataset.json` notes; the disk is full.
     """
-    digest = str(shard["sha256"])
-    if len(digest) != 64 or not digest.isalnum():
-        raise VugenError(f"dataset.json of {base} has no SHA-256 of {shard['name']}")
-    folder = folder or shard_cache()
-    path = folder / f"{digest}.tar"
-    if path.is_file():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{digest}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.is_file():
-            return path
+    path = cached_path(shard, folder)
+    for _ in range(3):  # another process may need the room before this one has opened it
+        with contextlib.suppress(FileNotFoundError):
+            file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
+            with contextlib.suppress(OSError):  # a cache that cannot be written
+                os.utime(file.fileno())  # read just now: the last to go
+            return file
+        fetch(base, shard, folder)
+    raise VugenError(f"{folder} has no room for the shards being read: give it more ($VUGEN_CACHE_GB)")
+
+
+def fetch(base: str, shard: "Shard", folder: Path, wait: bool = True) -> None:
+    """Copy a shard into the cache, unless it is there; of several processes one does, the others wait.
+
+    Args:
+        base, shard, folder: as for `open_shard`.
+        wait: for a process that is at it; otherwise leave it to that one.
+
+    Raises:
+        VugenError: as `open_shard`.
+    """
+    path = cached_path(shard, folder)
+    with _lock(folder, f"lock-{shard.sha256[:2]}", wait) as held:
+        if not held or path.is_file():
+            return
+        for leftover in folder.glob(f".{path.name}.*"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
+        make_room(folder, shard.bytes)
         with whole_file(path) as temporary:
-            with opened(base, shard["name"]) as source, open(temporary, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-            with open(temporary, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != digest:
-                raise VugenError(
-                    f"{shard['name']} of {base} is not what its dataset.json notes (SHA-256 {found[:12]}, "
-                    f"not {digest[:12]}): it was damaged on the way or changed there"
-                )
-    return path
+            patiently(f"{shard.name} of {base}", lambda: _copy(base, shard, temporary), TRIES)
+
+
+def _copy(base: str, shard: "Shard", target: Path) -> None:
+    digest, length = hashlib.sha256(), 0
+    with opened(base, shard.name) as source, open(target, "wb") as file:
+        while chunk := source.read(1 << 20):
+            file.write(chunk)
+            digest.update(chunk)
+            length += len(chunk)
+    if length < shard.bytes:
+        raise ConnectionError(f"cut short at {length} of {shard.bytes} bytes")
+    if digest.hexdigest() != shard.sha256:
+        raise VugenError(
+            f"{shard.name} of {base} is not what its dataset.json notes (SHA-256 {digest.hexdigest()[:12]}, "
+            f"not {shard.sha256[:12]}): it was damaged on the way or changed there"
+        )
+
+
+@contextmanager
+def _lock(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file of the cache; False where `wait` is not wished and another process holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / name, "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise VugenError(
+            f"cannot write to {folder}: {error.strerror}; set $VUGEN_CACHE to another folder"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def make_room(folder: Path, need: int) -> None:
+    """Delete the copies that were not read for longest, until `need` more bytes stay within the limit.
+
+    A copy that a process has open stays readable there until it closes it.
+
+    Raises:
+        VugenError: $VUGEN_CACHE_GB is no number.
+    """
+    with _lock(folder, "lock-room"):
+        found = []
+        for path in folder.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # one that was being fetched has its name now
+                found.append((path.stat().st_mtime, path.stat().st_size, path.name))
+        used = sum(size for _, size, _ in found)
+        excess = used + need - _limit(folder, used)
+        for _, size, name in sorted(found):
+            if excess <= 0:
+                return
+            if not name.startswith("."):  # one that is being fetched
+                (folder / name).unlink(missing_ok=True)
+                (folder / name).with_suffix(".index.npy").unlink(missing_ok=True)
+                excess -= size
+
+
+def _limit(folder: Path, used: int) -> float:
+    """Bytes that the copies may take together."""
+    given = os.environ.get("VUGEN_CACHE_GB")
+    if not given:
+        disk = shutil.disk_usage(folder)
+        return used + disk.free - disk.total / 20
+    try:
+        return float(given) * 1e9
+    except ValueError:
+        raise VugenError(f"VUGEN_CACHE_GB={given} is no number of gigabytes") from None
+
+
+class Prefetch:
+    """Calls `get` with numbers that it is given, one after the other, in a thread of its own.
+
+    Errors are passed over: whoever needs the thing will meet them.
+    """
+
+    def __init__(self, get: Callable[[int], None]):
+        self.get = get
+        self.waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+
+    def __call__(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self.waiting.put(number)
+        if self.thread is None:  # a daemon: the process may end while it waits for a host
+            self.thread = threading.Thread(target=self._work, daemon=True)
+            self.thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                self.get(self.waiting.get())

@@ -18,6 +18,8 @@ import signal
 import sys
 import tarfile
 import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, suppress
@@ -30,20 +32,29 @@ import numpy as np
 from PIL import Image
 
 from vugen_cli.data.images import adm_crop, decode, encode, is_lossless
-from vugen_cli.data.manifest import Record, add_split, read_written, this_tool
+from vugen_cli.data.index import index_path, list_members, write_index
+from vugen_cli.data.manifest import (
+    Counted,
+    Manifest,
+    Plan,
+    Record,
+    Skipped,
+    add_split,
+    read_skipped,
+    read_written,
+    this_tool,
+    write_manifest,
+    write_skipped,
+)
 from vugen_cli.data.sample import Sample, Source, hash_of
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import locked, whole_file, write_json
 from vugen_cli.processes import barrier, is_first, rank, world_size
-
-"""Version of the layout; raised when the same plan would give other bytes."""
 
 LOSSLESS_UP_TO = 128
 """Pictures from lossless files stay lossless up to this size; above it JPEG costs nothing one can see."""
 
 _STAGES = ("planned", "written", "prepared")  # at which the processes of a job wait for each other
-
-"""What is noted of a finished shard: name, samples, bytes, sha256, skipped, captions."""
 
 
 @dataclass
@@ -74,14 +85,15 @@ def write_dataset(
     count: int | None = None,
     strict: bool = False,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> Manifest:
     """Write one split of a data set and return its manifest, which `out/dataset.json` then holds.
 
     A shard `train-000000.tar` holds for each sample `KEY.jpg` or `KEY.png` (`size` x `size`, RGB), `KEY.txt`
     (a caption a line) and `KEY.json` (the sample's meta with `source_key`, `width`, `height` and
-    `caption_count`), where KEY is the position in the plan; positions of skipped pictures stay empty. Another
-    split of the same data set may already be in `out` and is kept. A finished split is recognised and left as
-    it is; missing shards of it are written again.
+    `caption_count`), where KEY is the position in the plan; positions of skipped pictures stay empty. Its
+    index lies beside it (see `index`), and `skipped-train.jsonl` lists the skipped pictures. Another split of
+    the same data set may already be in `out` and is kept. A finished split is recognised and left as it is;
+    missing shards of it are written again.
 
     Args:
         source: the pictures. A `fingerprint` attribute, where it has one, is a hash over its listing and
@@ -111,20 +123,20 @@ def write_dataset(
         raise VugenError(f"{source.origin} holds no pictures: nothing to prepare")
     out = Path(out)
     order = np.random.default_rng(seed).permutation(len(source))[:count]
-    plan = {
-        "dataset": source.name,
-        "size": size,
-        "seed": seed,
-        "shard_size": shard_size,
-        "items": len(order),
-        "listing": _listing(source),
-    }
+    plan = Plan(
+        dataset=source.name,
+        size=size,
+        seed=seed,
+        shard_size=shard_size,
+        items=len(order),
+        listing=_listing(source),
+    )
     job = _Job(source, out, split, size, shard_size, order, strict)
     if not is_first():
         return _help(job, workers)
     with held(out):
         manifest = read_written(out)
-        if split in manifest.get("splits", {}):
+        if manifest and split in manifest.splits:
             manifest = _repair(job, plan, manifest, progress)
             for stage in _STAGES:
                 barrier(stage)
@@ -134,31 +146,34 @@ def write_dataset(
         barrier("planned")
         _write_shards(job, workers, progress)
         barrier("written")
-        finished = _finished(job)
-        if len(finished) < _shard_count(job):
+        missing = sum(1 for shard in range(_shard_count(job)) if _finished(job, shard) is None)
+        if missing:
             raise VugenError(
-                f"{_shard_count(job) - len(finished)} shards are missing from {out}: --out must be a folder "
-                "that all processes of the job share; run the same command again to write them"
+                f"{missing} shards are missing from {out}: --out must be a folder that all processes of the "
+                "job share; run the same command again to write them"
             )
-        records = [finished[shard] for shard in sorted(finished)]
-        manifest = add_split(manifest, source, split, plan, records)
-        if not manifest["splits"][split]["count"]:
+        manifest = add_split(manifest, source, split, plan, _records(job))
+        if not manifest.splits[split].count:
+            reasons = _all_skipped(source, (item for record in _records(job) for item in record.skipped))
             _forget_progress(out, split)  # so that a run after the cause is mended reads the pictures again
-            raise VugenError(_all_skipped(source, manifest["splits"][split]["skipped"]))
-        write_json(out / "dataset.json", manifest)
+            raise VugenError(reasons)
+        write_skipped(out, split, _records(job))
+        write_manifest(out, manifest)
         _forget_progress(out, split)
     barrier("prepared")
     return manifest
 
 
-def _help(job: _Job, workers: int) -> dict[str, Any]:
+def _help(job: _Job, workers: int) -> Manifest:
     """Write this process's share of a plan that the first process of the job has laid; its manifest."""
     barrier("planned")
     if (job.out / ".progress" / f"{job.split}.json").exists():  # else the split was there already
         _write_shards(job, workers, progress=False)
     barrier("written")
     barrier("prepared")
-    return read_written(job.out)
+    manifest = read_written(job.out)
+    assert manifest  # the first process has just written it
+    return manifest
 
 
 # --- the plan and what earlier runs left behind
@@ -174,16 +189,16 @@ def held(out: Path) -> AbstractContextManager[None]:
     return locked(out, f"another vugen prepare is writing to {out}: wait for it or choose another --out")
 
 
-def _check_other_splits(out: Path, manifest: dict[str, Any], plan: dict[str, Any]) -> None:
+def _check_other_splits(out: Path, manifest: Manifest | None, plan: Plan) -> None:
     """All splits of a data set share its name and picture size."""
     if manifest:
-        _check_plan(out, {k: manifest[k] for k in ("dataset", "size")}, plan, "data set")
+        _check_plan(out, {"dataset": manifest.dataset, "size": manifest.size}, plan, "data set")
 
 
-def _check_plan(out: Path, found: dict[str, Any], plan: dict[str, Any], what: str) -> None:
+def _check_plan(out: Path, found: Mapping[str, object], plan: Plan, what: str) -> None:
     words = {"listing": "source files", "items": "--count or number of pictures"}
     different = []
-    for key, value in plan.items():
+    for key, value in plan.model_dump(exclude_unset=True).items():
         if key in found and found[key] != value:
             name = words.get(key, "--" + key.replace("_", "-"))
             different.append(name if key == "listing" else f"{name} {found[key]} there, {value} now")
@@ -194,24 +209,27 @@ def _check_plan(out: Path, found: dict[str, Any], plan: dict[str, Any], what: st
         )
 
 
-def _claim(out: Path, split: str, plan: dict[str, Any]) -> None:
+def _claim(out: Path, split: str, plan: Plan) -> None:
     """Note the plan before the first shard; refuse another plan's shards, and shards that are not ours."""
     note = out / ".progress" / f"{split}.json"
+    noted = plan.model_copy(update={"tool": this_tool()})
     if note.exists():
         try:
-            found = json.loads(note.read_text(encoding="utf-8"))
+            found = Plan.model_validate_json(note.read_bytes())
         except (OSError, ValueError) as error:
-            raise VugenError(f"{note} is damaged ({error}): delete {out} and prepare again") from error
+            raise VugenError(
+                f"{note} is damaged ({first_line(error)}): delete {out} and prepare again"
+            ) from error
         # Another version of the tool or of what it draws with may give other bytes: do not mix them.
-        _check_plan(out, found, {**plan, "tool": this_tool()}, f"half-finished {split} split")
+        _check_plan(out, found.model_dump(), noted, f"half-finished {split} split")
     elif foreign := sorted(out.glob(f"{split}-*.tar")):
         raise VugenError(
             f"{out} already holds {foreign[0].name}, which no dataset.json there describes: choose another "
             f"--out, or delete the shards"
         )
     else:
-        write_json(note, {**plan, "tool": this_tool()})
-    for leftover in out.glob(f".{split}-*.tar.*"):  # of a run that was killed
+        write_json(note, noted.model_dump())
+    for leftover in out.glob(f".{split}-*"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
 
 
@@ -227,18 +245,23 @@ def _note_of(job: _Job, shard: int) -> Path:
     return job.out / ".progress" / f"{job.split}-{shard:06d}.json"
 
 
-def _finished(job: _Job) -> dict[int, Record]:
-    """The shards that an interrupted run of this plan finished: noted, and there in full length."""
-    records = {shard: finished_shard(job.out, _note_of(job, shard)) for shard in range(_shard_count(job))}
-    return {i: record for i, record in records.items() if record and not (job.strict and record["skipped"])}
+def _finished(job: _Job, shard: int) -> Record | None:
+    """The record of a shard that an interrupted run of this plan finished."""
+    record = finished_shard(job.out, _note_of(job, shard))
+    return None if record and job.strict and record.skipped else record
+
+
+def _records(job: _Job) -> Iterator[Record]:
+    """The records of all shards, in order; read one at a time, for there may be a hundred thousand."""
+    return (record for shard in range(_shard_count(job)) if (record := _finished(job, shard)))
 
 
 def finished_shard(out: Path, note: Path) -> Record | None:
     """The record of a shard that an earlier run noted, if the shard is in `out` in full length."""
     try:
-        record: Record = json.loads(note.read_text(encoding="utf-8"))
-        whole = not record["samples"] or (out / record["name"]).stat().st_size == record["bytes"]
-    except (OSError, ValueError, KeyError):
+        record = Record.model_validate_json(note.read_bytes())
+        whole = not record.samples or (out / record.name).stat().st_size == record.bytes
+    except (OSError, ValueError):
         return None
     return record if whole else None
 
@@ -252,23 +275,22 @@ def _forget_progress(out: Path, split: str) -> None:
         folder.rmdir()
 
 
-def _repair(job: _Job, plan: dict[str, Any], manifest: dict[str, Any], progress: bool) -> dict[str, Any]:
+def _repair(job: _Job, plan: Plan, manifest: Manifest, progress: bool) -> Manifest:
     """A split that is complete: check that it is the one asked for, and write again shards that were lost."""
-    entry = manifest["splits"][job.split]
-    found = {**entry, "dataset": manifest["dataset"], "size": manifest["size"]}
+    entry = manifest.splits[job.split]
+    found = {**entry.model_dump(exclude={"shards"}), "dataset": manifest.dataset, "size": manifest.size}
     _check_plan(job.out, found, plan, f"{job.split} split")
-    if job.strict and entry["skipped"]:
-        first = entry["skipped"][0]
+    if job.strict and (first := next(read_skipped(job.out, job.split), None)):
         raise VugenError(
-            f"{first['key']}: {first['reason']} (--strict; the split in {job.out} was prepared without it)"
+            f"{first.key}: {first.reason} (--strict; the split in {job.out} was prepared without it)"
         )
     lost = 0
-    for listed in entry["shards"]:
-        path = job.out / listed["name"]
-        if path.is_file() and path.stat().st_size == listed["bytes"]:
+    for listed in entry.shards:
+        path = job.out / listed.name
+        if path.is_file() and path.stat().st_size == listed.bytes:
             continue
         record = _write_shard(job, int(path.stem.rpartition("-")[2]))
-        if record["sha256"] != listed["sha256"]:
+        if record.sha256 != listed.sha256:
             raise VugenError(
                 f"{path} was lost, and writing it again gave other bytes than dataset.json notes (changed "
                 f"pictures or libraries): delete {job.out} and prepare again"
@@ -318,9 +340,8 @@ def _write_shards(job: _Job, workers: int, progress: bool) -> None:
     """Write those of this process's shards that are not finished: every `world_size`-th of the plan."""
     from tqdm import tqdm
 
-    finished = _finished(job)
     mine = range(rank(), _shard_count(job), world_size())
-    todo = [shard for shard in mine if shard not in finished]
+    todo = [shard for shard in mine if _finished(job, shard) is None]
     items = {s: min(job.shard_size, len(job.order) - s * job.shard_size) for s in mine}
     workers = min(workers, len(todo))
     bar = tqdm(
@@ -377,8 +398,8 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> Record:
     """Write a shard and its note; `tick()` is called for each item and may raise to leave it unwritten."""
     first = shard * job.shard_size
     path = job.out / _shard_name(job.split, shard)
-    skipped: list[dict[str, str]] = []
-    captions = {"images": 0, "captions": 0, "words": 0, "words_max": 0, "characters_max": 0}
+    skipped: list[Skipped] = []
+    captions = Counted()
     with whole_file(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for position in range(first, min(first + job.shard_size, len(job.order))):
@@ -397,25 +418,28 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> Record:
                         raise VugenError(
                             f"{key}: {reason} (--strict; without it the picture is skipped)"
                         ) from error
-                    skipped.append({"key": str(key), "reason": reason})
+                    skipped.append(Skipped(key=str(key), reason=reason))
                     continue
                 for kind, data in members:
                     add_member(tar, f"{position:09d}.{kind}", data)
-                _count(captions, sample.captions)
+                captions.add(sample.captions)
+        index = list_members(temporary)
         with open(temporary, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             length = os.fstat(file.fileno()).st_size
-    if not captions["images"]:
+    if captions.images:
+        write_index(index_path(path), index)
+    else:
         path.unlink(missing_ok=True)
-    record = {
-        "name": path.name,
-        "samples": captions["images"],
-        "bytes": length,
-        "sha256": digest,
-        "skipped": skipped,
-        "captions": captions,
-    }
-    write_json(_note_of(job, shard), record)
+    record = Record(
+        name=path.name,
+        samples=captions.images,
+        bytes=length,
+        sha256=digest,
+        skipped=skipped,
+        captions=captions,
+    )
+    write_json(_note_of(job, shard), record.model_dump())
     return record
 
 
@@ -455,24 +479,14 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def _count(totals: dict[str, int], captions: list[str]) -> None:
-    words = [len(caption.split()) for caption in captions]
-    totals["images"] += 1
-    totals["captions"] += len(captions)
-    totals["words"] += sum(words)
-    totals["words_max"] = max(totals["words_max"], *words)
-    totals["characters_max"] = max(totals["characters_max"], *map(len, captions))
-
-
-# --- the manifest
-
-
-def _all_skipped(source: Source, skipped: list[dict[str, str]]) -> str:
-    reasons: dict[str, int] = {}
+def _all_skipped(source: Source, skipped: Iterable[Skipped]) -> str:
+    reasons: Counter[str] = Counter()
+    first = None
     for item in skipped:
-        reasons[item["reason"]] = reasons.get(item["reason"], 0) + 1
+        reasons[item.reason] += 1
+        first = first or item.key
     common = max(reasons, key=lambda reason: reasons[reason])
     return (
-        f"not one of {len(skipped)} pictures of {source.origin} can be used, most often for: {common} "
-        f"(first: {skipped[0]['key']}); check that --source and --dataset belong together"
+        f"not one of {reasons.total()} pictures of {source.origin} can be used, most often for: {common} "
+        f"(first: {first}); check that --source and --dataset belong together"
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from vugen_cli.data.loader import Batch
+from vugen_cli.data.loader import Batch, DamageLimit
 from vugen_cli.engine.curves import plot_curves
 from vugen_cli.engine.device import memory, read_later
 from vugen_cli.engine.distributed import DataParallel, all_reduce, shards_vlm
@@ -93,6 +93,7 @@ def train(
         generator = BatchGenerator(device, settings.batch_size)
         started = time.perf_counter()
         stream = batches_from(begin) if begin < settings.steps else iter(())
+        damage = DamageLimit(recipe.data.max_corrupt)
         unread: list[Taken] = []
         stopping = False
         for step in range(begin, settings.steps):
@@ -123,7 +124,7 @@ def train(
             due = due_after(done, stage, settings)
             unread.append(taken)
             while len(unread) > (0 if due or stopping else 1):
-                stopping |= note(unread.pop(0), log, progress, settings, run, device)
+                stopping |= note(unread.pop(0), damage, log, progress, settings, run, device)
             mark("logging")
 
             # A checkpoint to keep comes before the state: a run that stops here goes on after this step.
@@ -205,7 +206,7 @@ def gradients(
         taken.corrupt += batch.corrupt
         taken.keys += [str(meta.get("source_key", "?")) for meta in batch.meta]
         rows = len(batch.captions)
-        generator.begin(recipe.seed * 1_000_003 + taken.step, (part * world_size() + rank()) * rows, rows)
+        generator.begin(recipe.seed * 1_000_003 + taken.step, (rank() * parts + part) * rows, rows)
         loss, values = parallel.backward(batch, generator, taken.step, parts, part + 1 == parts, autocast())
         taken.cut += batch.cut
         for name, value in {"loss": loss, **values}.items():
@@ -224,17 +225,24 @@ def agree(
 
 
 def note(
-    taken: Taken, log: MetricsLog | None, progress: Any, settings: Training, run: Path, device: torch.device
+    taken: Taken,
+    damage: DamageLimit,
+    log: MetricsLog | None,
+    progress: Any,
+    settings: Training,
+    run: Path,
+    device: torch.device,
 ) -> bool:
     """Log a step; whether one of the processes was asked to stop.
 
     Raises:
-        VugenError: its loss or gradient is not finite. Every process raises it.
+        VugenError: its loss or gradient is not finite, or too many samples are damaged; in every process.
     """
     *shared, corrupt, cut, stopping = taken.read()
     scalars = dict(zip(taken.names, shared, strict=True))
     if not math.isfinite(sum(shared)):
         raise VugenError(not_finite(scalars, taken.step, all_gather(taken.keys), run))
+    damage.add(int(corrupt), settings.batch_size)
     if log:
         log.add(
             step=taken.step,

@@ -22,7 +22,16 @@ from vugen_cli.processes import broadcast, is_first
 
 # What a resumed run may change: it may be made longer, and data and VLM may lie elsewhere (what they hold is
 # compared).
-FREE = ("steps", "checkpoint_every", "preview_every", "keep_every", "workers", "data.path", "vlm.name")
+FREE = (
+    "steps",
+    "checkpoint_every",
+    "preview_every",
+    "keep_every",
+    "workers",
+    "max_corrupt",
+    "data.path",
+    "vlm.name",
+)
 
 
 @contextlib.contextmanager
@@ -136,6 +145,8 @@ def resume(
         return 0
     tensors, card = load_state(path)
     changed = [c for c in differences(card.resolved, stage.resolved) if not is_free(c.partition(":")[0])]
+    # States of earlier versions do not say what their data set held.
+    changed = [c for c in changed if not c.startswith("data.sha256: None ")]
     if changed and not change_recipe:
         raise VugenError(
             f"{run} holds a run with other settings ({'; '.join(changed)}): give --out another name, "

@@ -280,15 +280,9 @@ def _is_geneval(directory: Path, name: str) -> bool:
 
 def _prepared(directory: Path, split: str | None) -> ImageSet:
     """One split of a data set that `vugen prepare` wrote; `val` if none is named and there is one."""
-    try:
-        splits = read_manifest(directory)["splits"]
-        split = split or ("val" if splits.get("val", {}).get("shards") else "train")
-        stored = ShardedImages(directory, split)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise VugenError(
-            f"{directory / 'dataset.json'} is not a manifest that `vugen prepare` writes ({error!r}): "
-            f"prepare {directory} again."
-        ) from error
+    splits = read_manifest(directory).splits
+    split = split or ("val" if "val" in splits and splits["val"].shards else "train")
+    stored = ShardedImages(directory, split)
     shards = [directory / name for name in stored.names]
     return ImageSet(directory, "shards", len(stored), None, partial(_tar_items, shards), split, tars=shards)
 

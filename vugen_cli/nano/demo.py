@@ -139,7 +139,7 @@ def report_page(
     manifest = read_manifest(out / "data")
     for stage in ("reducer", "sampler"):
         shutil.copyfile(out / f"{stage}.run" / "curves.png", out / f"curves-{stage}.png")
-    counts = {split: f"{facts['count']:,}" for split, facts in manifest["splits"].items()}
+    counts = {split: f"{facts.count:,}" for split, facts in manifest.splits.items()}
     steps = {stage: recipe[f"train_{stage}"]["steps"] for stage in ("reducer", "sampler")}
     count, quality = reconstruction.images.count, f"{reconstruction.psnr:.1f} dB"
     cards = [
@@ -190,6 +190,6 @@ def report_page(
         pictures="\n".join(pictures),
         train=counts["train"],
         val=counts["val"],
-        licence=html.escape(manifest["licence"]),
+        licence=html.escape(manifest.licence or ""),
         prompts=html.escape("; ".join(PROMPTS)),
     )

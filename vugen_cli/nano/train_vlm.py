@@ -193,7 +193,7 @@ def train_vlm(
         model.set_attn_implementation("eager")  # a quarter faster than SDPA's CPU kernels at these lengths
     rarity = None if init else word_rarity(tokenizer, captions)
     training = NanoTraining(model, tokenizer, recipe.nano_vlm, rarity).to(device)
-    has_val = "val" in images.manifest["splits"]
+    has_val = "val" in images.manifest.splits
 
     def preview(path: Path) -> None:
         shown = [torch.from_numpy(pixels) for pixels, _ in images.held_out().in_order(16)]

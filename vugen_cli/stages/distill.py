@@ -14,7 +14,7 @@ from torch import Tensor
 from vugen_cli.card import Card, DataCard, Distilled
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.loader import Batch, held_out_images, training_batches
-from vugen_cli.data.mixture import open_images
+from vugen_cli.data.mixture import open_dataset
 from vugen_cli.engine.loop import train
 from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.engine.state import differences
@@ -64,7 +64,7 @@ def distill(
         raise VugenError(f"--distill keeps the networks of {teacher}: decoder.{changed[0]} is not possible")
     if steps == 1:
         raise VugenError(f"{teacher} decodes in one step: nothing to distill; try --set decoder.steps=8")
-    images = open_images(data, recipe)
+    images = open_dataset(data, recipe)
     vlm = load_vlm(recipe.vlm, device, recipe)
     vlm.check(card, teacher)
     pictures = picture_losses(recipe.decoder.losses, vlm, size, device)

@@ -19,8 +19,9 @@ import torch
 from vugen_cli.card import Card
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.images import adm_crop
-from vugen_cli.data.loader import ShardedImages
-from vugen_cli.data.manifest import FORMAT, dataset_card
+from vugen_cli.data.index import index_path, list_members, write_index
+from vugen_cli.data.loader import Damaged, ShardedImages
+from vugen_cli.data.manifest import FORMAT, Manifest, dataset_card, write_manifest
 from vugen_cli.data.writer import add_member, finished_shard, held
 from vugen_cli.engine.precision import passes, wants_bfloat16
 from vugen_cli.errors import VugenError
@@ -58,12 +59,13 @@ def check_cache(images: ShardedImages, facts: dict[str, Any], flip: bool) -> Non
         for part in images.sets:
             check_cache(part, facts, flip)
         return
-    made = images.manifest["latents"]
+    assert images.manifest.latents and images.manifest.data
+    made = images.manifest.latents.model_dump(mode="json")
     different = [key for key, value in facts.items() if made.get(key) != value]
     if different:
         raise VugenError(
             f"{images.directory} holds the latents of another {' and another '.join(different)}: make them "
-            f"again with `vugen prepare --latents REDUCER --data {images.manifest['data']['path']}`"
+            f"again with `vugen prepare --latents REDUCER --data {images.manifest.data.path}`"
         )
     if flip and not made["flip"]:
         raise VugenError(
@@ -79,7 +81,7 @@ def write_latents(
     device: torch.device,
     vlm: str | None = None,
     flip: bool | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Write the latent cache of every split of a data set and return its manifest.
 
     The processes of a job share out the shards. Killed, the same call goes on with those that are missing.
@@ -97,13 +99,13 @@ def write_latents(
     """
     autoencoder, _, card = load_autoencoder(checkpoint, device)
     frozen = vlm_of(card, checkpoint, vlm, device)
-    splits = {name: ShardedImages(data, name) for name in ShardedImages(data).manifest["splits"]}
+    splits = {name: ShardedImages(data, name) for name in ShardedImages(data).manifest.splits}
     source = splits["train"].manifest
     flip = frozen.recipe.data.flip if flip is None else flip
     precision = frozen.recipe.train_sampler.precision  # z̃ is then what that stage would compute itself
     plan = {
         "format": FORMAT,
-        **{key: source.get(key) for key in ("dataset", "size", "licence", "classes")},
+        **source.model_dump(include={"dataset", "size", "licence", "classes"}),
         "data": dataset_card(data),
         "latents": {
             **latent_facts(autoencoder, frozen, frozen.recipe, card),
@@ -111,7 +113,7 @@ def write_latents(
             "precision": "bfloat16" if wants_bfloat16(precision, device) else "float32",
             "flip": flip,
         },
-        "images": {name: [s["sha256"] for s in source["splits"][name]["shards"]] for name in splits},
+        "images": {name: [s.sha256 for s in source.splits[name].shards] for name in splits},
     }
     notes = out / ".progress"
     shards = [(images, shard) for images in splits.values() for shard in range(len(images.names))]
@@ -130,10 +132,10 @@ def write_latents(
             records = [finished_shard(out, notes / f"{shard}.json") for shard in images.names]
             if None in records:
                 raise VugenError(f"shards are missing from {out}: all processes of the job must share --out")
-            entries[name] = {"count": len(images), "shards": records}
-        manifest = {**plan, "splits": entries}
+            entries[name] = {"count": len(images), "shards": [record.shard for record in records if record]}
+        manifest = Manifest.model_validate({**plan, "splits": entries})
         if is_first():
-            write_json(out / "dataset.json", manifest)
+            write_manifest(out, manifest)
     barrier("latents prepared")
     return manifest
 
@@ -153,7 +155,7 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
             f"{out} holds latents prepared otherwise ({different}): choose another --out, or delete {out}"
         )
     write_json(note, plan)
-    for leftover in out.glob(".*.tar.*"):  # of a run that was killed
+    for leftover in [*out.glob(".*.tar.*"), *out.glob(".*.npy.*")]:  # of a run that was killed
         leftover.unlink(missing_ok=True)
 
 
@@ -171,8 +173,8 @@ def _write_shard(
                     try:
                         pixels, meta = images.read(shard, row)
                         samples[row] = adm_crop(pixels, images.size), meta
-                    except (ValueError, OSError):
-                        pass  # no latents: the loader puts a neighbour there, as it does for the image
+                    except Damaged:
+                        pass  # no latents: the loader puts another sample there, as it does for the image
                 latents = {}
                 if samples:
                     stack = np.stack([pixels for pixels, _ in samples.values()])
@@ -190,9 +192,11 @@ def _write_shard(
                     add_member(tar, f"{row:09d}.npy", stored.getvalue())
                     add_member(tar, f"{row:09d}.txt", ("\n".join(captions) + "\n").encode())
                     add_member(tar, f"{row:09d}.json", json.dumps(meta, ensure_ascii=False).encode())
+        index = list_members(temporary)
         with open(temporary, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             length = os.fstat(file.fileno()).st_size
+    write_index(index_path(out / name), index)
     return {"name": name, "samples": count, "bytes": length, "sha256": digest}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from vugen_cli.card import Card, DataCard, LatentsCard
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.loader import Batch, held_out_images, stored_images, training_batches
-from vugen_cli.data.mixture import open_images
+from vugen_cli.data.mixture import open_dataset
 from vugen_cli.engine.compiling import compile_forward, wants_compile
 from vugen_cli.engine.distributed import batch_statistics, shard_frozen, shards_vlm
 from vugen_cli.engine.loop import train
@@ -55,7 +55,7 @@ def train_reducer(
     Raises:
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
-    images = open_images(data, recipe)
+    images = open_dataset(data, recipe)
     size = recipe.decoder.image_size or images.size
     vlm = load_vlm(recipe.vlm, device, recipe)
     # Stage 2 needs it: a VLM that has none must not cost hours first.

@@ -8,7 +8,7 @@ from torch import Tensor
 from vugen_cli.card import DataCard
 from vugen_cli.checkpoint import fingerprint, save_checkpoint, select, with_prefix
 from vugen_cli.data.loader import Batch, training_batches
-from vugen_cli.data.mixture import open_images
+from vugen_cli.data.mixture import open_dataset
 from vugen_cli.engine.compiling import compile_layers, wants_compile
 from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
 from vugen_cli.engine.loop import train
@@ -56,7 +56,7 @@ def train_sampler(
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
     autoencoder, stored, reducer_card = load_autoencoder(reducer, device, "sampler" if further else "reducer")
-    images = open_images(data, recipe, latents=True)
+    images = open_dataset(data, recipe, latents=True)
     vlm = load_vlm(recipe.vlm, device, recipe)
     vlm.check(reducer_card, reducer, allow_vlm_mismatch)
     if images.latents:

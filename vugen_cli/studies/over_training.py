@@ -90,7 +90,7 @@ def score_over_training(
         for path in checkpoints:
             card = read_card(path)
             data = reference or Path(card.data.path)
-            asked = [read_manifest(data), count, seed, extractor.label, extractor.identity]
+            asked = [read_manifest(data).sha256, count, seed, extractor.label, extractor.identity]
             digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
             digest.update(path.read_bytes())
             key = digest.hexdigest()
