@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from vugen_cli.commands.prepare import Dataset, Split, prepare
 from vugen_cli.data import writer
 from vugen_cli.data.manifest import Manifest, Skipped, read_manifest, read_skipped
 from vugen_cli.data.sample import Sample
+from vugen_cli.data.shuffle import Shuffled
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 
@@ -137,6 +139,26 @@ def test_drawn_pictures_and_small_lossless_ones_are_stored_exactly(tmp_path):
         Listed([Sample("one", file.getvalue(), ["noise"])]), tmp_path / "large", size=256, progress=False
     )
     assert "jpg" in samples_of(tmp_path / "large")["000000000"]
+
+
+@pytest.mark.parametrize(("items", "count"), [(10, None), (10, 4), (5077, None), (5077, 3000), (1100, None)])
+def test_every_item_has_one_position(monkeypatch, items, count):
+    monkeypatch.setattr("vugen_cli.data.shuffle.WHOLE", 1000)
+    order = Shuffled(items, 3, count)
+    parts = [order.part(first, first + 700) for first in range(0, len(order), 700)]
+    places = np.concatenate(parts)
+    assert len(places) == len(order) == min(count or items, items)
+    assert len(np.unique(places)) == len(places) and places.min() >= 0 and places.max() < items
+    assert not np.array_equal(places, Shuffled(items, 4, count).part(0, items))
+    assert len(pickle.dumps(order)) < 200
+    if items == 10:  # what earlier versions wrote
+        assert np.array_equal(places, np.random.default_rng(3).permutation(10)[:count])
+
+
+def test_a_large_source_is_read_from_few_places_for_a_shard():
+    places = np.sort(Shuffled(10**8, 0).part(5 * 1024, 6 * 1024))
+    assert (np.diff(places) > 1).sum() == 15  # 16 runs of 64
+    assert np.ptp(places) > 5 * 10**7
 
 
 class Listed(list):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from vugen_cli.commands.prepare import Dataset, open_source, prepare
+from vugen_cli.data import shards
 from vugen_cli.data.captions import CaptionedImages
 from vugen_cli.data.coco import CocoCaptions
 from vugen_cli.data.folder import ImageFolder
@@ -427,6 +429,36 @@ def test_missing_pictures_of_a_table_are_listed(tmp_path):
 
 
 # --- webdataset
+
+
+def test_shards_are_listed_once_and_again_when_they_change(tmp_path, monkeypatch):
+    monkeypatch.setenv("VUGEN_CACHE", str(tmp_path / "cache"))
+    sample = {"a.jpg": jpeg(), "a.txt": b"x"}
+    put(tmp_path / "in", {"0.tar": tar_of(sample), "1.tar": tar_of(sample)})
+    listed = []
+    inner = shards.tar_members
+    monkeypatch.setattr(shards, "tar_members", lambda path: listed.append(path.name) or inner(path))
+    for _ in range(2):
+        source = WebDatasetShards(tmp_path / "in")
+        assert [source[i].key for i in range(len(source))] == ["0.tar/a", "1.tar/a"]
+        shards._listing.cache_clear()
+    assert listed == ["0.tar", "1.tar"]
+    (tmp_path / "in" / "1.tar").write_bytes(tar_of(sample | {"b.jpg": jpeg(1), "b.txt": b"y"}))
+    assert [s.captions for s in map(WebDatasetShards(tmp_path / "in").__getitem__, range(3))][2] == ["y"]
+    assert listed == ["0.tar", "1.tar", "1.tar"]
+    next((tmp_path / "cache").rglob("*.npz")).write_bytes(b"junk")
+    shards._listing.cache_clear()
+    assert len(WebDatasetShards(tmp_path / "in")) == 3
+
+
+def test_a_source_of_shards_travels_light(tmp_path):
+    """What a worker is sent does not grow with the samples."""
+    few, many = ({f"{i:05d}.{k}": b"x" for i in range(n) for k in ("jpg", "txt")} for n in (3, 300))
+    sent = [
+        len(pickle.dumps(WebDatasetShards(put(tmp_path / str(n), {"0.tar": tar_of(files)}) / "0.tar")))
+        for n, files in enumerate((few, many))
+    ]
+    assert abs(sent[0] - sent[1]) < 16
 
 
 def test_shards_as_img2dataset_writes_them(tmp_path):

@@ -98,8 +98,7 @@ def prepare(
       vugen prepare --dataset captions --source photos.csv --size 512 --strict
       vugen prepare --latents reducer.safetensors --out data/mine-latents
     """
-    import os
-
+    from vugen_cli.data.shards import cores
     from vugen_cli.data.writer import write_dataset
     from vugen_cli.errors import VugenError
     from vugen_cli.processes import local_world_size, meet
@@ -118,7 +117,6 @@ def prepare(
     meet()
     out = out or Path("data") / dataset.value
     size = size or (64 if dataset is Dataset.openmoji else 256)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         manifest = write_dataset(
             open_source(dataset, source, split.value, size, count, seed, pairs),
@@ -126,7 +124,7 @@ def prepare(
             split=split.value,
             size=size,
             shard_size=shard_size,
-            workers=workers or max(1, cores // local_world_size()),
+            workers=workers or max(1, cores() // local_world_size()),
             seed=seed,
             count=count,
             strict=strict,

@@ -1,10 +1,14 @@
 """Tars read in place: listing members by their headers, and existing webdataset shards as a source."""
 
 import json
+import multiprocessing
 import os
 import tarfile
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +18,8 @@ import numpy as np
 from vugen_cli.data.folder import IMAGE_SUFFIXES, split_folder
 from vugen_cli.data.sample import Sample, hash_of
 from vugen_cli.errors import VugenError
+from vugen_cli.files import user_cache, whole_file
+from vugen_cli.processes import barrier, local_world_size, rank, world_size
 
 _CAPTION_KEYS = ("caption", "captions", "text")
 
@@ -141,15 +147,14 @@ class WebDatasetShards:
                 )
         else:
             self.shards = [path]
-        rows = array(
-            "q"
-        )  # a sample: its shard, then offset and size of image, .txt and .json (-1 where it has none)
-        keys: list[bytes] = []
-        for number, shard in enumerate(self.shards):
-            _index_shard(number, shard, rows, keys)
-        self.rows = np.array(rows, dtype=np.int64).reshape(-1, 7)
-        self.keys = np.array(keys, dtype=np.bytes_)
-        if not ((self.rows[:, 1] >= 0) & (self.rows[:, 3:].max(1, initial=-1) >= 0)).any():
+        list_shards(self.shards)
+        counts, usable = [], False
+        for shard in self.shards:
+            rows, _ = _listing(shard)
+            counts.append(len(rows))
+            usable = usable or bool(((rows[:, 0] >= 0) & (rows[:, 2:].max(1, initial=-1) >= 0)).any())
+        self.ends = np.cumsum(counts)
+        if not usable:
             found = [name for name, *_ in islice(tar_members(self.shards[0]), 5)]
             raise VugenError(
                 f"{path} holds no webdataset samples (an image with a .txt or .json of the same name); found "
@@ -158,12 +163,15 @@ class WebDatasetShards:
         self.fingerprint = hash_of([(shard.name, shard.stat().st_size) for shard in self.shards])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        number, *places = self.rows[index].tolist()
+        number = int(np.searchsorted(self.ends, index, side="right"))
         shard = self.shards[number]
-        key = f"{shard.name}/{self.keys[index].decode('utf-8', 'replace')}"
+        rows, keys = _listing(shard)
+        row = index - (int(self.ends[number - 1]) if number else 0)
+        places = rows[row].tolist()
+        key = f"{shard.name}/{keys[row].decode('utf-8', 'replace')}"
         if places[0] < 0:
             raise OSError(0, "no image in the sample", key)
         meta: dict[str, Any] = {}
@@ -182,8 +190,50 @@ class WebDatasetShards:
         return Sample(key=key, image=read_at(shard, *places[0:2]), captions=captions, meta=meta)
 
 
-def _index_shard(number: int, shard: Path, rows: "array[int]", keys: list[bytes]) -> None:
-    """Append a shard's samples: neighbouring members that share their name up to the first dot."""
+# --- listings: read once, kept in the user's cache, and never all in memory
+
+
+def listing_path(shard: Path) -> Path:
+    """Where the listing of a foreign shard is kept; a shard that changes gets another."""
+    facts = shard.stat()
+    name = hash_of([str(shard.resolve()), facts.st_size, facts.st_mtime_ns])
+    return user_cache() / "listings" / name[:2] / f"{name}.npz"
+
+
+def list_shards(shards: list[Path]) -> None:
+    """List those shards that no listing is kept of; the processes of a job, and workers, share the work.
+
+    Raises:
+        VugenError: a shard is damaged, or the cache cannot be written.
+    """
+    for mine in (shards[rank() :: world_size()], shards):  # then what others have not left here
+        todo = [shard for shard in mine if not listing_path(shard).is_file()]
+        workers = min(cores() // local_world_size(), len(todo) // 64)
+        if workers > 1:
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+                deque(pool.map(_list_shard, todo, chunksize=4), maxlen=0)
+        else:
+            for shard in todo:
+                _list_shard(shard)
+        barrier("listed")
+
+
+@lru_cache(maxsize=32)
+def _listing(shard: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sample offset and size of image, `.txt` and `.json` (-1: none), int64 [samples, 6]; its key."""
+    try:
+        with np.load(listing_path(shard), allow_pickle=False) as stored:
+            return stored["rows"], stored["keys"]
+    except Exception:  # emptied in the meantime, or damaged: numpy raises nearly anything
+        _list_shard(shard)
+    with np.load(listing_path(shard), allow_pickle=False) as stored:
+        return stored["rows"], stored["keys"]
+
+
+def _list_shard(shard: Path) -> None:
+    """Keep a listing of a shard: neighbouring members of one name up to the first dot are a sample."""
+    rows: "array[int]" = array("q")
+    keys: list[bytes] = []
     last = None
     for name, offset, size in tar_members(shard):
         folder, _, base = name.rpartition("/")
@@ -192,10 +242,19 @@ def _index_shard(number: int, shard: Path, rows: "array[int]", keys: list[bytes]
             continue
         key = f"{folder}/{stem}".removeprefix("./").removeprefix("/")
         if key != last:
-            rows.extend((number, -1, -1, -1, -1, -1, -1))
+            rows.extend((-1,) * 6)
             keys.append(key.encode("utf-8", "replace"))
             last = key
         kind = "." + kind.lower().rpartition(".")[2]
-        column = 1 if kind in IMAGE_SUFFIXES else {".txt": 3, ".json": 5}.get(kind)
-        if column and rows[column - 7] < 0:  # the first image counts
-            rows[column - 7], rows[column - 6] = offset, size
+        column = 0 if kind in IMAGE_SUFFIXES else {".txt": 2, ".json": 4}.get(kind)
+        if column is not None and rows[column - 6] < 0:  # the first image counts
+            rows[column - 6], rows[column - 5] = offset, size
+    with whole_file(listing_path(shard)) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file, rows=np.array(rows, dtype=np.int64).reshape(-1, 6), keys=np.array(keys, dtype=np.bytes_)
+        )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

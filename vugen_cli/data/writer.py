@@ -24,6 +24,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from vugen_cli.data.manifest import (
     write_skipped,
 )
 from vugen_cli.data.sample import Sample, Source, hash_of
+from vugen_cli.data.shuffle import Shuffled
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import locked, whole_file, write_json
 from vugen_cli.processes import barrier, is_first, rank, world_size
@@ -66,7 +68,7 @@ class _Job:
     split: str
     size: int
     shard_size: int
-    order: np.ndarray  # int64 [items]: position in the data set -> index in the source
+    order: Shuffled
     strict: bool
 
 
@@ -122,7 +124,7 @@ def write_dataset(
     if len(source) == 0:
         raise VugenError(f"{source.origin} holds no pictures: nothing to prepare")
     out = Path(out)
-    order = np.random.default_rng(seed).permutation(len(source))[:count]
+    order = Shuffled(len(source), seed, count)
     plan = Plan(
         dataset=source.name,
         size=size,
@@ -370,7 +372,10 @@ def _in_processes(job: _Job, todo: list[int], workers: int, bar: Any) -> None:
         # instead.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            waiting: set[Future[None]] = {pool.submit(_write_shard_in_worker, s) for s in todo}
+            left = iter(todo)  # given out as they are taken: a hundred thousand tasks are slow to wait for
+            waiting: set[Future[None]] = {
+                pool.submit(_write_shard_in_worker, s) for s in islice(left, 2 * workers)
+            }
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         shown = 0
@@ -378,6 +383,7 @@ def _in_processes(job: _Job, todo: list[int], workers: int, bar: Any) -> None:
             finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             for task in finished:
                 task.result()  # raises what the worker raised
+            waiting |= {pool.submit(_write_shard_in_worker, s) for s in islice(left, len(finished))}
             now = done.value
             bar.update(now - shown)
             shown = now
@@ -402,17 +408,17 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> Record:
     captions = Counted()
     with whole_file(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for position in range(first, min(first + job.shard_size, len(job.order))):
+            for position, item in enumerate(job.order.part(first, first + job.shard_size), start=first):
                 tick()
                 key = None
                 try:
-                    sample = job.source[int(job.order[position])]
+                    sample = job.source[int(item)]
                     key = sample.key
                     members = _members(sample, job.size)
                 except (OSError, ValueError) as error:
                     # A source that fails to read names the item in its message; without a key, say which it
                     # was.
-                    key = key or getattr(error, "filename", None) or f"item {job.order[position]}"
+                    key = key or getattr(error, "filename", None) or f"item {item}"
                     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                     if job.strict:
                         raise VugenError(
