@@ -76,8 +76,8 @@ def prepare(
     """Turn images and captions into webdataset shards with a manifest.
 
     Resizes and crops to squares, keeps every caption, shuffles, and writes train-000000.tar, ... and
-    dataset.json. Pictures that cannot be used are skipped and listed there. Interrupted, the same command
-    goes on where it stopped.
+    dataset.json. Pictures that cannot be used are skipped and listed in skipped-train.jsonl. Interrupted,
+    the same command goes on where it stopped.
 
     \b
     Sources:

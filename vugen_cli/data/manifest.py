@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vugen_cli.card import DataCard
 from vugen_cli.data.remote import fetched_bytes, is_remote
 from vugen_cli.data.sample import Source
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.version import __version__
 
@@ -38,6 +38,9 @@ class Shard:
     samples: int = Field(ge=0, description="how many it holds")
     bytes: int = Field(ge=0, description="its length")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="over all of it")
+
+
+SHARD_KEYS = {"name", "samples", "bytes", "sha256"}
 
 
 class Captions(Facts):
@@ -143,8 +146,10 @@ def read_manifest(path: str | Path) -> Manifest:
 
 def _parse(text: bytes, what: str, advice: str) -> Manifest:
     try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
+        return Manifest.model_validate(json.loads(text, object_hook=_shard))
+    except ValueError as error:
+        if not isinstance(error, ValidationError):
+            raise VugenError(f"{what} is damaged ({first_line(error)}): {advice}") from error
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"]))
         if place == "format":
@@ -152,7 +157,7 @@ def _parse(text: bytes, what: str, advice: str) -> Manifest:
                 f"{what} has another format than this version reads (1 to {FORMAT}): {advice}, or "
                 f"`pip install -U vugen-cli`"
             ) from error
-        if place.endswith(".name"):
+        if place == "name":
             raise VugenError(
                 f"{what} names a shard {first['input']!r}, which is no plain file name: {advice}"
             ) from error
@@ -160,6 +165,11 @@ def _parse(text: bytes, what: str, advice: str) -> Manifest:
             f"{what} is damaged or no manifest of `vugen prepare` ({place + ': ' if place else ''}"
             f"{first['msg']}): {advice}"
         ) from error
+
+
+def _shard(found: dict[str, Any]) -> Any:
+    """A shard as soon as it is parsed: a hundred thousand plain objects would be large."""
+    return Shard(**found) if found.keys() == SHARD_KEYS else found
 
 
 def dataset_card(path: str | Path) -> dict[str, Any]:
