@@ -278,3 +278,5 @@ def test_rows_meet_the_same_numbers_however_the_batch_is_shared_out() -> None:
         generator.manual_seed(7)
         parts.append(random_rows(torch.randn, (4, 3), generator))
     assert torch.equal(whole, torch.cat(parts))
+    # Nothing of the other processes' rows is kept.
+    assert all(part.untyped_storage().nbytes() == part.numel() * part.element_size() for part in parts)

@@ -294,7 +294,10 @@ def test_errors_of_the_environment_are_tried_again_and_then_end_the_run(
         take(TrainingStream(images, 96, seed=0), 1)
 
 
-def test_too_many_open_shards_are_closed_and_opened_again(scenes: Path) -> None:
+def test_too_many_open_shards_are_closed_and_opened_again(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
     images = ShardedImages(scenes)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))

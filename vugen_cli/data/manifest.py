@@ -152,7 +152,7 @@ def _parse(text: bytes, what: str, advice: str) -> Manifest:
             raise VugenError(f"{what} is damaged ({first_line(error)}): {advice}") from error
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"]))
-        if place == "format":
+        if place == "format" and first["type"] != "missing":
             raise VugenError(
                 f"{what} has another format than this version reads (1 to {FORMAT}): {advice}, or "
                 f"`pip install -U vugen-cli`"
