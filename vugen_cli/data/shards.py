@@ -232,7 +232,7 @@ def _listing(shard: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _list_shard(shard: Path) -> None:
     """Keep a listing of a shard: neighbouring members of one name up to the first dot are a sample."""
-    rows: "array[int]" = array("q")
+    rows: array[int] = array("q")
     keys: list[bytes] = []
     last = None
     for name, offset, size in tar_members(shard):

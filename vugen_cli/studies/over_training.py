@@ -155,7 +155,7 @@ def plot_over_training(curves: dict[str, list[Point]], path: Path) -> None:
 
 def _captions(data: Path, count: int) -> list[str]:
     # COCO is often prepared as val alone.
-    split = "val" if "val" in read_manifest(data)["splits"] else "train"
+    split = "val" if "val" in read_manifest(data).splits else "train"
     held_out = ShardedImages(data, split).in_order()
     captions = [meta["captions"][0] for _, meta in held_out if meta["captions"]]
     different = list(dict.fromkeys(captions))[:count]

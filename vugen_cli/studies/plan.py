@@ -394,10 +394,10 @@ def data_of(recipe: Recipe) -> Data:
     if not recipe.data.mixture or not all(Path(s.path).is_dir() for s in recipe.data.mixture):
         return Data()
     manifests = [read_manifest(source.path) for source in recipe.data.mixture]
-    splits = [manifest["splits"]["train"] for manifest in manifests]
-    images = sum(split["count"] for split in splits)
-    stored = sum(shard["bytes"] for split in splits for shard in split["shards"])
-    return Data(max(manifest["size"] for manifest in manifests), images, stored / images)
+    splits = [manifest.splits["train"] for manifest in manifests]
+    images = sum(split.count for split in splits)
+    stored = sum(shard.bytes for split in splits for shard in split.shards)
+    return Data(max(manifest.size for manifest in manifests), images, stored / images)
 
 
 def latent_bytes(latents: list[int], flip: bool) -> int:
