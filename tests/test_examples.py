@@ -27,7 +27,7 @@ def test_a_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(tmp_path)
     sources = cells(notebook, "code")
-    for name, short in {"STEPS": 2, "BATCH": 4, "SCENES": 24}.items():
+    for name, short in {"STEPS": 2, "BATCH": 4, "SCENES": 24, "SCORED": 4, "ODE_STEPS": 2}.items():
         sources[0] = re.sub(rf"^{name} = \d+$", f"{name} = {short}", sources[0], flags=re.MULTILINE)
     assert "STEPS = 2\n" in sources[0] + "\n"
     namespace: dict[str, Any] = {}
