@@ -30,7 +30,7 @@ for words in json.loads(open(sys.argv[1]).read()):
     barrier("command ended")  # the next one may read what the first process writes last
 
 # One process fails where the other waits for it.
-import vugen_cli.engine.train_reducer as stage
+import vugen_cli.stages.train_reducer as stage
 if rank() == 1:
     def fail(*_):
         raise VugenError("only the second process knows why")
