@@ -125,13 +125,13 @@ def step(engine: Engine, vlm: FrozenVLM, recipe: Recipe) -> list[Any]:
         z = (z - mean) / std
         return flow_matching_loss(lambda x, t: expert(x, t, prefix), z, torch.rand(len(z)), generator), {}
 
-    def fill() -> None:
+    def fill_from_vlm() -> None:
         weights = dict(vlm.decoder.named_parameters())
         for name, parameter in expert.decoder.named_parameters():
             fill(parameter, weights[name])
 
     sharded = engine.strategy == "fsdp"
-    of = Stage("sampler", expert, loss, Path.touch, {}, layers, fill=fill if sharded else None)
+    of = Stage("sampler", expert, loss, Path.touch, {}, layers, fill=fill_from_vlm if sharded else None)
     spread = DataParallel(of, engine, CPU, False)
     if spread.replicated:
         spread.network.register_comm_hook(None, say_sum)
@@ -189,7 +189,7 @@ def saved(path: Path, engine: Engine, size: int, step: int = 1) -> dict[str, Ten
     for rank in reversed(range(size)):
         with job(rank, size):
             part = Part(tensors(Net(), engine))
-            part.write(folder, card)
+            part.write(folder)
             if rank == 0:
                 publish(folder, path, part.of, card, threading.Event())
     return tensors(Net(), Engine())
@@ -271,12 +271,12 @@ def test_a_part_that_cannot_be_written_ends_the_job_and_leaves_no_state(
     folder, card = tmp_path / ".state-0000001.x", StateCard(stage="sampler-state", step=1, resolved={})
     with job(0, 2):
         first = Part(tensors(Net(), FSDP))
-        first.write(folder, card)
+        first.write(folder)
     with job(1, 2), monkeypatch.context() as full:
         full.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
         second = Part(tensors(Net(), FSDP))
         with pytest.raises(VugenError, match="No space left"):
-            second.write(folder, card)
+            second.write(folder)
     with pytest.raises(VugenError, match="cannot write .*state-0000001: another process did not write"):
         publish(folder, tmp_path / "state-0000001", first.of, card, threading.Event())
     assert newest_state(tmp_path) is None

@@ -22,25 +22,32 @@ from vugen_cli.version import __version__
 LARGEST_HEADER = 100 * 2**20  # bytes; what the safetensors library itself accepts
 
 
-def save_checkpoint(
-    path: str | Path, tensors: dict[str, Tensor], card: Card | StateCard, **metadata: str
-) -> None:
+def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], card: Card | StateCard) -> None:
     """Write weights and card, whole or not at all.
 
     Args:
         path: ends in `.safetensors`.
         tensors: name -> tensor on any device; stored contiguous, in their own dtype.
         card: of the file; format and version become this tool's.
-        metadata: more for the file's header.
+    """
+    own = card.model_copy(update={"format": FORMAT, "version": __version__})
+    save_tensors(path, tensors, {"vugen": own.model_dump_json(exclude_none=True)})
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        path: ends in `.safetensors`.
+        tensors: as of `save_checkpoint`.
+        header: the file's metadata: one key, since the library writes several in any order.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    own = card.model_copy(update={"format": FORMAT, "version": __version__})
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         try:
-            header = {"vugen": own.model_dump_json(exclude_none=True), **metadata}
             save_file(plain, temporary, metadata=header)
         except SafetensorError as error:  # the library wraps a full disk in its own exception
             raise VugenError(f"cannot write {path}: {error}") from error

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vugen_cli.card import FORMAT, Card, StateCard
-from vugen_cli.checkpoint import read_header, save_checkpoint
+from vugen_cli.checkpoint import read_header, save_tensors
 from vugen_cli.engine.distributed import extent, local
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import write_json
@@ -64,20 +64,14 @@ class Part:
                     "cpu", copy=True, memory_format=torch.contiguous_format
                 )
 
-    def write(self, folder: Path, card: StateCard) -> None:
-        """Write the file, whole or not at all.
-
-        Args:
-            folder: hidden, the same on all processes.
-            card: of the state; its stage and step go into the file's header.
-        """
+    def write(self, folder: Path) -> None:
+        """Write the file into a hidden folder, the same on all processes; whole or not at all."""
         if not self.number:
             return
         offsets = {name: {"saved_offsets": begin} for name, begin in self.begins.items()}
         path = folder / f"{self.number:05d}-of-{self.of:05d}.safetensors"
-        brief = card.model_copy(update={"resolved": {}})
         try:
-            save_checkpoint(path, self.pieces, brief, **{OFFSETS: json.dumps(offsets)})
+            save_tensors(path, self.pieces, {OFFSETS: json.dumps(offsets, sort_keys=True)})
         except BaseException:
             with contextlib.suppress(OSError):
                 (folder / FAILED).touch()
@@ -135,7 +129,8 @@ class Stored:
         from safetensors import SafetensorError, safe_open
 
         self.path, self.card = path, _card(path)
-        self._pieces: dict[str, list[tuple[Any, list[int], list[int]]]] = {}
+        # name -> pieces: the file, what it calls the tensor, where the piece begins, its shape
+        self._pieces: dict[str, list[tuple[Any, str, list[int], list[int]]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         files = sorted(path.glob(PARTS)) if path.is_dir() else [path]
         if path.is_dir() and (not files or len(files) != int(files[0].stem.rpartition("-")[2])):
@@ -147,35 +142,34 @@ class Stored:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     shape = file.get_slice(name).get_shape()
                     begin = offsets.get(name, {}).get("saved_offsets", [0] * len(shape))
-                    self._pieces.setdefault(name, []).append((file, begin, shape))
+                    self._pieces.setdefault(name, []).append((file, name, begin, shape))
         except (SafetensorError, OSError, ValueError) as error:
             raise VugenError(f"{path} is damaged: {error}") from error
         if self.card.format == 1:
             self._pieces = from_format_1(self._pieces, self.card.stage)
         for name, pieces in self._pieces.items():
-            ends = [[b + n for b, n in zip(begin, shape, strict=True)] for _, begin, shape in pieces]
+            ends = [[b + n for b, n in zip(begin, shape, strict=True)] for *_, begin, shape in pieces]
             self.shapes[name] = tuple(map(max, zip(*ends, strict=True)))
 
     @torch.no_grad()
     def fill(self, tensor: Tensor, name: str) -> Tensor:
         """Read this process's part of a tensor into it, from whichever files hold it; returns it."""
         begin, shape = extent(tensor)
-        for file, first, size in self._pieces[name]:
+        for file, called, first, size in self._pieces[name]:
+            # Where the piece and this process's part overlap, in the whole tensor.
             low = [max(a, b) for a, b in zip(begin, first, strict=True)]
-            high = [
-                min(a + n, b + m) for a, n, b, m in zip(begin, shape, first, size, strict=True)
-            ]  # where the two overlap
+            high = [min(a + n, b + m) for a, n, b, m in zip(begin, shape, first, size, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
                 there = tuple(slice(a - b, e - b) for a, e, b in zip(low, high, first, strict=True))
                 here = tuple(slice(a - b, e - b) for a, e, b in zip(low, high, begin, strict=True))
-                piece = file.get_slice(name)[there] if there else file.get_tensor(name)
+                piece = file.get_slice(called)[there] if there else file.get_tensor(called)
                 local(tensor)[here].copy_(piece)
         return tensor
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, in CPU memory."""
-        file, *_ = self._pieces[name][0]
-        piece = file.get_slice(name)[:0] if self.shapes[name] else file.get_tensor(name)
+        file, called, *_ = self._pieces[name][0]
+        piece = file.get_slice(called)[:0] if self.shapes[name] else file.get_tensor(called)
         return self.fill(torch.empty(self.shapes[name], dtype=piece.dtype), name)
 
 

@@ -76,7 +76,7 @@ class StateWriter:
         hidden = self.run / f".{path.name}.{self.mark}"
 
         def work() -> None:
-            part.write(hidden, card)
+            part.write(hidden)
             if is_first():
                 publish(hidden, path, part.of, card, self.given_up)
 
@@ -194,19 +194,18 @@ def resume(
                     f"({'; '.join(changed)}); give --out another name"
                 )
             stored.fill(tensor, f"{prefix}.{name}")
-    parameters = dict(stage.module.named_parameters())
-    for whole_name in stored.shapes:
-        kind, _, name = whole_name.partition(".")
-        name, _, key = name.rpartition(".")
-        if kind == "optimizer" and name in parameters:
+    moments: dict[str, list[str]] = {}
+    for name in stored.shapes:
+        moments.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
+    for name, parameter in stage.module.named_parameters():
+        optimizer.state[parameter] = {
             # Where the parameter is, the count of steps too, and laid out in memory like it: the fused
             # optimiser walks all of them together.
-            parameter = parameters[name]
-            optimizer.state[parameter][key] = (
-                stored.read(whole_name).to(parameter.device)
-                if key == "step"
-                else stored.fill(torch.empty_like(parameter, requires_grad=False), whole_name)
-            )
+            key: stored.read(f"optimizer.{name}.{key}").to(parameter.device)
+            if key == "step"
+            else stored.fill(torch.empty_like(parameter, requires_grad=False), f"optimizer.{name}.{key}")
+            for key in moments.get(f"optimizer.{name}", [])
+        }
     step = stored.card.step
     if changed and is_first():
         with open(run / "changes.jsonl", "a") as file:
