@@ -9,7 +9,8 @@ import torch
 from conftest import make_card
 
 from vugen_cli.card import StateCard
-from vugen_cli.checkpoint import load_checkpoint, load_state, read_card, save_checkpoint, select, with_prefix
+from vugen_cli.checkpoint import load_checkpoint, read_card, save_checkpoint, select, with_prefix
+from vugen_cli.engine.sharded_state import Stored
 from vugen_cli.errors import VugenError
 from vugen_cli.version import __version__
 
@@ -111,11 +112,11 @@ def test_a_state_is_no_checkpoint_and_a_checkpoint_no_state(tmp_path: Path) -> N
     save_checkpoint(
         state, TENSORS, StateCard(stage="reducer-state", step=3, resolved={"data": {"path": "x"}})
     )
-    assert load_state(state)[1].resolved == {"data": {"path": "x"}}
+    assert Stored(state).card.resolved == {"data": {"path": "x"}}
     with pytest.raises(VugenError, match="s.safetensors is a reducer-state checkpoint: a sampler is needed"):
         load_checkpoint(state, "sampler")
     with pytest.raises(VugenError, match="is a reducer checkpoint: the state of a run is needed"):
-        load_state(whole)
+        Stored(whole)
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(

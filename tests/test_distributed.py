@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,20 +14,27 @@ import torch
 from conftest import TINY, tiny_overrides
 from test_training import metrics, wait_for
 
-from vugen_cli.checkpoint import load_checkpoint, load_state
+from vugen_cli.checkpoint import load_checkpoint
+from vugen_cli.engine.sharded_state import Stored
 from vugen_cli.files import bundle
 from vugen_cli.seeds import BatchGenerator, random_rows
 
+LAST = "state-0000006*"
+PARTS = ["00001-of-00002.safetensors", "00002-of-00002.safetensors"]
 # Every command in one job: starting two processes takes longer than all that they do here.
 SCRIPT = """
 import json
+import shutil
 import sys
 from vugen_cli.app import app, main
 from vugen_cli.errors import VugenError
 from vugen_cli.processes import barrier, rank
 
 for words in json.loads(open(sys.argv[1]).read()):
-    app(words, standalone_mode=False)
+    if words[0] != "copy":
+        app(words, standalone_mode=False)
+    elif rank() == 0:
+        shutil.copytree(words[1], words[2], ignore=shutil.ignore_patterns(words[3]))
     barrier("command ended")  # the next one may read what the first process writes last
 
 # One process fails where the other waits for it.
@@ -61,6 +69,7 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
     sizes = [f"nano_vlm.{name}={value}" for name, value in {**TINY.model_dump(), "vision_steps": 2}.items()]
     wide = ["engine.strategy=fsdp", "engine.shard_vlm=true", "engine.recompute=true", "engine.accumulate=2"]
     wide += ["engine.compile=true", "engine.offload=true"]
+    often, fsdp = "train_sampler.checkpoint_every=3", "engine.strategy=fsdp"
     half = ["engine.strategy=fsdp", "train_sampler.precision=bfloat16"]
     vlm = ["--features", f"vlm:{vlm_path}", "--batch-size", "8"]
     score = ["score", *vlm, "--no-cache"]
@@ -74,9 +83,14 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
         ["prepare", "--dataset", "openmoji", "--count", "12", "--shard-size", "5", "--out", "drawn"],
         ["train-vlm", *small, "--out", "vlm", *sets(vlm_path, *sizes)],
         ["train-reducer", *words(scenes, vlm_path, Path("reducer.safetensors"))],
-        ["train-sampler", *small, "--out", "s.safetensors", *sets(vlm_path)],
+        ["train-sampler", *small, "--out", "s.safetensors", *sets(vlm_path, often)],
         ["train-sampler", *small, "--out", "f.safetensors", *sets(vlm_path, *wide)],
         ["train-sampler", *small, "--out", "h.safetensors", *sets(vlm_path, *half)],
+        ["train-sampler", *small, "--out", "a.safetensors", *sets(vlm_path, often, fsdp)],
+        ["copy", "a.run", "b.run", LAST],
+        ["train-sampler", *small, "--out", "b.safetensors", *sets(vlm_path, often, fsdp)],
+        ["copy", "s.run", "d.run", LAST],
+        ["train-sampler", *small, "--out", "d.safetensors", *sets(vlm_path, often, fsdp)],
         ["sample", "a bear", "two cats", "a tree", "-n", "2", "--sampler", "s.safetensors"],
         ["prepare", "--latents", bundled, "--data", str(scenes), "--out", "latents"],
         ["train-sampler", "--init", bundled, "--data", "latents", "--out", "c.safetensors", *brief],
@@ -103,7 +117,10 @@ def alone(commands: list[list[str]], tmp_path_factory: pytest.TempPathFactory) -
     os.chdir(folder)
     try:
         for words in commands:
-            app(words, standalone_mode=False)
+            if words[0] == "copy":
+                shutil.copytree(words[1], words[2], ignore=shutil.ignore_patterns(words[3]))
+            else:
+                app(words, standalone_mode=False)
     finally:
         os.chdir(before)
     return folder
@@ -157,12 +174,41 @@ def test_sharded_layers_gathered_in_bfloat16_train_and_draw(
 def test_sharded_and_whole_runs_leave_the_same_files(
     alone: Path, together: tuple[Path, str, str, int]
 ) -> None:
-    for name in ("s.safetensors", "f.safetensors", "f.run/state-0000006.safetensors"):
-        load = load_state if "state" in name else load_checkpoint
-        (one, card), (two, other) = load(alone / name), load(together[0] / name)
+    for name in ("s.safetensors", "f.safetensors"):
+        (one, card), (two, other) = (load_checkpoint(folder / name) for folder in (alone, together[0]))
         assert card == other
         assert list(one) == list(two)
         assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+    whole = Stored(alone / "f.run" / "state-0000006.safetensors")
+    shared = Stored(together[0] / "f.run" / "state-0000006")
+    assert whole.card == shared.card and whole.shapes == shared.shapes
+    for name in whole.shapes:
+        assert torch.allclose(whole.read(name), shared.read(name), atol=1e-4)
+
+
+def test_a_sharded_run_goes_on_to_the_same_bytes(together: tuple[Path, str, str, int]) -> None:
+    straight, again = (together[0] / run / "state-0000006" for run in ("a.run", "b.run"))
+    assert sorted(path.name for path in straight.iterdir()) == [*PARTS, "card.json"]
+    for part in PARTS:
+        assert (straight / part).read_bytes() == (again / part).read_bytes()
+    assert [row["step"] for row in metrics(together[0] / "b.run")] == list(range(6))
+
+
+def test_a_run_goes_on_sharded_whole_or_in_one_process(
+    scenes: Path, vlm_path: Path, tmp_path: Path, alone: Path, together: tuple[Path, str, str, int]
+) -> None:
+    from vugen_cli.app import app
+
+    shutil.copytree(together[0] / "a.run", tmp_path / "a.run", ignore=shutil.ignore_patterns(LAST))
+    command = ["train-sampler", "--data", str(scenes), "--steps", "6", "--batch-size", "8"]
+    command += ["--reducer", str(together[0] / "reducer.safetensors")]
+    command += ["--out", str(tmp_path / "a.safetensors")]
+    app([*command, *sets(vlm_path, "train_sampler.checkpoint_every=3")], standalone_mode=False)
+    expected = [row["loss"] for row in metrics(alone / "s.run")]
+    states = sorted(path.name for path in (together[0] / "d.run").glob("state-*"))
+    assert states == ["state-0000003.safetensors", "state-0000006"]
+    for run in (together[0] / "d.run", tmp_path / "a.run"):  # ddp -> fsdp, and fsdp -> one process
+        assert [row["loss"] for row in metrics(run)] == pytest.approx(expected, abs=1e-5)
 
 
 def test_shards_and_pictures_do_not_depend_on_the_number_of_processes(

@@ -30,14 +30,25 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], card: Card | S
         tensors: name -> tensor on any device; stored contiguous, in their own dtype.
         card: of the file; format and version become this tool's.
     """
+    own = card.model_copy(update={"format": FORMAT, "version": __version__})
+    save_tensors(path, tensors, {"vugen": own.model_dump_json(exclude_none=True)})
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        path: ends in `.safetensors`.
+        tensors: as of `save_checkpoint`.
+        header: the file's metadata: one key, since the library writes several in any order.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    own = card.model_copy(update={"format": FORMAT, "version": __version__})
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         try:
-            save_file(plain, temporary, metadata={"vugen": own.model_dump_json(exclude_none=True)})
+            save_file(plain, temporary, metadata=header)
         except SafetensorError as error:  # the library wraps a full disk in its own exception
             raise VugenError(f"cannot write {path}: {error}") from error
 
@@ -100,53 +111,21 @@ def read_card(path: str | Path, stage: str | None = None) -> Card:
     return card
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Make sure that a checkpoint or state is whole, without reading its weights.
-
-    Raises:
-        VugenError: as `read_header`, or its weights are cut short.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    read_header(path)
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise VugenError(f"{path} is damaged: {error}") from error
-
-
 def load_checkpoint(path: str | Path, stage: str | None = None) -> tuple[dict[str, Tensor], Card]:
     """Weights and card of a trained checkpoint; tensors have the names of today, whatever the format.
 
     Raises:
         VugenError: as `read_card`, or its weights are cut short.
     """
-    card = read_card(path, stage)
-    return _load(path, card), card
-
-
-def load_state(path: str | Path) -> tuple[dict[str, Tensor], StateCard]:
-    """Tensors and card of a run's state.
-
-    Raises:
-        VugenError: as `read_header`, it is no state, or its tensors are cut short.
-    """
-    card = read_header(path)
-    if isinstance(card, Card):
-        raise VugenError(f"{path} is a {card.stage} checkpoint: the state of a run is needed here")
-    return _load(path, card), card
-
-
-def _load(path: str | Path, card: Card | StateCard) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    card = read_card(path, stage)
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise VugenError(f"{path} is damaged: {error}") from error
-    return from_format_1(tensors, card.stage) if card.format == 1 else tensors
+    return from_format_1(tensors, card.stage) if card.format == 1 else tensors, card
 
 
 def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterable
+from typing import TypeVar
 
-from torch import Tensor
-
+T = TypeVar("T")  # a tensor, or where to find one
 # What a name begins with in format 1, and in format 2; `#` is the number of a layer. The first row that fits
 # counts.
 RENAMED = (
@@ -66,7 +66,7 @@ def _first(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
     return name
 
 
-def from_format_1(tensors: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+def from_format_1(tensors: dict[str, T], stage: str) -> dict[str, T]:
     """The tensors of a checkpoint, or of a run's state (`<stage>-state`), under the names of today."""
     if not stage.endswith("-state"):
         return {new_name(name): tensor for name, tensor in tensors.items()}

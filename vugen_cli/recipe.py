@@ -295,6 +295,11 @@ class Engine(Section):
         "ddp",
         description="with several processes: every one has all weights, or (fsdp) a share of the expert's",
     )
+    mesh: tuple[PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="with fsdp, `[replicas, shards]` (HSDP): weights are shared out over `shards` processes "
+        "next to each other, a node's say, and gradients averaged over the replicas; null: all share",
+    )
     shard_vlm: bool = Field(False, description="share out the frozen VLM's weights too, with fsdp")
     offload: bool = Field(
         False, description="with fsdp, keep weights, average and optimiser in CPU memory, to save the GPU's"
@@ -306,6 +311,12 @@ class Engine(Section):
         description="torch.compile of the expert's layers and of the pixel decoder; `auto`: on GPUs, and on "
         "CPUs the expert's layers in runs of 1000 steps or more",
     )
+
+    @model_validator(mode="after")
+    def _mesh_is_of_shards(self) -> "Engine":
+        if self.mesh and self.strategy != "fsdp":
+            raise ValueError("engine.mesh shares out weights: set engine.strategy=fsdp, or leave it out")
+        return self
 
 
 class Recipe(Section):

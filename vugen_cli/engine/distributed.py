@@ -4,21 +4,25 @@ With one process nothing here does anything, and a step computes what it always 
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from vugen_cli.engine.profiling import mark
+from vugen_cli.errors import VugenError
 from vugen_cli.processes import is_first, world_size
 from vugen_cli.recipe import Engine
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from vugen_cli.data.loader import Batch
     from vugen_cli.engine.stage import Stage
 
@@ -43,19 +47,25 @@ class DataParallel:
     Args:
         stage: its module is changed in place where it is to be sharded, so make optimisers afterwards.
         engine: the strategy.
+        device: where this process computes.
         bfloat16: whether the forward pass may have the sharded weights in that.
 
     Attributes:
         sharded: whether each process holds only a part of the weights.
+
+    Raises:
+        VugenError: the mesh is for another number of processes.
     """
 
-    def __init__(self, stage: "Stage", engine: Engine, bfloat16: bool):
+    def __init__(self, stage: "Stage", engine: Engine, device: torch.device, bfloat16: bool):
         self.module: Any = stage.module  # sharded, it has FSDP's methods
         self.network: Any = Loss(stage)
-        self.sharded = world_size() > 1 and engine.strategy == "fsdp" and bool(stage.layers)
+        self.sharded = shards(engine) and bool(stage.layers)
         self.replicated = world_size() > 1 and not self.sharded
         if self.sharded:
-            shard(stage.module, stage.layers, torch.bfloat16 if bfloat16 else None, engine.offload)
+            shard(stage.module, stage.layers, engine, device, torch.bfloat16 if bfloat16 else None)
+            if stage.fill:
+                stage.fill()
         if self.replicated:
             self.network = nn.parallel.DistributedDataParallel(
                 self.network,
@@ -66,9 +76,12 @@ class DataParallel:
     def backward(
         self, batch: "Batch", generator: torch.Generator, step: int, parts: int, last: bool, autocast: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add the gradients of one of a step's `parts`; they travel between processes with the last one."""
+        """Add the gradients of one of a step's `parts`; replicas average theirs with the last one.
+
+        Sharded gradients are scattered in each part: kept until the last, they would be whole ones.
+        """
         if self.sharded:
-            self.module.set_requires_gradient_sync(last)
+            self.module.set_requires_all_reduce(last)
         quiet = self.replicated and not last
         with self.network.no_sync() if quiet else contextlib.nullcontext():
             with autocast:
@@ -79,9 +92,35 @@ class DataParallel:
         return loss, values
 
 
+def shards(engine: Engine) -> bool:
+    """Whether this job is to share out weights.
+
+    Raises:
+        VugenError: the mesh is for another number of processes.
+    """
+    if engine.mesh and math.prod(engine.mesh) != world_size():
+        raise VugenError(
+            f"engine.mesh {list(engine.mesh)} is for {math.prod(engine.mesh)} processes, and this job has "
+            f"{world_size()}: start as many as replicas x shards, or set engine.mesh=null"
+        )
+    return world_size() > 1 and engine.strategy == "fsdp"
+
+
 def shards_vlm(engine: Engine) -> bool:
-    """Whether this job is to share out the frozen VLM's weights."""
-    return world_size() > 1 and engine.strategy == "fsdp" and engine.shard_vlm
+    """Whether this job is to share out the frozen VLM's weights; raises as `shards`."""
+    return shards(engine) and engine.shard_vlm
+
+
+def device_mesh(engine: Engine, device: torch.device) -> "DeviceMesh":
+    """The processes as weights are shared out: all of them, or [replicas, shards] (HSDP)."""
+    return _mesh(engine.mesh or (world_size(),), device.type, dist.group.WORLD)
+
+
+@cache  # VLM and expert share the processes' connections
+def _mesh(shape: tuple[int, ...], kind: str, _job: Any) -> "DeviceMesh":
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(kind, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -94,44 +133,55 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 def shard(
     module: nn.Module,
     layers: Iterable[nn.Module],
+    engine: Engine,
+    device: torch.device,
     forward_dtype: torch.dtype | None = None,
-    offload: bool = False,
 ) -> None:
-    """Shard a network's weights over all processes, each layer gathered just before it is used (FSDP2).
+    """Shard a network's weights over processes, each layer gathered just before it is used (FSDP2).
 
     Args:
-        module: what is left outside the layers is gathered together.
+        module: what is left outside the layers is gathered together. Weights may lie on the CPU, from where
+            they go to the device layer by layer, or on `meta`: then this process's share waits to be filled.
         layers: of the module.
+        engine: its mesh; `offload` keeps this process's share, its gradients and so its optimiser in CPU
+            memory.
+        device: where this process computes.
         forward_dtype: gather the layers in this type; gradients are always averaged in float32.
-        offload: keep this process's share, its gradients and so its optimiser in CPU memory.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-    )
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    mesh = init_device_mesh(next(module.parameters()).device.type, (world_size(),))
+    mesh = device_mesh(engine, device)
     # Inputs stay as they are: times and positions would not survive bfloat16; autocast converts what may be.
     mixed = MixedPrecisionPolicy(forward_dtype, torch.float32, cast_forward_inputs=False)
     whole = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
-    place = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+    place = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if engine.offload else OffloadPolicy()
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed, offload_policy=place)
     # Not left gathered after a forward pass: the average is swapped in and out between passes.
     fully_shard(module, mesh=mesh, mp_policy=whole, reshard_after_forward=True, offload_policy=place)
+    home = torch.device("cpu") if engine.offload else device
+    module._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t)
 
 
-def shard_frozen(model: nn.Module) -> None:
-    """Shard the layers of a network that is not trained; what is around them stays whole on every process."""
-    from torch.distributed.device_mesh import init_device_mesh
+def shard_frozen(model: nn.Module, engine: Engine, device: torch.device) -> None:
+    """Shard the layers of a network that is not trained, and move it to the device, layer by layer.
+
+    What is around the layers stays whole on every process, since it may be used by itself. What runs a stack
+    of layers is the root of their gathering: a layer is then gathered while the one before computes.
+    """
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
-    for layer in blocks(model):
+    mesh, layers = device_mesh(engine, device), blocks(model)
+    inside = {parameter for layer in layers for parameter in layer.parameters()}
+    around = set(model.parameters()) - inside
+    for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    stacks = {id(layer) for layer in layers}
+    for module in reversed(list(model.modules())):
+        lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
+        if any(id(layer) in stacks for child in lists for layer in child):
+            fully_shard(module, mesh=mesh, ignored_params=around)
+    model.to(device)
 
 
 def recompute(layers: Iterable[nn.Module]) -> None:
@@ -157,16 +207,24 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
+def extent(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where in the whole tensor this process's part begins, and that part's shape."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim, tuple(tensor.shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(begin), tuple(shape)
+
+
 @torch.no_grad()
-def copy_whole(tensor: Tensor, value: Tensor) -> Tensor:
-    """Fill a tensor, sharded or not, from a whole one; returns it."""
-    if isinstance(tensor, DTensor):
-        value = distribute_tensor(
-            value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
-        )
-        tensor.to_local().copy_(value.to_local())
+def fill(tensor: Tensor, value: Tensor) -> Tensor:
+    """Fill a tensor, sharded or not, from one that is whole or sharded alike; returns it."""
+    if isinstance(value, DTensor):
+        value = value.to_local()
     else:
-        tensor.copy_(value)
+        value = value[tuple(slice(b, b + n) for b, n in zip(*extent(tensor), strict=True))]
+    local(tensor).copy_(value)
     return tensor
 
 

@@ -77,7 +77,7 @@ def train(
             closing.enter_context(run_lock(run))
         module, engine = stage.module, recipe.engine
         autocast = passes(settings.precision, device, training=True)
-        parallel = DataParallel(stage, engine, wants_bfloat16(settings.precision, device))
+        parallel = DataParallel(stage, engine, device, wants_bfloat16(settings.precision, device))
         ema, optimizer = EMA(module, settings.ema), make_optimizer(module, settings)
         begin = resume(run, stage, ema, optimizer, options.change_recipe)
 
@@ -129,6 +129,7 @@ def train(
 
             # A checkpoint to keep comes before the state: a run that stops here goes on after this step.
             if "keep" in due and stage.save:
+                writer.wait()  # a state and a checkpoint in memory at once would be too much
                 with ema.in_place():
                     stage.save(run / f"step-{done:07d}.safetensors", done)
             if "state" in due or stopping:

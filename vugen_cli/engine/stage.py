@@ -36,6 +36,7 @@ class Stage:
         resolved: the recipe, data and VLM of the run as plain values; a resumed run must match them.
         layers: of the module, to be sharded one by one; none: every process keeps the whole module.
         partial: whether some steps leave some weights without a gradient.
+        fill: give weights to a module that was built on `meta`; called once it is sharded.
         save: (path, step) -> None: write the stage's checkpoint; called while the module has its averaged
             weights, on every process.
     """
@@ -47,4 +48,5 @@ class Stage:
     resolved: dict[str, Any]
     layers: Sequence[nn.Module] = ()
     partial: bool = False
+    fill: Callable[[], None] | None = None
     save: Callable[[Path, int], None] | None = None

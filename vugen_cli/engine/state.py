@@ -2,23 +2,27 @@
 
 import contextlib
 import json
+import secrets
+import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from vugen_cli.card import StateCard
-from vugen_cli.checkpoint import check_checkpoint, load_state, save_checkpoint, select, with_prefix
-from vugen_cli.engine.distributed import copy_whole, gathered
+from vugen_cli.checkpoint import save_checkpoint, with_prefix
+from vugen_cli.engine.distributed import gathered
 from vugen_cli.engine.ema import EMA
+from vugen_cli.engine.sharded_state import Part, Stored, discard, publish
 from vugen_cli.engine.stage import Stage
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.files import locked
-from vugen_cli.processes import broadcast, is_first
+from vugen_cli.processes import broadcast, is_first, is_lost_peer
 
 # What a resumed run may change: it may be made longer, and data and VLM may lie elsewhere (what they hold is
 # compared).
@@ -44,37 +48,60 @@ def run_lock(run: Path) -> Iterator[None]:
     with locked(
         run, f"another process is training in {run}: wait for it, stop it, or give --out another name"
     ):
-        for leftover in run.glob(".*.*"):  # of `whole_file`; a state may weigh more than all the rest
-            leftover.unlink(missing_ok=True)
+        for leftover in run.glob(".*.*"):  # files and folders; a state may weigh more than all the rest
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
         yield
 
 
 class StateWriter:
     """Writes states in a thread, one at a time, and keeps the two newest; training goes on meanwhile.
 
-    Leaving the context waits for the one being written, so that a run that ends has it on disk.
+    Leaving the context waits for the one being written, so that a run that ends has it on disk. Every process
+    of a job makes one.
     """
 
     def __init__(self, run: Path):
         self.run = run
+        self.mark = broadcast(secrets.token_hex(4))  # of this start's half-written folders
+        self.given_up = threading.Event()
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
     def write(self, tensors: dict[str, Tensor], card: StateCard) -> None:
-        """Begin to write a state of tensors that nobody will change.
+        """Begin to write a state, as one file, of tensors that nobody will change; on the first process.
 
         Raises:
             VugenError, OSError: the state before could not be written.
         """
+        path = self.run / f"state-{card.step:07d}.safetensors"
+        self._begin(lambda: save_checkpoint(path, tensors, card))
+
+    def write_part(self, part: Part, card: StateCard) -> None:
+        """Begin to write this process's part of a state, a folder; raises as `write`."""
+        path = self.run / f"state-{card.step:07d}"
+        hidden = self.run / f".{path.name}.{self.mark}"
+
+        def work() -> None:
+            part.write(hidden)
+            if is_first():
+                publish(hidden, path, part.of, card, self.given_up)
+
+        self._begin(work)
+
+    def _begin(self, work: Callable[[], None]) -> None:
         self.wait()
-        self.thread = threading.Thread(target=self._write, args=(tensors, card))
+        self.thread = threading.Thread(target=self._run, args=(work,))
         self.thread.start()
 
-    def _write(self, tensors: dict[str, Tensor], card: StateCard) -> None:
+    def _run(self, work: Callable[[], None]) -> None:
         try:
-            save_checkpoint(self.run / f"state-{card.step:07d}.safetensors", tensors, card)
-            for old in sorted(self.run.glob("state-*.safetensors"))[:-2]:
-                old.unlink()
+            work()
+            if is_first():
+                for old in sorted(self.run.glob("state-*"))[:-2]:
+                    discard(old)
         except BaseException as error:
             self.error = error
 
@@ -93,35 +120,46 @@ class StateWriter:
     def __enter__(self) -> "StateWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, Stopped):
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object
+    ) -> None:
+        if error is None or isinstance(error, Stopped):
             self.wait()
         elif self.thread:
+            if is_lost_peer(error):
+                self.given_up.set()
             self.thread.join()
 
 
 def save_state(
     writer: StateWriter, stage: Stage, ema: EMA, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    """Save weights, average and optimiser after `step` steps, whole however they are spread."""
+    """Save weights, average and optimiser after `step` steps: each process its part, if they are sharded."""
+    writer.wait()  # two states in memory at once would be too much
+    tensors = of_state(stage, ema, optimizer)
+    card = StateCard(stage=f"{stage.name}-state", step=step, resolved=stage.resolved)
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        writer.write_part(Part(tensors), card)
+    elif is_first():
+        writer.write(gathered(tensors), card)
+
+
+def of_state(stage: Stage, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a state holds: `module.*`, `buffer.*`, `ema.*` and `optimizer.*`, as they are spread."""
     names = {id(p): n for n, p in stage.module.named_parameters()}
     tensors = with_prefix(dict(stage.module.named_parameters()), "module")
     tensors |= with_prefix(dict(stage.module.named_buffers()), "buffer")
     tensors |= with_prefix(ema.weights, "ema")
     for parameter, moments in optimizer.state.items():
         tensors |= with_prefix(moments, f"optimizer.{names[id(parameter)]}")
-    tensors = gathered(tensors)
-    if is_first():
-        card = StateCard(stage=f"{stage.name}-state", step=step, resolved=stage.resolved)
-        writer.write(tensors, card)
+    return tensors
 
 
 def newest_state(run: Path) -> Path | None:
     """The newest state of a run that is whole, if there is one; says so where it passes over one."""
-    for path in sorted(run.glob("state-*.safetensors"), reverse=True):
+    for path in sorted(run.glob("state-*"), reverse=True):
         try:
-            check_checkpoint(path)
-            return path
+            return Stored(path).path
         except VugenError as error:
             tqdm.write(f"{error}; trying the state before it")
     return None
@@ -143,8 +181,10 @@ def resume(
     path = broadcast(newest_state(run) if is_first() else None)
     if path is None:
         return 0
-    tensors, card = load_state(path)
-    changed = [c for c in differences(card.resolved, stage.resolved) if not is_free(c.partition(":")[0])]
+    stored = Stored(path)
+    changed = [
+        c for c in differences(stored.card.resolved, stage.resolved) if not is_free(c.partition(":")[0])
+    ]
     # States of earlier versions do not say what their data set held.
     changed = [c for c in changed if not c.startswith("data.sha256: None ")]
     if changed and not change_recipe:
@@ -158,24 +198,26 @@ def resume(
         "ema": ema.weights,
     }
     for prefix, into in parts.items():
-        saved = select(tensors, prefix)
         for name, tensor in into.items():
-            if name not in saved or saved[name].shape != tensor.shape:
+            if stored.shapes.get(f"{prefix}.{name}") != tensor.shape:
                 raise VugenError(
                     f"{path} has no {name} of shape {list(tensor.shape)}: the networks have changed "
                     f"({'; '.join(changed)}); give --out another name"
                 )
-            copy_whole(tensor, saved[name])
+            stored.fill(tensor, f"{prefix}.{name}")
+    moments: dict[str, list[str]] = {}
+    for name in stored.shapes:
+        moments.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
     for name, parameter in stage.module.named_parameters():
         optimizer.state[parameter] = {
             # Where the parameter is, the count of steps too, and laid out in memory like it: the fused
             # optimiser walks all of them together.
-            key: tensor.to(parameter.device)
+            key: stored.read(f"optimizer.{name}.{key}").to(parameter.device)
             if key == "step"
-            else copy_whole(torch.empty_like(parameter, requires_grad=False), tensor)
-            for key, tensor in select(tensors, f"optimizer.{name}").items()
+            else stored.fill(torch.empty_like(parameter, requires_grad=False), f"optimizer.{name}.{key}")
+            for key in moments.get(f"optimizer.{name}", [])
         }
-    step = card.step
+    step = stored.card.step
     if changed and is_first():
         with open(run / "changes.jsonl", "a") as file:
             file.write(json.dumps({"step": step, "changes": changed}, ensure_ascii=False) + "\n")

@@ -92,6 +92,7 @@ class GenerationExpert(nn.Module):
         grid: (h, w) of z̃.
         fresh: start from new weights; otherwise from the decoder's.
         adaptive_norms: scale and shift what each norm gives by the time (AdaLN), by nothing at the start.
+        empty: leave what is copied of the decoder on `meta`, without values.
     """
 
     reads = None  # no hidden states, but keys and values: what `FrozenVLM.prefix` is asked for
@@ -103,11 +104,15 @@ class GenerationExpert(nn.Module):
         grid: tuple[int, int],
         fresh: bool = False,
         adaptive_norms: bool = False,
+        empty: bool = False,
     ):
         super().__init__()
         words = decoder.get_input_embeddings()
         # Image tokens come as embeddings: no vocabulary is copied or kept.
-        copied = copy.deepcopy(decoder, {id(words): nn.Identity()})
+        instead: dict[int, Any] = {id(words): nn.Identity()}
+        if empty:
+            instead |= {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in decoder.parameters()}
+        copied = copy.deepcopy(decoder, instead)
         config = copied.config
         if fresh:
             copied = fresh_decoder(decoder)

@@ -74,14 +74,22 @@ def load_decoder(
     return other, card
 
 
-def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+def load_weights(
+    module: nn.Module, weights: dict[str, Tensor], path: str | Path, assign: bool = False
+) -> None:
     """Load a state dict, whatever float type it is stored in.
+
+    Args:
+        module: what is filled.
+        weights: name -> tensor.
+        path: where they come from, for messages.
+        assign: take the tensors themselves, which must be float32, instead of copying them.
 
     Raises:
         VugenError: a tensor is missing, unknown, or of another shape.
     """
     try:
-        module.load_state_dict(weights)
+        module.load_state_dict(weights, assign=assign)
     except RuntimeError as error:
         raise VugenError(
             f"{path} does not fit its own recipe: {' '.join(str(error).split())[:200]}"
@@ -148,13 +156,17 @@ def save_sampler(sampler: Sampler, path: Path) -> None:
     )
 
 
-def new_expert(vlm: FrozenVLM, latents: LatentsCard, recipe: Expert) -> GenerationExpert | DiTExpert:
+def new_expert(
+    vlm: FrozenVLM, latents: LatentsCard, recipe: Expert, shards: bool = False
+) -> GenerationExpert | DiTExpert:
     """An untrained generation expert on the VLM's device.
 
     Args:
         vlm: whose decoder it copies, or whose hidden states it reads.
         latents: of a checkpoint's card: `channels` and `grid` of z̃.
         recipe: its kind, and where it starts from or its sizes.
+        shards: it is to be sharded: it stays on the CPU, and what starts from the VLM's weights is on `meta`,
+            to be filled afterwards.
 
     Raises:
         VugenError: the recipe's sizes do not fit together.
@@ -169,15 +181,16 @@ def new_expert(vlm: FrozenVLM, latents: LatentsCard, recipe: Expert) -> Generati
             heads=recipe.heads,
             mlp=recipe.mlp,
         )
-        return dit.to(vlm.device)
+        return dit if shards else dit.to(vlm.device)
     copied = GenerationExpert(
         vlm.decoder,
         latents.channels,
         latents.grid,
         fresh=recipe.init == "fresh",
         adaptive_norms=recipe.adaptive_norms,
+        empty=shards,
     )
-    return copied.to(vlm.device)
+    return copied if shards else copied.to(vlm.device)
 
 
 @torch.no_grad()

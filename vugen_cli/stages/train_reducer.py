@@ -57,7 +57,10 @@ def train_reducer(
     """
     images = open_dataset(data, recipe)
     size = recipe.decoder.image_size or images.size
-    vlm = load_vlm(recipe.vlm, device, recipe)
+    vlm = load_vlm(recipe.vlm, "cpu" if shards_vlm(recipe.engine) else device, recipe)
+    if shards_vlm(recipe.engine):
+        shard_frozen(vlm.model, recipe.engine, device)
+        vlm.device = device
     # Stage 2 needs it: a VLM that has none must not cost hours first.
     vlm.prefix([""], hidden=[0] if recipe.expert.kind == "dit" else None)
     vae = load_vae(recipe.decoder.vae, device) if recipe.decoder.vae else None
@@ -82,8 +85,6 @@ def train_reducer(
     pictures = picture_losses(recipe.decoder.losses, vlm, size, device)
     if recipe.decoder.losses.repa:
         module.alignment = Alignment(recipe.decoder.channels[-1], d).to(device)
-    if shards_vlm(recipe.engine):
-        shard_frozen(vlm.model)
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         z = module.z(vlm, batch.images)

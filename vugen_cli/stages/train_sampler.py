@@ -9,7 +9,15 @@ from vugen_cli.checkpoint import fingerprint, save_checkpoint, select, with_pref
 from vugen_cli.data.loader import Batch, training_batches
 from vugen_cli.data.mixture import open_dataset
 from vugen_cli.engine.compiling import compile_layers, wants_compile
-from vugen_cli.engine.distributed import blocks, gathered, recompute, shard_frozen, shards_vlm
+from vugen_cli.engine.distributed import (
+    blocks,
+    fill,
+    gathered,
+    recompute,
+    shard_frozen,
+    shards,
+    shards_vlm,
+)
 from vugen_cli.engine.loop import train
 from vugen_cli.engine.profiling import mark
 from vugen_cli.engine.stage import RunOptions, Stage
@@ -56,15 +64,17 @@ def train_sampler(
     """
     autoencoder, stored, reducer_card = load_autoencoder(reducer, device, "sampler" if further else "reducer")
     images = open_dataset(data, recipe, latents=True)
-    vlm = load_vlm(recipe.vlm, device, recipe)
+    sharded, vlm_sharded = shards(recipe.engine), shards_vlm(recipe.engine)
+    vlm = load_vlm(recipe.vlm, "cpu" if vlm_sharded else device, recipe)
     vlm.check(reducer_card, reducer, allow_vlm_mismatch)
     if images.latents:
         check_cache(images, latent_facts(autoencoder, vlm, recipe, reducer_card), recipe.data.flip)
     torch.manual_seed(recipe.seed)
-    expert = new_expert(vlm, reducer_card.latents, recipe.expert)
-    try_expert(expert, vlm, reducer_card.latents)
+    expert = new_expert(vlm, reducer_card.latents, recipe.expert, sharded)
+    if not sharded:  # on `meta` there is nothing to try
+        try_expert(expert, vlm, reducer_card.latents)
     if further:
-        load_weights(expert, select(stored, "expert"), reducer)
+        load_weights(expert, select(stored, "expert"), reducer, assign=sharded)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
     if device.type == "cpu" and isinstance(expert, GenerationExpert):
         expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
@@ -74,8 +84,16 @@ def train_sampler(
         compile_layers(layers, must=recipe.engine.compile is True)
     if recipe.engine.recompute:
         recompute(layers)
-    if shards_vlm(recipe.engine):
-        shard_frozen(vlm.model)
+    if vlm_sharded:
+        shard_frozen(vlm.model, recipe.engine, device)
+        vlm.device = device
+    empty = any(parameter.is_meta for parameter in expert.parameters())
+
+    def fill_from_vlm() -> None:
+        weights = with_prefix(dict(vlm.decoder.named_parameters()), "decoder")
+        for name, parameter in expert.named_parameters():
+            if name in weights:
+                fill(parameter, weights[name])
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         host = getattr(generator, "host", generator)
@@ -140,6 +158,7 @@ def train_sampler(
             save_checkpoint(path, whole, card.model_copy(update={"step": step}))
 
     stage = Stage("sampler", expert, loss, preview, resolved, layers, save=save)
+    stage.fill = fill_from_vlm if empty else None
     train(stage, stream, settings, recipe, run, device, options)
     save(out, settings.steps)
     return out
