@@ -56,7 +56,7 @@ def main() -> None:
                 for what, found in part(device, options.rehearse):
                     rows.append((what, found))
                     print(f"{what}: {found}", flush=True)
-            except Exception as error:  # the next part may still work, and a lent GPU is dear
+            except Exception as error:  # the next part may still work, and GPU time is dear
                 rows.append((title, f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"))
                 print(f"{title}: {rows[-1][1]}", flush=True)
             gc.collect()

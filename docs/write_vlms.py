@@ -85,7 +85,7 @@ UNDERSTANDS = """
 
 ```bash
 vugen sample "a bear in a forest"
-vugen score --understanding
+vugen study understanding
 vugen chat samples/grid.png "what is in the picture?"
 ```
 

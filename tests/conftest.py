@@ -1,5 +1,7 @@
 """A tiny VLM on disk and a small data set, made once for the whole suite."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -15,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from vugen_cli.app import main
 from vugen_cli.card import Card
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.metrics.report import Record
@@ -113,6 +116,23 @@ def vugen(*arguments: str | Path, cwd: Path, timeout: float = 120) -> subprocess
         [sys.executable, "-m", "vugen_cli", *map(str, arguments)],
         cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
+
+
+def vugen_here(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line as `vugen` does, in this process: what it imports is imported once."""
+    said, errors, status = io.StringIO(), io.StringIO(), 0
+    before, words = Path.cwd(), sys.argv
+    os.chdir(cwd)
+    sys.argv = ["vugen", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+            main()
+    except SystemExit as end:
+        status = int(end.code or 0)
+    finally:
+        os.chdir(before)
+        sys.argv = words
+    return subprocess.CompletedProcess(["vugen"], status, said.getvalue(), errors.getvalue())
 
 
 def make_card(stage: str = "reducer", **changes: Any) -> Card:

@@ -6,11 +6,13 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vugen_cli.nano import painting as openmoji
+from vugen_cli.nano import painting, vocabulary
+from vugen_cli.nano import scenes as described
 from vugen_cli.nano.scenes import OpenMojiScenes, canonical_caption, held_out
 from vugen_cli.nano.vocabulary import SETTINGS, SUBJECTS
 
@@ -19,10 +21,10 @@ def describe(split: str, count: int, seed: int = 0) -> list[dict]:
     """Many scene descriptions and their words, without drawing them."""
     scenes = []
     for i in range(count):
-        rng = openmoji._stream("scene", f"{seed}/{split}/{i}")
-        scene = openmoji._describe(split, rng)
-        scenes.append({"scene": scene, "captions": openmoji._captions(scene, rng)})
-        scenes[-1]["questions"] = openmoji._questions(scene, rng)
+        rng = painting.random_stream("scene", f"{seed}/{split}/{i}")
+        scene = described._describe(split, rng)
+        scenes.append({"scene": scene, "captions": described._captions(scene, rng)})
+        scenes[-1]["questions"] = described._questions(scene, rng)
     return scenes
 
 
@@ -40,7 +42,7 @@ def test_tables():
     assert len({s.codepoint for s in SUBJECTS.values()}) == 64
     assert all(len(name.split()) <= 2 and name == name.lower() for name in [*SUBJECTS, *SETTINGS])
     for subject in SUBJECTS.values():
-        svg = openmoji._svg(subject.codepoint).lower()
+        svg = painting._svg(subject.codepoint).lower()
         assert all(f'"{fill}"' in svg for fill in subject.fills)
 
 
@@ -48,7 +50,7 @@ def test_same_in_every_process():
     code = (
         "import sys; sys.path[:0] = ['tests']; from test_openmoji import *; print(digest(OpenMojiScenes(6)))"
     )
-    root = openmoji.Path(__file__).parent.parent
+    root = Path(__file__).parent.parent
     other = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == digest(OpenMojiScenes(6))
 
@@ -63,7 +65,9 @@ def test_index_and_seed_alone_decide():
 
 @pytest.mark.parametrize("pairs", [0.0, 0.25, 0.6, 1.0])
 def test_share_of_pairs(pairs):
-    scenes = [openmoji._describe("train", openmoji._stream("scene", f"0/{i}"), pairs) for i in range(600)]
+    scenes = [
+        described._describe("train", painting.random_stream("scene", f"0/{i}"), pairs) for i in range(600)
+    ]
     kinds = Counter(scene["kind"] for scene in scenes)
     assert abs(kinds["pair"] / 600 - pairs) < 0.06
     assert abs(kinds["count"] / 600 - 0.2 * (1 - pairs)) < 0.06
@@ -121,7 +125,7 @@ def test_captions_tell_the_scene():
         for caption in captions:
             assert caption == caption.lower() and caption.strip() == caption and not caption.endswith(".")
             assert any(words in caption for words in (setting.place, setting.known, setting.noun))
-            assert all(openmoji.noun_phrase(s) in caption for s in scene["subjects"])
+            assert all(described.noun_phrase(s) in caption for s in scene["subjects"])
         assert (scene["relation"] is not None) == (len(scene["subjects"]) == 2)
 
 
@@ -134,7 +138,7 @@ def test_questions_agree_with_the_scene():
         for question, answer in questions:
             if question.startswith("how many"):
                 name = next(n for n, s in SUBJECTS.items() if f" {s.plural} " in question and s.plural)
-                assert answer == openmoji.NUMBERS[entries[name]["count"]]
+                assert answer == vocabulary.NUMBERS[entries[name]["count"]]
             elif question.startswith("what color"):
                 assert answer in {e["color"] for e in entries.values()}
             elif question.startswith("is there"):
@@ -148,8 +152,8 @@ def test_questions_agree_with_the_scene():
                 relation, about = question.removeprefix("what is ").removesuffix("?").rsplit(" the ", 1)
                 expected = scene["relation"]
                 if about in (other["name"], SUBJECTS[other["name"]].plural):
-                    asked, other, expected = other, asked, openmoji.OPPOSITES[expected]
-                assert (relation, answer) == (expected, openmoji.noun_phrase(other))
+                    asked, other, expected = other, asked, vocabulary.OPPOSITES[expected]
+                assert (relation, answer) == (expected, described.noun_phrase(other))
                 assert about in (asked["name"], SUBJECTS[asked["name"]].plural)
     assert abs(answers["yes"] / 3000 - 0.5) < 0.04
 
@@ -157,7 +161,7 @@ def test_questions_agree_with_the_scene():
 def test_layout_shows_what_the_scene_says():
     for i, described in enumerate(describe("train", 1500)):
         scene = described["scene"]
-        placed = openmoji._layout(scene, openmoji._stream("layout", i))
+        placed = painting._layout(scene, painting.random_stream("layout", i))
         wanted = Counter({s["name"]: s["count"] for s in scene["subjects"]})
         assert Counter(p.name for p in placed) == wanted
         assert all(p.width > 0.1 and 0 < p.x < 1 and 0 < p.y < 1 for p in placed)
@@ -195,8 +199,8 @@ def test_wording():
 def test_colors_are_painted():
     entry = {"name": "ball", "count": 1, "color": "blue"}
     scene = {"kind": "single", "subjects": [entry], "relation": None, "setting": "desert", "held_out": False}
-    blue = np.asarray(openmoji.draw_scene(scene), int)
-    plain = np.asarray(openmoji.draw_scene({**scene, "subjects": [{**entry, "color": None}]}), int)
+    blue = np.asarray(painting.draw_scene(scene), int)
+    plain = np.asarray(painting.draw_scene({**scene, "subjects": [{**entry, "color": None}]}), int)
     painted = (blue[..., 2] > blue[..., 0] + 60).sum()
     assert painted > 300 and (plain[..., 2] > plain[..., 0] + 60).sum() == 0
 

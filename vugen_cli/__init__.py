@@ -13,11 +13,12 @@ packages tell it, and every import runs down this list (`tests/test_layers.py`):
     sampling       a checkpoint ready to use; z̃ is drawn, with guidance, in `sampler.py`; diffusers pipeline
     metrics        scores of image sets, pairs and prompts; FID is taken in `frechet.py`, on `features.py`
     models         the networks: `reducer.py`, `pixel_decoder.py`; the velocity is `generation_expert.py`
-    vlm            the frozen VLM: images to z (`latents.py`), prompts to a prefix (`frozen.py`)
+    vlm            the frozen VLM: images to z (`latents.py`), prompts to tokens (`prompts.py`)
     engine         the one training loop, resume, several processes, precision, logs; it knows no stage
     data           sources, mixtures, remote sets; a shard is written in `writer.py`, read in `loader.py`
-    a file each    checkpoint (safetensors and a card), pictures, recipe (every key), hub, flow (path, loss,
-                   solvers), seeds, moments, files, processes, torchvision_repair, errors, version
+    a file each    checkpoint (safetensors), card (what its header says), key_map (names of old files),
+                   pictures, recipe (every key), hub, flow (path, loss, solvers), seeds, moments, files,
+                   processes, torchvision_repair, errors, version
 """
 
 from typing import TYPE_CHECKING, Any

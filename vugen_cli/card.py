@@ -81,7 +81,7 @@ class StateCard(BaseModel):
 
     format: int = Field(FORMAT, description="as of a checkpoint")
     version: str = Field("", description="of the tool that wrote it")
-    stage: str = Field(description="`vlm-state`, `vae-state`, `reducer-state` or `sampler-state`")
+    stage: str = Field(description="`vlm-`, `vae-`, `reducer-`, `decoder-` or `sampler-state`")
     step: int = Field(description="optimiser steps taken")
     resolved: dict[str, Any] = Field(
         description="recipe, data and VLM of the run, which a resumed one must match"

@@ -19,6 +19,8 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a recipe value, as in train_sampler.lr=1e-4. Repeatable."),
 ]
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")]
+StepImagesOption = Annotated[int | None, typer.Option(min=1, help="Images in a step.")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N. [default: a GPU if there is one]")
 ]

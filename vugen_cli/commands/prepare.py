@@ -1,14 +1,18 @@
 """`vugen prepare`: turn images and captions into shards."""
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vugen_cli.commands.options import DeviceOption, VlmOption, refuse_address
+from vugen_cli.errors import VugenError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vugen_cli.data.sample import Source
 
 
@@ -31,45 +35,55 @@ class Split(StrEnum):
     val = "val"
 
 
+SourceOption = Annotated[
+    Path | None,
+    typer.Option(help="Where the data is; imagenet and coco also look in $IMAGENET_DIR and $COCO_DIR."),
+]
+OutOption = Annotated[Path | None, typer.Option(help="Folder to write.  [default: data/DATASET]")]
+SizeOption = Annotated[int | None, typer.Option(min=8, help="Side in pixels.  [default: 256; openmoji 64]")]
+CountOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Take a random subset of this many.  [default: all; openmoji 40000 train, 2000 val]"
+    ),
+]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes.  [default: all cores]")]
+PairsOption = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="openmoji: share of the scenes with two subjects.  [default: 0.25]"),
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Fail on the first picture that cannot be used.")
+]
+LatentsOption = Annotated[
+    Path | None,
+    typer.Option(help="Instead: write the latents that this checkpoint's reducer makes of a data set."),
+]
+LatentDataOption = Annotated[
+    Path | None,
+    typer.Option(help="With --latents: the data set.  [default: the one the checkpoint was trained on]"),
+]
+FlipOption = Annotated[
+    bool | None,
+    typer.Option(help="With --latents: of mirrored images too.  [default: data.flip of its recipe]"),
+]
+
+
 def prepare(
     dataset: Annotated[Dataset | None, typer.Option(help="What kind of data to prepare.")] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(help="Where the data is; imagenet and coco also look in $IMAGENET_DIR and $COCO_DIR."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.  [default: data/DATASET]")] = None,
+    source: SourceOption = None,
+    out: OutOption = None,
     split: Annotated[Split, typer.Option(help="Which split to prepare.")] = Split.train,
-    size: Annotated[
-        int | None, typer.Option(min=8, help="Side in pixels.  [default: 256; openmoji 64]")
-    ] = None,
-    count: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Take a random subset of this many.  [default: all; openmoji 40000 train, 2000 val]"
-        ),
-    ] = None,
+    size: SizeOption = None,
+    count: CountOption = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes.  [default: all cores]")] = None,
+    workers: WorkersOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle, and of drawn scenes.")] = 0,
-    pairs: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="openmoji: share of the scenes with two subjects.  [default: 0.25]"),
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Fail on the first picture that cannot be used.")
-    ] = False,
-    latents: Annotated[
-        Path | None,
-        typer.Option(help="Instead: write the latents that this checkpoint's reducer makes of a data set."),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="With --latents: the data set.  [default: the one the checkpoint was trained on]"),
-    ] = None,
-    flip: Annotated[
-        bool | None,
-        typer.Option(help="With --latents: of mirrored images too.  [default: data.flip of its recipe]"),
-    ] = None,
+    pairs: PairsOption = None,
+    strict: StrictOption = False,
+    latents: LatentsOption = None,
+    data: LatentDataOption = None,
+    flip: FlipOption = None,
     vlm: VlmOption = None,
     device: DeviceOption = None,
 ) -> None:
@@ -91,55 +105,60 @@ def prepare(
 
     \b
     Examples:
-      vugen prepare --dataset openmoji
       vugen prepare --dataset openmoji --split val
       vugen prepare --dataset imagenet --source /data/ILSVRC2012_img_train.tar --out data/imagenet
       vugen prepare --dataset coco --source /data/coco --count 10000
       vugen prepare --dataset captions --source photos.csv --size 512 --strict
       vugen prepare --latents reducer.safetensors --out data/mine-latents
     """
-    from vugen_cli.data.shards import cores
-    from vugen_cli.data.writer import write_dataset
-    from vugen_cli.errors import VugenError
-    from vugen_cli.processes import local_world_size, meet
-
     if (dataset is None) == (latents is None):
         raise VugenError("give --dataset (images to prepare) or --latents (a checkpoint), one of the two")
     if latents is None and (data or flip is not None or vlm or device):
         raise VugenError("--data, --flip, --vlm and --device go with --latents")
     if pairs is not None and dataset is not Dataset.openmoji:
         raise VugenError("--pairs goes with --dataset openmoji")
-    if dataset is None:
-        assert latents is not None
-        if source or count or strict or size:
-            raise VugenError("--source, --size, --count and --strict go with --dataset, not with --latents")
+    if dataset is None and (source or count or strict or size):
+        raise VugenError("--source, --size, --count and --strict go with --dataset, not with --latents")
+    if latents is not None:
         return prepare_latents(latents, data, out, vlm, device, flip)
-    meet()
+    assert dataset is not None
     out = out or Path("data") / dataset.value
     size = size or (64 if dataset is Dataset.openmoji else 256)
+    opened = partial(open_source, dataset, source, split.value, size, count, seed, pairs)
+    prepare_images(opened, out, split.value, size, shard_size, workers, seed, count, strict)
+
+
+def prepare_images(
+    opened: "Callable[[], Source]",
+    out: Path,
+    split: str,
+    size: int,
+    shard_size: int,
+    workers: int | None,
+    seed: int,
+    count: int | None,
+    strict: bool,
+) -> None:
+    """Write one split of a data set and say what it holds; arguments as of `write_dataset`."""
+    from vugen_cli.data.shards import cores
+    from vugen_cli.data.writer import write_dataset
+    from vugen_cli.processes import local_world_size, meet
+
+    meet()
+    workers = workers or max(1, cores() // local_world_size())
     try:
         manifest = write_dataset(
-            open_source(dataset, source, split.value, size, count, seed, pairs),
-            out,
-            split=split.value,
-            size=size,
-            shard_size=shard_size,
-            workers=workers or max(1, cores() // local_world_size()),
-            seed=seed,
-            count=count,
-            strict=strict,
+            opened(), out, split, size, shard_size, workers, seed=seed, count=count, strict=strict
         )
     except KeyboardInterrupt:
         typer.echo(
             f"Interrupted. Finished shards are kept in {out}; run the same command to go on.", err=True
         )
         raise typer.Exit(130) from None
-    entry = manifest.splits[split.value]
-    listed = f"skipped-{split.value}.jsonl"
+    entry = manifest.splits[split]
+    listed = f"skipped-{split}.jsonl"
     skipped = f", {entry.skipped_count} skipped (listed in {listed})" if entry.skipped_count else ""
-    typer.echo(
-        f"{out}: {split.value}, {entry.count} images of {size} px in {len(entry.shards)} shards{skipped}"
-    )
+    typer.echo(f"{out}: {split}, {entry.count} images of {size} px in {len(entry.shards)} shards{skipped}")
 
 
 def prepare_latents(
@@ -153,7 +172,6 @@ def prepare_latents(
     """Write the latent cache of a data set."""
     from vugen_cli.checkpoint import read_card
     from vugen_cli.engine.device import pick_device
-    from vugen_cli.errors import VugenError
     from vugen_cli.processes import meet
     from vugen_cli.stages.latent_cache import write_latents
 
@@ -192,7 +210,6 @@ def open_source(
     Raises:
         VugenError: nothing there, or not in a layout that is known.
     """
-    from vugen_cli.errors import VugenError
 
     if dataset is Dataset.openmoji:
         from vugen_cli.nano.scenes import PAIRS, OpenMojiScenes

@@ -17,25 +17,30 @@ class SolverName(StrEnum):
     midpoint = "midpoint"
 
 
+PromptsArgument = Annotated[
+    list[str] | None, typer.Argument(help="What to draw; each argument is one prompt.")
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="More prompts: a text file, one a line, or a folder of .txt."),
+]
+DecoderOption = Annotated[
+    Path | None,
+    typer.Option(help="Draw with the decoder of this checkpoint, as `train-reducer --distill` makes it."),
+]
+
+
 def sample(
-    prompts: Annotated[
-        list[str] | None, typer.Argument(help="What to draw; each argument is one prompt.")
-    ] = None,
+    prompts: PromptsArgument = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Images for each prompt.")] = 1,
-    prompts_file: Annotated[
-        Path | None,
-        typer.Option("--prompts", help="More prompts: a text file, one a line, or a folder of .txt."),
-    ] = None,
+    prompts_file: PromptsOption = None,
     sampler: Annotated[
         Path | None,
         typer.Option(
             help="Checkpoint of `vugen train-sampler`. [default: the newest here, else the bundled]"
         ),
     ] = None,
-    decoder: Annotated[
-        Path | None,
-        typer.Option(help="Draw with the decoder of this checkpoint, as `train-reducer --distill` makes it."),
-    ] = None,
+    decoder: DecoderOption = None,
     vlm: Annotated[
         str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
     ] = None,

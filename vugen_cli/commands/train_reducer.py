@@ -11,9 +11,19 @@ from vugen_cli.commands.options import (
     ProfileOption,
     RecipeOption,
     SetOption,
+    StepImagesOption,
+    StepsOption,
     VlmOption,
 )
 from vugen_cli.errors import VugenError
+
+ReducerOption = Annotated[
+    Path | None, typer.Option(help="Keep this checkpoint's reducer as it is and train a decoder for it.")
+]
+DistillOption = Annotated[
+    Path | None,
+    typer.Option(help="Train no reducer: teach this checkpoint's decoder to draw in one step."),
+]
 
 
 def train_reducer(
@@ -26,16 +36,10 @@ def train_reducer(
     vlm: VlmOption = None,
     recipe: RecipeOption = None,
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")] = Path("reducer.safetensors"),
-    reducer: Annotated[
-        Path | None,
-        typer.Option(help="Keep this checkpoint's reducer as it is and train a decoder for it."),
-    ] = None,
-    distill: Annotated[
-        Path | None,
-        typer.Option(help="Train no reducer: teach this checkpoint's decoder to draw in one step."),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
+    reducer: ReducerOption = None,
+    distill: DistillOption = None,
+    steps: StepsOption = None,
+    batch_size: StepImagesOption = None,
     set_: SetOption = None,
     device: DeviceOption = None,
     profile: ProfileOption = False,

@@ -12,6 +12,8 @@ from vugen_cli.commands.options import (
     ProfileOption,
     RecipeOption,
     SetOption,
+    StepImagesOption,
+    StepsOption,
     VlmOption,
 )
 from vugen_cli.errors import VugenError
@@ -32,8 +34,8 @@ def train_sampler(
     vlm: VlmOption = None,
     recipe: RecipeOption = None,
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")] = Path("sampler.safetensors"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
+    steps: StepsOption = None,
+    batch_size: StepImagesOption = None,
     set_: SetOption = None,
     allow_vlm_mismatch: AllowMismatchOption = False,
     device: DeviceOption = None,

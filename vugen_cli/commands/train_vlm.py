@@ -12,6 +12,8 @@ from vugen_cli.commands.options import (
     ProfileOption,
     RecipeOption,
     SetOption,
+    StepImagesOption,
+    StepsOption,
 )
 
 
@@ -26,8 +28,8 @@ def train_vlm(
         ),
     ] = None,
     recipe: RecipeOption = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
+    steps: StepsOption = None,
+    batch_size: StepImagesOption = None,
     set_: SetOption = None,
     device: DeviceOption = None,
     profile: ProfileOption = False,

@@ -41,16 +41,6 @@ _UPRIGHT = {
 }
 
 
-def load_image(data: bytes) -> Image.Image:
-    """Decode an image file into an upright RGB picture, as `decode` does."""
-    return Image.fromarray(decode(data))
-
-
-def resize_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize an RGB picture's short side to `size` and crop the centre square. See `adm_crop`."""
-    return Image.fromarray(adm_crop(np.asarray(image), size))
-
-
 def decode(data: bytes) -> np.ndarray:
     """Decode an image file to `uint8 [H, W, 3]`.
 

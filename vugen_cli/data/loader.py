@@ -141,7 +141,7 @@ class ShardedImages:
         return Shard(self.names[shard], int(self.counts[shard]), int(self.lengths[shard]), digest)
 
     def _opened(self, shard: int) -> tuple[IO[bytes], np.ndarray, int]:
-        """A shard's file, its index, and its length as it is; the shard last used is closed for it.
+        """A shard's file, its index, and its length as it is; the longest unused one is closed.
 
         Raises:
             OSError: the system will not open it.
