@@ -68,7 +68,7 @@ def test_sampling_depends_only_on_seed_prompt_and_number(trained: Path, tmp_path
         assert result.returncode == 0, result.stderr
         return {p.name: np.asarray(Image.open(p)).tobytes() for p in (tmp_path / out).glob("a-*.png")}
 
-    long = "a cat " + "and a very large red car " * 12
+    long = "a cat " + "and a very large red car " * 8
     one = pictures("one", "a bear", "-n", "1")
     many = pictures("many", "a bear", "a cat", long, "-n", "11")
     again = pictures("again", "a cat", "a bear", "-n", "3")

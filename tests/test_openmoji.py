@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vugen_cli.nano import painting, vocabulary
-from vugen_cli.nano import scenes as described
+from vugen_cli.nano import scenes as world
 from vugen_cli.nano.scenes import OpenMojiScenes, canonical_caption, held_out
 from vugen_cli.nano.vocabulary import SETTINGS, SUBJECTS
 
@@ -22,9 +22,9 @@ def describe(split: str, count: int, seed: int = 0) -> list[dict]:
     scenes = []
     for i in range(count):
         rng = painting.random_stream("scene", f"{seed}/{split}/{i}")
-        scene = described._describe(split, rng)
-        scenes.append({"scene": scene, "captions": described._captions(scene, rng)})
-        scenes[-1]["questions"] = described._questions(scene, rng)
+        scene = world._describe(split, rng)
+        scenes.append({"scene": scene, "captions": world._captions(scene, rng)})
+        scenes[-1]["questions"] = world._questions(scene, rng)
     return scenes
 
 
@@ -65,9 +65,7 @@ def test_index_and_seed_alone_decide():
 
 @pytest.mark.parametrize("pairs", [0.0, 0.25, 0.6, 1.0])
 def test_share_of_pairs(pairs):
-    scenes = [
-        described._describe("train", painting.random_stream("scene", f"0/{i}"), pairs) for i in range(600)
-    ]
+    scenes = [world._describe("train", painting.random_stream("scene", f"0/{i}"), pairs) for i in range(600)]
     kinds = Counter(scene["kind"] for scene in scenes)
     assert abs(kinds["pair"] / 600 - pairs) < 0.06
     assert abs(kinds["count"] / 600 - 0.2 * (1 - pairs)) < 0.06
@@ -125,7 +123,7 @@ def test_captions_tell_the_scene():
         for caption in captions:
             assert caption == caption.lower() and caption.strip() == caption and not caption.endswith(".")
             assert any(words in caption for words in (setting.place, setting.known, setting.noun))
-            assert all(described.noun_phrase(s) in caption for s in scene["subjects"])
+            assert all(world.noun_phrase(s) in caption for s in scene["subjects"])
         assert (scene["relation"] is not None) == (len(scene["subjects"]) == 2)
 
 
@@ -153,7 +151,7 @@ def test_questions_agree_with_the_scene():
                 expected = scene["relation"]
                 if about in (other["name"], SUBJECTS[other["name"]].plural):
                     asked, other, expected = other, asked, vocabulary.OPPOSITES[expected]
-                assert (relation, answer) == (expected, described.noun_phrase(other))
+                assert (relation, answer) == (expected, world.noun_phrase(other))
                 assert about in (asked["name"], SUBJECTS[asked["name"]].plural)
     assert abs(answers["yes"] / 3000 - 0.5) < 0.04
 
