@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vugen_cli.data.captions import CAPTION_COLUMNS
-from vugen_cli.data.sample import Sample, hash_of
+from vugen_cli.data.sample import Meta, Sample, hash_of
 from vugen_cli.errors import VugenError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
@@ -89,7 +89,7 @@ class HuggingFaceDataset:
             image = data
         if not isinstance(image, bytes):
             raise OSError(0, "no image in the row", key)
-        meta: dict[str, Any] = {}
+        meta: Meta = {}
         label = row.get(self.label_column)
         if self.classes and isinstance(label, int) and 0 <= label < len(self.classes):
             meta = {"class": self.classes[label], "label": label}
@@ -130,7 +130,7 @@ class HuggingFaceDataset:
             features = {}
         return schema.names, {name: value for name, value in features.items() if isinstance(value, dict)}
 
-    def _row(self, number: int, row: int) -> dict[str, Any]:
+    def _row(self, number: int, row: int) -> Meta:
         columns = [name for name in (self.image_column, self.caption_column, self.label_column) if name]
         table = self._open(number)
         if self.files[number].suffix == ".parquet":

@@ -32,11 +32,10 @@ from vugen_cli.data.index import shard_index
 from vugen_cli.data.manifest import Shard, read_manifest
 from vugen_cli.data.order import Order, StreamOrder, random_bits, stream_count
 from vugen_cli.data.remote import Prefetch, cached_path, fetch, is_remote, open_shard, shard_cache
+from vugen_cli.data.sample import Meta
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.processes import rank, world_size
 from vugen_cli.recipe import Recipe
-
-Meta = dict[str, Any]  # a sample's `.json`, whatever its source knew, with every caption under `captions`
 
 MOST_OPEN = 256  # shards a reader keeps open: of the 1024 files that a process may have as a rule
 READ_TRIES = 3  # of a shard that the system will not read: a network file system may be back in a second

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+Meta = dict[str, Any]  # a sample's `.json`, whatever its source knew, with every caption under `captions`
+
 
 @dataclass
 class Sample:
@@ -23,7 +25,7 @@ class Sample:
     key: str
     image: bytes | Image.Image
     captions: list[str]
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Meta = field(default_factory=dict)
 
 
 class Source(Protocol):

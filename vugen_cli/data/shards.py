@@ -11,12 +11,12 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from vugen_cli.data.folder import IMAGE_SUFFIXES, split_folder
-from vugen_cli.data.sample import Sample, hash_of
+from vugen_cli.data.sample import Meta, Sample, hash_of
 from vugen_cli.errors import VugenError
 from vugen_cli.files import user_cache, whole_file
 from vugen_cli.processes import barrier, local_world_size, rank, world_size
@@ -174,7 +174,7 @@ class WebDatasetShards:
         key = f"{shard.name}/{keys[row].decode('utf-8', 'replace')}"
         if places[0] < 0:
             raise OSError(0, "no image in the sample", key)
-        meta: dict[str, Any] = {}
+        meta: Meta = {}
         if places[4] >= 0:
             try:
                 meta = dict(json.loads(read_at(shard, *places[4:6])))

@@ -13,6 +13,7 @@ from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import whole_file
 
 PROJECT = "vugen"
+Config = dict[str, Any]  # what shaped a run, as plain values
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Loggers:
         VugenError: a package is missing, or a log cannot be begun.
     """
 
-    def __init__(self, names: Sequence[str], run: Path, first: int, config: dict[str, Any]):
+    def __init__(self, names: Sequence[str], run: Path, first: int, config: Config):
         self.open: list[Logger] = []
         for name in names:
             try:
@@ -68,7 +69,7 @@ class Loggers:
                 tqdm.write(f"log: {logger.name} could not be ended: {first_line(error)}")
 
 
-def _tensorboard(run: Path, first: int, _config: dict[str, Any]) -> Logger:
+def _tensorboard(run: Path, first: int, _config: Config) -> Logger:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(run / "tensorboard"), purge_step=first)
@@ -80,7 +81,7 @@ def _tensorboard(run: Path, first: int, _config: dict[str, Any]) -> Logger:
     return Logger("tensorboard", add, writer.close)
 
 
-def _wandb(run: Path, first: int, config: dict[str, Any]) -> Logger:
+def _wandb(run: Path, first: int, config: Config) -> Logger:
     import wandb
 
     # A resumed run goes on in the same place: its name there is kept beside its states.
@@ -93,14 +94,14 @@ def _wandb(run: Path, first: int, config: dict[str, Any]) -> Logger:
     return Logger("wandb", lambda values, step: begun.log(values, step=step), begun.finish)
 
 
-def _trackio(run: Path, first: int, config: dict[str, Any]) -> Logger:
+def _trackio(run: Path, first: int, config: Config) -> Logger:
     import trackio
 
     trackio.init(project=PROJECT, name=run.stem, resume="allow" if first else "never", config=config)
     return Logger("trackio", lambda values, step: trackio.log(values, step=step), trackio.finish)
 
 
-OPEN: dict[str, Callable[[Path, int, dict[str, Any]], Logger]] = {
+OPEN: dict[str, Callable[[Path, int, Config], Logger]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,
@@ -113,7 +114,7 @@ class MetricsLog:
     A resumed run drops the lines of steps it will do again.
     """
 
-    def __init__(self, run: Path, first: int, names: Sequence[str], config: dict[str, Any]):
+    def __init__(self, run: Path, first: int, names: Sequence[str], config: Config):
         self.others = Loggers(names, run, first, config)
         path = run / "metrics.jsonl"
         kept = []

@@ -82,9 +82,7 @@ def train(
         begin = resume(run, stage, ema, optimizer, options.change_recipe)
 
         # Who watches it: logs, a progress bar, a profile, signals, and the thread that writes states.
-        log = (
-            closing.enter_context(MetricsLog(run, begin, recipe.log, stage.resolved)) if is_first() else None
-        )
+        log = open_log(run, begin, recipe, stage, closing)
         profile = watched(options, settings, begin, run, device)
         progress = closing.enter_context(progress_bar(stage.name, begin, settings.steps))
         stop = closing.enter_context(StopSignals())
@@ -94,8 +92,7 @@ def train(
         started = time.perf_counter()
         stream = batches_from(begin) if begin < settings.steps else iter(())
         damage = DamageLimit(recipe.data.max_corrupt)
-        unread: list[Taken] = []
-        stopping = False
+        unread, stopping = list[Taken](), False
         for step in range(begin, settings.steps):
             if profile:
                 profile.next_step()
@@ -120,8 +117,7 @@ def train(
 
             # What the step before measured; this one's too where it is saved or shown.
             writer.check()
-            done = step + 1
-            due = due_after(done, stage, settings)
+            done, due = step + 1, due_after(step + 1, stage, settings)
             unread.append(taken)
             while len(unread) > (0 if due or stopping else 1):
                 stopping |= note(unread.pop(0), damage, log, progress, settings, run, device)
@@ -289,6 +285,15 @@ def watched(
         )
     bfloat16 = wants_bfloat16(settings.precision, device)
     return Profile(run / "trace.json.gz", device, bfloat16, settings.batch_size) if is_first() else None
+
+
+def open_log(
+    run: Path, begin: int, recipe: Recipe, stage: Stage, closing: contextlib.ExitStack
+) -> MetricsLog | None:
+    """The run's log, on the first process."""
+    if not is_first():
+        return None
+    return closing.enter_context(MetricsLog(run, begin, recipe.log, stage.resolved))
 
 
 def progress_bar(name: str, begin: int, steps: int) -> Any:

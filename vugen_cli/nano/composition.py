@@ -115,7 +115,7 @@ def score_composition(
                         "judge_on_real_scenes": float(real_right.mean()),
                         "prompts": len(rows),
                         "sampler": str(sampler.path),
-                        "sampling": sampler.settings(guidance=guidance),
+                        "sampling": sampler.settings(guidance=guidance).model_dump(mode="json"),
                         "seed_of_samples": seed,
                     },
                     warning=f"the judge is right on {real_right.mean():.0f}% of real scenes: it says "

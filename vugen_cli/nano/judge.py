@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vugen_cli.data.loader import ShardedImages
 from vugen_cli.nano.conversations import DESCRIBE
-from vugen_cli.nano.vocabulary import NUMBERS, OPPOSITES, SUBJECTS
+from vugen_cli.nano.vocabulary import NUMBERS, OPPOSITES, SUBJECTS, Scene
 from vugen_cli.vlm.chat import ask
 
 
@@ -19,7 +19,7 @@ def mentions(text: str, words: str) -> bool:
 
 @torch.no_grad()
 def caption_accuracy(model: Any, processor: Any, images: ShardedImages, count: int = 500) -> dict[str, float]:
-    """How often a greedy caption tells what a scene shows, as `metrics.composition` judges it.
+    """How often a greedy caption tells what a scene shows, as `judge` judges it.
 
     Args:
         model: the VLM.
@@ -32,7 +32,7 @@ def caption_accuracy(model: Any, processor: Any, images: ShardedImages, count: i
         of scenes in each group; empty when the data set does not say what its scenes show.
     """
 
-    groups: dict[str, list[tuple[Tensor, dict[str, Any]]]] = {}
+    groups: dict[str, list[tuple[Tensor, Scene]]] = {}
     for pixels, meta in images.in_order():
         if scene := meta.get("scene"):
             chosen = groups.setdefault(group_of(scene), [])
@@ -56,14 +56,14 @@ GROUPS = {
 }
 
 
-def group_of(scene: dict[str, Any]) -> str:
+def group_of(scene: Scene) -> str:
     """The group of `GROUPS` that a scene belongs to."""
     if scene["kind"] == "single":
         return "held_out" if scene["held_out"] else "seen"
     return str(scene["kind"])
 
 
-def judge(caption: str, scene: dict[str, Any]) -> dict[str, bool]:
+def judge(caption: str, scene: Scene) -> dict[str, bool]:
     """What a caption gets right of a scene: `subject` (both of two), `setting`, `relation`, `count`.
 
     Words count as whole words; colours do not matter. A relation may be told from either side.

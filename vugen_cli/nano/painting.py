@@ -9,20 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from vugen_cli.nano.vocabulary import COLORS, SUBJECTS, Scene
+from vugen_cli.nano.vocabulary import COLORS, SUBJECTS, Entry, Scene
 
 RGB = tuple[int, int, int]
 
 
 _MARGIN = 8  # clear pixels around a sprite; a power of two
-
-
-# --- what a scene says ----------------------------------------------------------------------------------
 
 
 # --- sprites --------------------------------------------------------------------------------------------
@@ -89,7 +85,7 @@ class _Placement:
 
 
 def _place(
-    entry: dict[str, Any], slot: tuple[float, float, float, float], area: float, rng: random.Random
+    entry: Entry, slot: tuple[float, float, float, float], area: float, rng: random.Random
 ) -> _Placement:
     """Put a subject at a random spot of a slot (left, top, right, bottom), as large as it allows.
 

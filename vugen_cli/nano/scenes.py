@@ -9,7 +9,6 @@ has not seen.
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -24,6 +23,7 @@ from vugen_cli.nano.vocabulary import (
     SETTINGS,
     SUBJECT_NAMES,
     SUBJECTS,
+    Entry,
     Scene,
 )
 
@@ -50,7 +50,7 @@ _ALLOWED = {
 }
 
 
-def noun_phrase(subject: dict[str, Any]) -> str:
+def noun_phrase(subject: Entry) -> str:
     """The words for one entry of `scene["subjects"]`: "a bear", "an orange ball", "two red cars"."""
     name, count, color = subject["name"], subject["count"], subject["color"]
     words = f"{color} " if color else ""
@@ -60,7 +60,7 @@ def noun_phrase(subject: dict[str, Any]) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _definite(subject: dict[str, Any]) -> str:
+def _definite(subject: Entry) -> str:
     return "the " + (subject["name"] if subject["count"] == 1 else SUBJECTS[subject["name"]].plural)
 
 
@@ -146,7 +146,7 @@ def _questions(scene: Scene, rng: random.Random) -> list[list[str]]:
     return asked
 
 
-def _entry(name: str, rng: random.Random, count: int = 1) -> dict[str, Any]:
+def _entry(name: str, rng: random.Random, count: int = 1) -> Entry:
     """A subject of a scene; a third of those that have colours get one."""
     colored = rng.random() < 1 / 3
     color = rng.choice(tuple(COLORS))

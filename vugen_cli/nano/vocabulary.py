@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-Scene = dict[str, Any]
+Scene = dict[str, Any]  # what `meta["scene"]` of a sample holds
+Entry = dict[str, Any]  # a subject in it: name, count, colour
 
 
 @dataclass(frozen=True)

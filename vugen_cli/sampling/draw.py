@@ -98,7 +98,7 @@ def draw(
         raise VugenError(f"cannot write to {out}: {error.strerror}") from error
     about = {
         "seed": seed,
-        **settings,
+        **settings.model_dump(mode="json"),
         "sampler": str(sampler.path),
         "step": sampler.card.step,
         **({"decoder": sampler.card.decoder} if sampler.card.decoder else {}),

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,10 +91,10 @@ class Sampler:
 
     def settings(
         self, steps: int | None = None, guidance: float | None = None, solver: Solver | None = None
-    ) -> dict[str, Any]:
+    ) -> Sampling:
         """The given settings, with the recipe's where one is None."""
         given = {"steps": steps, "guidance": guidance, "solver": solver}
-        return self.defaults.model_dump() | {key: value for key, value in given.items() if value is not None}
+        return self.defaults.model_copy(update={key: v for key, v in given.items() if v is not None})
 
     @torch.no_grad()
     def sample(
@@ -137,14 +136,14 @@ class Sampler:
                     images = self._draw([(seed, prompts[p], i) for p, i in batch], prefix, settings)
                 yield from ((p, i, image) for (p, i), image in zip(batch, images, strict=True))
 
-    def _draw(self, keys: list[tuple[int, str, int]], prefix: Prefix, settings: dict[str, Any]) -> Tensor:
+    def _draw(self, keys: list[tuple[int, str, int]], prefix: Prefix, settings: Sampling) -> Tensor:
         """One batch of images, uint8 [B, 3, S, S] on the CPU; a key is (seed, prompt, image number)."""
         latents = self.latents(prefix, keys, settings)
         size = self.card.image_size
         noise = torch.stack([seeded_noise((3, size, size), *key, "pixels") for key in keys])
         return self.autoencoder.decode(latents, noise.to(latents.device)).cpu()
 
-    def latents(self, prefix: Prefix, keys: list[tuple[int, str, int]], settings: dict[str, Any]) -> Tensor:
+    def latents(self, prefix: Prefix, keys: list[tuple[int, str, int]], settings: Sampling) -> Tensor:
         """Sample z̃ [B, h, w, c] for a batch of prefixes, with classifier-free guidance (arXiv 2207.12598)
         within `guidance_interval` (arXiv 2404.07724).
         """
@@ -152,7 +151,7 @@ class Sampler:
         noise = torch.stack([seeded_noise((*grid, channels), *key, "latents") for key in keys]).to(
             self.vlm.device
         )
-        scale, (first, last) = settings["guidance"], settings["guidance_interval"]
+        scale, (first, last) = settings.guidance, settings.guidance_interval
         first_row = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
         unconditional = self.unconditional.rows(first_row)
 
@@ -163,4 +162,4 @@ class Sampler:
             free = self.expert(x, at(t, x), unconditional)
             return free + scale * (conditional - free)
 
-        return solve(velocity, noise, settings["steps"], settings["solver"], self.shift)
+        return solve(velocity, noise, settings.steps, settings.solver, self.shift)

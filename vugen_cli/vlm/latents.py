@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from vugen_cli.errors import VugenError
 
 # One image, one view, one grid: how each image processor's tiling is switched off, where it has an attribute.
-ONE_VIEW: dict[str, dict[str, Any]] = {
+Inputs = dict[str, Any]  # keyword arguments of a vision side: what its image processor gives, or a call took
+ONE_VIEW: dict[str, Inputs] = {
     "do_image_splitting": {"do_image_splitting": False},
     "crop_to_patches": {"crop_to_patches": False},
     "do_pan_and_scan": {"do_pan_and_scan": False},
@@ -60,7 +61,7 @@ class Tap:
         """Collects what passes, one tensor a call, while the context lasts."""
         seen: list[Tensor] = []
 
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Inputs, output: Any) -> None:
             passed = output if self.key is None else arguments(args, kwargs).get(self.key)
             seen.extend(tensors(passed)[:1])
 
@@ -91,7 +92,7 @@ class Call:
     leaf: bool = True
 
 
-def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Any]:
+def arguments(args: tuple[Any, ...], kwargs: Inputs) -> dict[int | str, Any]:
     """Arguments of a call by position or name."""
     found: dict[int | str, Any] = dict(enumerate(args))
     return found | dict(kwargs.items())
@@ -110,7 +111,7 @@ def tensors(value: Any) -> list[Tensor]:
     )
 
 
-def vision_inputs(image_processor: Any, images: Tensor, size: int | None = None) -> dict[str, Any]:
+def vision_inputs(image_processor: Any, images: Tensor, size: int | None = None) -> Inputs:
     """What the vision side is given for a batch of images: one view of each.
 
     Args:
@@ -118,7 +119,7 @@ def vision_inputs(image_processor: Any, images: Tensor, size: int | None = None)
         images: uint8 [B, 3, H, W].
         size: pixels a side at which the model shall see them instead.
     """
-    options: dict[str, Any] = {}
+    options: Inputs = {}
     for attribute, switch in ONE_VIEW.items():
         if hasattr(image_processor, attribute):
             options |= switch
@@ -163,7 +164,7 @@ def canvas(image_processor: Any, size: int) -> int:
     return pixels.shape[-1]
 
 
-def pixels_key(inputs: dict[str, Any]) -> str:
+def pixels_key(inputs: Inputs) -> str:
     """Under which name an image processor gives the pixels."""
     for key in ("pixel_values", *inputs):
         if key.startswith("pixel_values") and isinstance(inputs.get(key), Tensor):
@@ -173,7 +174,7 @@ def pixels_key(inputs: dict[str, Any]) -> str:
     )
 
 
-def run_vision(model: Any, inputs: dict[str, Any], any_size: bool) -> Any:
+def run_vision(model: Any, inputs: Inputs, any_size: bool) -> Any:
     """Run the vision side on `vision_inputs` and return the model's own image features, or its tower's.
 
     Args:
@@ -188,7 +189,7 @@ def run_vision(model: Any, inputs: dict[str, Any], any_size: bool) -> Any:
     reads = [part.get_image_features for part in parts if hasattr(part, "get_image_features")][:1]
     for read in [*reads, *_towers(model)]:
         parameters = inspect.signature(getattr(read, "forward", read)).parameters
-        arguments: dict[str, Any] = {key: value for key, value in inputs.items() if key in parameters}
+        arguments: Inputs = {key: value for key, value in inputs.items() if key in parameters}
         if any(
             key not in arguments and p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
             for key, p in parameters.items()
@@ -214,19 +215,19 @@ def _interpolates(model: Any) -> bool:
     return any("interpolate_pos_encoding" in inspect.signature(m.forward).parameters for m in model.modules())
 
 
-def record(model: Any, inputs: dict[str, Any], any_size: bool) -> list[Call]:
+def record(model: Any, inputs: Inputs, any_size: bool) -> list[Call]:
     """Every module that runs when one picture is shown, in the order in which they begin."""
     calls: list[Call] = []
     running: list[int] = []
 
-    def begin(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Inputs) -> None:
         given = {k: t for k, v in arguments(args, kwargs).items() for t in tensors(v)[:1]}
         if running:
             calls[running[-1]].leaf = False
         calls.append(Call(module, name, running[-1] if running else -1, given))
         running.append(len(calls) - 1)
 
-    def end(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+    def end(_module: nn.Module, _args: tuple[Any, ...], _kwargs: Inputs, output: Any) -> None:
         calls[running.pop()].gives = tensors(output)
 
     handles = []
@@ -249,7 +250,7 @@ def record(model: Any, inputs: dict[str, Any], any_size: bool) -> list[Call]:
     return calls
 
 
-def find_layers(model: Any, inputs: dict[str, Any], wanted: str | list[int], any_size: bool) -> list[Tap]:
+def find_layers(model: Any, inputs: Inputs, wanted: str | list[int], any_size: bool) -> list[Tap]:
     """Where several layers of the vision tower give their hidden states.
 
     Args:
@@ -287,7 +288,7 @@ def find_layers(model: Any, inputs: dict[str, Any], wanted: str | list[int], any
     ]
 
 
-def find_tap(model: Any, inputs: dict[str, Any], latents: str, any_size: bool) -> Tap:
+def find_tap(model: Any, inputs: Inputs, latents: str, any_size: bool) -> Tap:
     """Where z is read: what the module between the vision tower and the language model is given or gives.
 
     Args:
@@ -366,7 +367,7 @@ def _gives(call: Call, width: int) -> bool:
     return bool(call.gives) and call.gives[0].shape[channels] == width
 
 
-def _block(tokens: Tensor, inputs: dict[str, Any], model: Any) -> int:
+def _block(tokens: Tensor, inputs: Inputs, model: Any) -> int:
     """Side of the blocks in which the tokens of one picture are listed, 1 if they come row by row.
 
     Either the model lists them so itself, as [blocks, places, d], or the image processor listed the patches
@@ -383,16 +384,14 @@ def _block(tokens: Tensor, inputs: dict[str, Any], model: Any) -> int:
     return block if (columns - columns[:1]).abs().max() > 0.1 * columns.std() else 1
 
 
-def _is_grid(tensor: Tensor, inputs: dict[str, Any], model: Any) -> bool:
+def _is_grid(tensor: Tensor, inputs: Inputs, model: Any) -> bool:
     try:
         return min(to_grid(tensor, inputs, 1, model, Tap(model)).shape[1:3]) > 1
     except VugenError:
         return False
 
 
-def read_latents(
-    model: Any, taps: list[Tap], inputs: dict[str, Any], batch: int, any_size: bool
-) -> list[Tensor]:
+def read_latents(model: Any, taps: list[Tap], inputs: Inputs, batch: int, any_size: bool) -> list[Tensor]:
     """Run the vision side and return the tokens at each tap, in the model's own layout.
 
     Args:
@@ -426,7 +425,7 @@ def channels_last(tokens: Tensor) -> Tensor:
     return tokens
 
 
-def patch_grid(inputs: dict[str, Any], model: Any) -> tuple[int, int]:
+def patch_grid(inputs: Inputs, model: Any) -> tuple[int, int]:
     """(rows, columns) of the patches of the first picture; (0, 0) if nothing says it."""
     for key, value in inputs.items():
         if GRIDS.search(key):
@@ -447,7 +446,7 @@ def patch_grid(inputs: dict[str, Any], model: Any) -> tuple[int, int]:
     return (height // patch, width // patch) if patch else (0, 0)
 
 
-def to_grid(tokens: Tensor, inputs: dict[str, Any], batch: int, model: Any, tap: Tap) -> Tensor:
+def to_grid(tokens: Tensor, inputs: Inputs, batch: int, model: Any, tap: Tap) -> Tensor:
     """Tokens at the projector -> [B, h, w, d], rows from the top, without class and register tokens.
 
     Args:
