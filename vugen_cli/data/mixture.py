@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from vugen_cli.card import DataCard
-from vugen_cli.data.loader import Meta, ShardedImages
+from vugen_cli.data.loader import ShardedImages
 from vugen_cli.data.order import StreamOrder, stream_count
+from vugen_cli.data.sample import Meta
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import MixtureSource, Recipe
 
