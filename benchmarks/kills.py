@@ -52,7 +52,7 @@ def hold(strategy: str, data: Path, folder: Path, times: int, steps: int) -> Non
     """Kill runs of one strategy and say what was seen."""
     folder.mkdir()
     whole, killed = folder / "whole.safetensors", folder / "killed.safetensors"
-    assert start(strategy, data, whole, steps).wait() == 0
+    finish(strategy, data, whole, steps)
     run, done, finished = killed.with_suffix(".run"), 0, 0
     for kill in range(times):
         job = start(strategy, data, killed, steps)
@@ -76,9 +76,16 @@ def hold(strategy: str, data: Path, folder: Path, times: int, steps: int) -> Non
             check(whole, killed)
             subprocess.run(["rm", "-r", str(run), str(killed)], check=True)
             done = 0
-    assert start(strategy, data, killed, steps).wait() == 0
+    finish(strategy, data, killed, steps)
     check(whole, killed)
     print(f"{strategy}: {times - finished} kills, always went on, same weights, no file left behind")
+
+
+def finish(strategy: str, data: Path, out: Path, steps: int) -> None:
+    """Run to the end, without a kill."""
+    said = out.with_suffix(".log")
+    status = start(strategy, data, out, steps).wait()
+    assert status == 0, said.read_text()[-5000:]
 
 
 def check(whole: Path, killed: Path) -> None:
@@ -103,8 +110,8 @@ def start(strategy: str, data: Path, out: Path, steps: int) -> "subprocess.Popen
     command += ["-m", "vugen_cli", "train-sampler", "--init", BUNDLED, "--data", str(data)]
     command += ["--out", str(out), "--steps", str(steps), "--batch-size", "2"]
     command += [word for setting in sets for word in ("--set", setting)]
-    silent = subprocess.DEVNULL
-    return subprocess.Popen(command, env=environment(), start_new_session=True, stdout=silent, stderr=silent)
+    with open(out.with_suffix(".log"), "wb") as log:
+        return subprocess.Popen(command, env=environment(), start_new_session=True, stdout=log, stderr=log)
 
 
 def environment() -> dict[str, str]:
