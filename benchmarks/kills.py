@@ -52,7 +52,7 @@ def hold(strategy: str, data: Path, folder: Path, times: int, steps: int) -> Non
     """Kill runs of one strategy and say what was seen."""
     folder.mkdir()
     whole, killed = folder / "whole.safetensors", folder / "killed.safetensors"
-    assert start(strategy, data, whole, steps).wait() == 0
+    finish(strategy, data, whole, steps)
     run, done, finished = killed.with_suffix(".run"), 0, 0
     for kill in range(times):
         job = start(strategy, data, killed, steps)
@@ -63,7 +63,7 @@ def hold(strategy: str, data: Path, folder: Path, times: int, steps: int) -> Non
             time.sleep(0.01)
         halves = len(list(run.glob(".*")))
         if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL) if kill % 2 else kill_one(job.pid)
+            kill_job(job.pid, all_of_it=kill % 2 == 1)
         status = job.wait()
         now = step_of(run)
         print(
@@ -76,9 +76,16 @@ def hold(strategy: str, data: Path, folder: Path, times: int, steps: int) -> Non
             check(whole, killed)
             subprocess.run(["rm", "-r", str(run), str(killed)], check=True)
             done = 0
-    assert start(strategy, data, killed, steps).wait() == 0
+    finish(strategy, data, killed, steps)
     check(whole, killed)
     print(f"{strategy}: {times - finished} kills, always went on, same weights, no file left behind")
+
+
+def finish(strategy: str, data: Path, out: Path, steps: int) -> None:
+    """Run to the end, without a kill."""
+    said = out.with_suffix(".log")
+    status = start(strategy, data, out, steps).wait()
+    assert status == 0, said.read_text()[-5000:]
 
 
 def check(whole: Path, killed: Path) -> None:
@@ -103,8 +110,8 @@ def start(strategy: str, data: Path, out: Path, steps: int) -> "subprocess.Popen
     command += ["-m", "vugen_cli", "train-sampler", "--init", BUNDLED, "--data", str(data)]
     command += ["--out", str(out), "--steps", str(steps), "--batch-size", "2"]
     command += [word for setting in sets for word in ("--set", setting)]
-    silent = subprocess.DEVNULL
-    return subprocess.Popen(command, env=environment(), start_new_session=True, stdout=silent, stderr=silent)
+    with open(out.with_suffix(".log"), "wb") as log:
+        return subprocess.Popen(command, env=environment(), start_new_session=True, stdout=log, stderr=log)
 
 
 def environment() -> dict[str, str]:
@@ -121,13 +128,23 @@ def step_of(run: Path) -> int:
     return int(path.stem.removeprefix("state-")) if path else 0
 
 
-def kill_one(launcher: int) -> None:
-    """Kill one of the two processes; torchrun ends the other."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    if children:
-        os.kill(int(random.choice(children)), signal.SIGKILL)
-    else:
-        os.killpg(launcher, signal.SIGKILL)
+def kill_job(launcher: int, all_of_it: bool) -> None:
+    """Kill all of a job's processes, or one of the two; torchrun then ends the other."""
+    workers = list(map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()))
+    for process in [launcher, *workers] if all_of_it or not workers else [random.choice(workers)]:
+        os.kill(process, signal.SIGKILL)
+    limit = time.monotonic() + 60
+    while any(map(lives, workers)):  # a lock goes with its process
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def lives(process: int) -> bool:
+    """Whether a process runs still, and does not only wait to be noticed."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
     mixture = [f"data.mixture=[{{path: {scenes}, weight: 2}}, {{path: drawn}}]"]
     tar, other = str(scenes / "train-000000.tar"), str(scenes / "train-000001.tar")
     bundled = str(bundle("sampler.safetensors"))
+    further = ["train-sampler", "--init", bundled, *brief, "--set", fsdp]
     return [
         ["prepare", "--dataset", "openmoji", "--count", "12", "--shard-size", "5", "--out", "drawn"],
         ["train-vlm", *small, "--out", "vlm", *sets(vlm_path, *sizes)],
@@ -93,7 +94,7 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
         ["train-sampler", *small, "--out", "d.safetensors", *sets(vlm_path, often, fsdp)],
         ["sample", "a bear", "two cats", "a tree", "-n", "2", "--sampler", "s.safetensors"],
         ["prepare", "--latents", bundled, "--data", str(scenes), "--out", "latents"],
-        ["train-sampler", "--init", bundled, "--data", "latents", "--out", "c.safetensors", *brief],
+        [*further, "--data", "latents", "--out", "c.safetensors"],
         ["train-reducer", "--out", "m.safetensors", *brief, *sets(vlm_path, *mixture)],
         ["inspect", "s.safetensors"],
         ["reconstruct", "--reducer", bundled, "--images", str(scenes), "--count", "20", "--out", "rec"],

@@ -48,7 +48,8 @@ def run_lock(run: Path) -> Iterator[None]:
     with locked(
         run, f"another process is training in {run}: wait for it, stop it, or give --out another name"
     ):
-        for leftover in run.glob(".*.*"):  # files and folders; a state may weigh more than all the rest
+        # Ours and the safetensors library's (`.tmp8oyq45`); a state may weigh more than all the rest.
+        for leftover in run.glob(".*"):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
             else:

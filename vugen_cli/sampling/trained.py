@@ -83,11 +83,13 @@ def load_weights(
         module: what is filled.
         weights: name -> tensor.
         path: where they come from, for messages.
-        assign: take the tensors themselves, which must be float32, instead of copying them.
+        assign: take the tensors themselves, in float32, instead of copying them.
 
     Raises:
         VugenError: a tensor is missing, unknown, or of another shape.
     """
+    if assign:
+        weights = {name: tensor.float() for name, tensor in weights.items()}
     try:
         module.load_state_dict(weights, assign=assign)
     except RuntimeError as error:
