@@ -9,6 +9,7 @@ from test_training import changed, metrics
 
 from vugen_cli.checkpoint import load_checkpoint
 from vugen_cli.errors import VugenError
+from vugen_cli.files import bundle
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.recipe import PRESETS, Decoder, DecoderLosses, Recipe, load_recipe
@@ -177,3 +178,32 @@ def test_a_run_with_every_term_leaves_a_checkpoint_without_the_head(
     assert {"flow", "perceptual", "repa"} <= set(metrics(tmp_path / "r.run")[0])
     assert not any("alignment" in name for name in load_checkpoint(path)[0])
     load_autoencoder(path, CPU)
+
+
+# --- the weight of flow matching over time ---
+
+
+def flow_loss(recipe: Recipe, error: float, t: float, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Stage 1's loss at one time, for a decoder whose clean prediction is off by `error` everywhere."""
+    images = torch.full((1, 3, 16, 16), 127, dtype=torch.uint8)
+    module = Autoencoder(recipe, 8)
+    with torch.no_grad():
+        module.decoder.conv_out.bias.fill_(error + 127 / 127.5 - 1)  # type: ignore[operator,union-attr]
+    monkeypatch.setattr("vugen_cli.stages.losses.draw_times", lambda *_: torch.tensor([t]))
+    z, generator = torch.randn(1, 2, 2, 8), torch.Generator().manual_seed(0)
+    return reducer_loss(module.eval(), z, images, recipe, generator, {})[0].item()
+
+
+@pytest.mark.parametrize(("weighting", "power"), [("velocity", 2), ("balanced", 1), ("clean", 0)])
+def test_the_weighting_is_that_of_the_clean_predictions_square(
+    weighting: str, power: int, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(tiny_recipe, f"decoder.weighting={weighting}")
+    for t in (0.0, 0.5, 0.9):
+        loss = flow_loss(recipe, 0.2, t, monkeypatch)
+        assert loss == pytest.approx(0.04 / (1 - t) ** power, rel=1e-3)
+
+
+def test_a_card_without_a_weighting_was_trained_on_the_velocity() -> None:
+    assert Decoder.model_validate({"kind": "pdd"}).weighting == "velocity"
+    assert load_autoencoder(bundle("sampler.safetensors"), CPU)[0].decoder.recipe.weighting == "velocity"

@@ -167,6 +167,11 @@ class Decoder(Section):
     steps: PositiveInt = Field(4, description="ODE steps when decoding")
     solver: Literal["euler", "heun", "midpoint"] = Field("euler", description="ODE solver when decoding")
     shift: float = Field(2.0, gt=0, description="moves training times towards the noise end if > 1")
+    weighting: Literal["velocity", "balanced", "clean"] = Field(
+        "velocity",
+        description="of the square of the pdd's clean prediction: by 1 / (1 - t)², which is the velocity's "
+        "square, by 1 / (1 - t), or not at all; the ldm always takes the velocity's",
+    )
     noise: float = Field(
         0.1, ge=0, description="largest standard deviation of the noise added to z̃ in training"
     )

@@ -15,6 +15,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.metrics.lpips import load_lpips
 from vugen_cli.models.autoencoder import Autoencoder
+from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.models.vae import VAEDecoder
 from vugen_cli.recipe import PictureLosses, Recipe
 from vugen_cli.vlm.frozen import FrozenVLM
@@ -151,6 +152,23 @@ class Alignment(nn.Module):
         return cosine_distance(self.proj_out(self.mlp(middle)), stretched.permute(0, 2, 3, 1))
 
 
+def flow_weight(t: Tensor, weighting: str) -> Tensor:
+    """What the square of a velocity weighs at times [B], so that the clean prediction's weighs what is asked.
+
+    The velocity of a network that predicts the clean picture is (x̂ - x_t) / (1 - t): its plain square weighs
+    that of x̂ by 1 / (1 - t)², most where x_t itself says nearly all and z̃ is not needed.
+
+    Args:
+        t: in [0, 1].
+        weighting: `velocity`, `balanced` or `clean`; see `Decoder.weighting`.
+    """
+    if weighting == "clean":
+        return (1 - t).square()
+    if weighting == "balanced":
+        return 1 - t
+    return torch.ones_like(t)
+
+
 def reducer_loss(
     module: Autoencoder,
     z: Tensor,
@@ -160,6 +178,8 @@ def reducer_loss(
     pictures: dict[str, tuple[float, PictureLoss]],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Flow matching of the pixels given z̃, and the recipe's other terms; the total, and each by name.
+
+    The squares at time t are weighted by `decoder.weighting`.
 
     Args:
         z: [B, h, w, d] of the images.
@@ -180,7 +200,9 @@ def reducer_loss(
         clean.append(x + (1 - t)[:, None, None, None] * v)
         return v
 
-    total = flow = flow_matching_loss(velocity, target, t, generator)
+    pixels = isinstance(module.decoder, PixelDecoder)  # the LDM predicts the velocity itself
+    weighted = flow_weight(t, recipe.decoder.weighting) if pixels else None
+    total = flow = flow_matching_loss(velocity, target, t, generator, weighted)
     values = {"flow": flow}
     for name, (weight, picture_loss) in pictures.items():
         values[name] = picture_loss(clean[0], target, z)
