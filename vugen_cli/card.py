@@ -6,7 +6,7 @@ passed over.
 
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 FORMAT = 2  # 1: the networks' tensors had other names; see `key_map`
 
@@ -70,6 +70,20 @@ class Card(BaseModel):
     vae: VAECard | None = Field(None, description="the VAE whose weights are in the file")
     distilled: Distilled | None = Field(None, description="where a distilled decoder comes from")
     decoder: str | None = Field(None, description="the file whose decoder draws instead of its own")
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _mend(cls, recipe: Any) -> Any:
+        """Recipes of older versions, without what they were allowed to say and today's are not."""
+        if isinstance(recipe, dict):
+            decoder = recipe.get("decoder")
+            if (
+                isinstance(decoder, dict)
+                and decoder.get("kind", "pdd") == "pdd"
+                and decoder.get("solver") == "midpoint"
+            ):
+                recipe = {**recipe, "decoder": {**decoder, "solver": "heun"}}
+        return recipe
 
     def facts(self, *keys: str) -> dict[str, Any]:
         """Some of its values as plain ones, for a run to be compared with when it is taken up again."""

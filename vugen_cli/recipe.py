@@ -22,6 +22,10 @@ from pydantic import (
 from vugen_cli.errors import VugenError
 
 RECIPES = Path(__file__).parent / "recipes"
+NO_MIDPOINT = (
+    "decoder.solver=midpoint: a pixel decoder predicts the clean picture, past which midpoint's last step "
+    "goes; take heun, which is of order 2 too"
+)
 USE_OF_VLM = ("vlm_size", "vlm_dtype", "latents", "instruction")  # keys that decide what z and prefix are
 
 
@@ -165,7 +169,9 @@ class Decoder(Section):
     middle_layers: PositiveInt = 4
     heads: PositiveInt = Field(5, description="must divide the last of channels")
     steps: PositiveInt = Field(4, description="ODE steps when decoding")
-    solver: Literal["euler", "heun", "midpoint"] = Field("euler", description="ODE solver when decoding")
+    solver: Literal["euler", "heun", "midpoint"] = Field(
+        "euler", description="ODE solver when decoding; `midpoint` is the ldm's alone"
+    )
     shift: float = Field(2.0, gt=0, description="moves training times towards the noise end if > 1")
     weighting: Literal["velocity", "balanced", "clean"] = Field(
         "velocity",
@@ -183,6 +189,12 @@ class Decoder(Section):
     def _apply_preset(cls, values: Any) -> Any:
         preset = PRESETS.get(str(values.get("preset")), {}) if isinstance(values, dict) else {}
         return {**preset, **values} if preset else values
+
+    @model_validator(mode="after")
+    def _solver_ends_on_the_picture(self) -> "Decoder":
+        if self.kind == "pdd" and self.solver == "midpoint":
+            raise ValueError(NO_MIDPOINT)
+        return self
 
 
 class VAE(Section):

@@ -20,6 +20,7 @@ from vugen_cli.models.vae import VAEDecoder
 from vugen_cli.recipe import PictureLosses, Recipe
 from vugen_cli.vlm.frozen import FrozenVLM
 
+NEAREST = 0.05  # the least 1 - t that weighs: the velocity's loss is at most 400 times that of x̂
 PictureLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (predicted, true pixels [B, 3, S, S], z) -> scalar
 
 
@@ -156,7 +157,8 @@ def flow_weight(t: Tensor, weighting: str) -> Tensor:
     """What the square of a velocity weighs at times [B], so that the clean prediction's weighs what is asked.
 
     The velocity of a network that predicts the clean picture is (x̂ - x_t) / (1 - t): its plain square weighs
-    that of x̂ by 1 / (1 - t)², most where x_t itself says nearly all and z̃ is not needed.
+    that of x̂ by 1 / (1 - t)², most where x_t itself says nearly all and z̃ is not needed. Nearer to the data
+    than `NEAREST` that weight grows no more, as if velocity and target were both divided by `NEAREST` there.
 
     Args:
         t: in [0, 1].
@@ -166,7 +168,7 @@ def flow_weight(t: Tensor, weighting: str) -> Tensor:
         return (1 - t).square()
     if weighting == "balanced":
         return 1 - t
-    return torch.ones_like(t)
+    return ((1 - t) / (1 - t).clamp_min(NEAREST)).square()
 
 
 def reducer_loss(
