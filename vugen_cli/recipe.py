@@ -277,11 +277,19 @@ class Sampling(Section):
 
 
 class Training(Section):
-    """One stage's optimisation. Times are in optimiser steps, rates are for AdamW."""
+    """One stage's optimisation. Times are in optimiser steps."""
 
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 64
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="`muon`: orthogonal steps for the matrices of the repeated layers (arXiv 2502.16982), "
+        "AdamW for all else; not for shares of matrices (fsdp)",
+    )
     lr: float = Field(1e-3, gt=0)
+    muon_lr: float | None = Field(
+        None, gt=0, description="of muon's matrices, whose steps are as large as AdamW's; default: lr"
+    )
     warmup: int = Field(100, ge=0)
     cooldown: float = Field(
         0.3, ge=0, le=1, description="last part of the steps, over which lr falls to zero"
