@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vugen_cli.errors import VugenError
-from vugen_cli.recipe import Recipe, find_recipe, load_recipe, parse_recipe
+from vugen_cli.recipe import Flow, Recipe, find_recipe, load_recipe, parse_recipe
 
 
 @pytest.mark.parametrize("name", ["nano", "imagenet-256", "stockmix-256"])
@@ -63,3 +63,13 @@ def test_files_that_are_not_recipes_are_refused(tmp_path: Path) -> None:
 def test_every_recipe_value_is_described_or_plain() -> None:
     schema = Recipe.model_json_schema()
     assert {"vlm", "reducer", "decoder", "expert", "flow", "sampling"} <= set(schema["properties"])
+
+
+def test_the_automatic_shift_grows_with_the_numbers_of_the_latents() -> None:
+    flow = Flow(shift="auto")
+    assert flow.shift_of((32, 32), 64) == 4.0 and flow.shift_of((16, 16), 64) == 2.0
+    assert flow.shift_of((8, 8), 24) == 1.0, "never towards the data"
+    assert Flow(shift=3.0).shift_of((32, 32), 64) == 3.0
+    assert {load_recipe(name).flow.shift for name in ("imagenet-256", "stockmix-256")} == {"auto"}
+    with pytest.raises(VugenError, match=r"flow\.shift"):
+        load_recipe(None, ["flow.shift=0"])

@@ -248,9 +248,22 @@ class Flow(Section):
     """Flow matching: how training times are drawn."""
 
     time: Literal["uniform", "logit-normal"] = "logit-normal"
-    shift: float = Field(
-        1.0, gt=0, description="moves training and sampling times towards the noise end if > 1"
+    shift: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        1.0,
+        description="moves training and sampling times towards the noise end if > 1; `auto`: "
+        "max(1, √(h w c / 4096)) (arXiv 2510.11690), which the sampler's checkpoint then holds as a number",
     )
+
+    def shift_of(self, grid: tuple[int, int], channels: int) -> float:
+        """The shift, where it is `auto` by RAE's rule: the more numbers say a thing, the more noise hides it.
+
+        Args:
+            grid: (h, w) of z̃.
+            channels: c of z̃.
+        """
+        if self.shift == "auto":
+            return max(1.0, (grid[0] * grid[1] * channels / 4096) ** 0.5)
+        return self.shift
 
 
 class Sampling(Section):

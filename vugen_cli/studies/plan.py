@@ -343,7 +343,7 @@ def frozen_bytes(model: nn.Module, shards: int) -> float:
 def passes_of(recipe: Recipe, networks: FakeNetworks, machine: Machine) -> tuple[list[PassPlan], float]:
     """What trains nothing, and the FLOPs of an image's z̃."""
     encode, sampling = networks.encode_flops(), recipe.sampling
-    times = call_times(sampling.steps, sampling.solver, recipe.flow.shift)
+    times = call_times(sampling.steps, sampling.solver, networks.shift)
     first, last = sampling.guidance_interval
     everywhere = (first, last) == (0, 1)
     guided = [t for t in times if sampling.guidance != 1 and (everywhere or first <= t < last)]
