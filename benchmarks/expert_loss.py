@@ -27,7 +27,7 @@ from vugen_cli.data.loader import ShardedImages, training_batches
 from vugen_cli.engine.optimizer import learning_rate, make_optimizer, set_rate
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.models.generation_expert import GenerationExpert
-from vugen_cli.recipe import Training, load_recipe
+from vugen_cli.recipe import SamplerTraining, load_recipe
 from vugen_cli.sampling.trained import new_expert
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
@@ -68,7 +68,7 @@ def run(vlm: FrozenVLM, data: Path, arm: str, steps: int, seed: int) -> tuple[fl
     recipe = load_recipe(
         "nano", ["data.workers=0", f"seed={seed}", *(f"expert.{k}={v}" for k, v in words.items())]
     )
-    settings = Training.model_validate(
+    settings = SamplerTraining.model_validate(
         {"steps": steps, "batch_size": BATCH, "warmup": steps // 4, **optimisation}
     )
     images, held_out = ShardedImages(data, latents=True), ShardedImages(data, "val", latents=True)

@@ -1,6 +1,7 @@
 """Decoders: presets, losses beside flow matching, solvers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,13 +210,15 @@ def test_a_run_with_every_term_leaves_a_checkpoint_without_the_head(
 # --- the weight of flow matching over time ---
 
 
-def flow_loss(recipe: Recipe, error: float, t: float, monkeypatch: pytest.MonkeyPatch) -> float:
+def flow_loss(
+    recipe: Recipe, error: float, t: float, monkeypatch: pytest.MonkeyPatch, draw: Any = None
+) -> float:
     """Stage 1's loss at one time, for a decoder whose clean prediction is off by `error` everywhere."""
     images = torch.full((1, 3, 16, 16), 127, dtype=torch.uint8)
     module = Autoencoder(recipe, 8)
     with torch.no_grad():
         module.decoder.conv_out.bias.fill_(error + 127 / 127.5 - 1)  # type: ignore[operator,union-attr]
-    monkeypatch.setattr("vugen_cli.stages.losses.draw_times", lambda *_: torch.tensor([t]))
+    monkeypatch.setattr("vugen_cli.stages.losses.draw_times", draw or (lambda *_: torch.tensor([t])))
     z, generator = torch.randn(1, 2, 2, 8), torch.Generator().manual_seed(0)
     return reducer_loss(module.eval(), z, images, recipe, generator, {})[0].item()
 
@@ -243,3 +246,18 @@ def test_the_loss_is_least_for_the_true_picture_even_at_the_end(
 def test_a_card_without_a_weighting_was_trained_on_the_velocity() -> None:
     assert Decoder.model_validate({"kind": "pdd"}).weighting == "velocity"
     assert load_autoencoder(bundle("sampler.safetensors"), CPU)[0].decoder.recipe.weighting == "velocity"
+
+
+def test_the_decoder_has_its_own_times_and_the_samplers_where_it_has_none(
+    tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: list[str] = []
+
+    def draw(_count: int, kind: str, *_: object) -> torch.Tensor:
+        kinds.append(kind)
+        return torch.tensor([0.5])
+
+    for override in ("decoder.time=null", "decoder.time=logit-normal"):
+        recipe = changed(tiny_recipe, "flow.time=uniform", override)
+        flow_loss(recipe, 0.2, 0.5, monkeypatch, draw)
+    assert kinds == ["uniform", "logit-normal"]

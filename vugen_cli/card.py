@@ -4,6 +4,7 @@ Written as JSON into the header of the file, and read through these models; keys
 passed over.
 """
 
+import copy
 from typing import Any
 
 from pydantic import BaseModel, Field, field_validator
@@ -75,15 +76,16 @@ class Card(BaseModel):
     @classmethod
     def _mend(cls, recipe: Any) -> Any:
         """Recipes of older versions, without what they were allowed to say and today's are not."""
-        if isinstance(recipe, dict):
-            decoder = recipe.get("decoder")
-            if (
-                isinstance(decoder, dict)
-                and decoder.get("kind", "pdd") == "pdd"
-                and decoder.get("solver") == "midpoint"
-            ):
-                recipe = {**recipe, "decoder": {**decoder, "solver": "heun"}}
-        return recipe
+        if not isinstance(recipe, dict):
+            return recipe
+        mended = copy.deepcopy(recipe)
+        sections = {name: section for name, section in mended.items() if isinstance(section, dict)}
+        for name in ("train_vlm", "train_vae", "train_reducer"):  # had no effect
+            sections.get(name, {}).pop("prompt_dropout", None)
+        decoder = sections.get("decoder", {})
+        if decoder.get("kind", "pdd") == "pdd" and decoder.get("solver") == "midpoint":  # ended wrong
+            decoder["solver"] = "heun"
+        return mended
 
     def facts(self, *keys: str) -> dict[str, Any]:
         """Some of its values as plain ones, for a run to be compared with when it is taken up again."""

@@ -30,6 +30,7 @@ USE_OF_VLM = ("vlm_size", "vlm_dtype", "latents", "instruction")  # keys that de
 
 
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+Time = Literal["uniform", "logit-normal"]
 
 
 class Section(BaseModel):
@@ -172,6 +173,7 @@ class Decoder(Section):
     solver: Literal["euler", "heun", "midpoint"] = Field(
         "euler", description="ODE solver when decoding; `midpoint` is the ldm's alone"
     )
+    time: Time | None = Field(None, description="how training times are drawn; default: as flow.time says")
     shift: float = Field(2.0, gt=0, description="moves training times towards the noise end if > 1")
     weighting: Literal["velocity", "balanced", "clean"] = Field(
         "velocity",
@@ -245,9 +247,9 @@ class Expert(Section):
 
 
 class Flow(Section):
-    """Flow matching: how training times are drawn."""
+    """Flow matching of z̃: how training times are drawn."""
 
-    time: Literal["uniform", "logit-normal"] = "logit-normal"
+    time: Time = "logit-normal"
     shift: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         1.0,
         description="moves training and sampling times towards the noise end if > 1; `auto`: "
@@ -321,6 +323,11 @@ class Training(Section):
         ge=0,
         description="steps between checkpoints that stay in the run's folder, for scores over training",
     )
+
+
+class SamplerTraining(Training):
+    """Of stage 2, which alone reads prompts."""
+
     prompt_dropout: float = Field(
         0.1, ge=0, lt=1, description="samples trained without a prompt, for guidance"
     )
@@ -397,7 +404,7 @@ class Recipe(Section):
     train_vlm: Training = Training()
     train_vae: Training = Training()
     train_reducer: Training = Training()
-    train_sampler: Training = Training()
+    train_sampler: SamplerTraining = SamplerTraining()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
@@ -485,6 +492,8 @@ def _explain(error: ValidationError, where: str) -> str:
         parents = first["loc"][:-1]
         known = _keys(parents)
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        if parents and first["loc"][-1] in SamplerTraining.model_fields:
+            parents, near = ("train_sampler",), [str(first["loc"][-1])]
         return f"{where}: unknown recipe key `{key}`; did you mean `{'.'.join([*map(str, parents), *near])}`?"
     return f"{where}: recipe key `{key or 'recipe'}`: {first['msg']} (got {first.get('input')!r:.80})"
 

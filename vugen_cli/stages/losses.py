@@ -192,7 +192,7 @@ def reducer_loss(
     """
     latents, penalty = module.reducer.noisy(z, recipe.decoder.noise, generator)
     assert not isinstance(module.decoder, VAEDecoder)
-    t = draw_times(len(images), recipe.flow.time, recipe.decoder.shift, generator)
+    t = draw_times(len(images), recipe.decoder.time or recipe.flow.time, recipe.decoder.shift, generator)
     target = module.decoder.target(images)
     middle: list[Tensor] | None = [] if module.alignment else None
     clean = []
