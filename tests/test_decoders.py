@@ -12,6 +12,7 @@ from test_training import changed, metrics
 from vugen_cli.checkpoint import load_checkpoint
 from vugen_cli.errors import VugenError
 from vugen_cli.files import bundle
+from vugen_cli.metrics.lpips import unit_length
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.recipe import PRESETS, Decoder, DecoderLosses, Recipe, load_recipe
@@ -155,6 +156,16 @@ def test_lpips_is_zero_for_equal_pictures_and_has_a_gradient(
     distance = lpips(b, a, a)
     distance.backward()
     assert distance > 0 and b.grad is not None and b.grad.any()
+
+
+def test_lpips_has_a_gradient_where_all_channels_are_dead() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    x[:, :, 1, 2] = 0
+    x.requires_grad_()
+    scaled = unit_length(x)
+    assert torch.allclose(scaled.norm(dim=1)[:, 0], torch.ones(2, 4)) and not scaled[:, :, 1, 2].any()
+    scaled.square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
 
 
 def test_alignment_is_zero_where_the_head_tells_z() -> None:
