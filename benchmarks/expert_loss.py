@@ -4,12 +4,14 @@
     vugen prepare --dataset openmoji --split val --count 1000
     vugen prepare --latents vugen_cli/bundles/nano/sampler.safetensors --data data/openmoji --out latents
     OMP_NUM_THREADS=1 python benchmarks/expert_loss.py --data latents [--steps 300] [--seeds 3] \
-        --arm "lr=2.4e-3 init=fresh" --arm "lr=2.4e-3 kind=dit depth=4 mlp=505"
+        --arm "lr=2.4e-3 init=fresh" --arm "lr=2.4e-3 kind=dit depth=4 mlp=505" \
+        --arm "lr=2.4e-3 optimizer=muon muon_lr=6e-3"
 
-An arm is a learning rate and settings of the recipe's `expert`. Each trains an expert for the bundled nano
-VLM as `vugen train-sampler` does (AdamW, warm-up, cool-down, a tenth of the prompts dropped, bfloat16), arms
-in turn within a seed. The loss is the velocity's mean squared error over six times and 512 held-out latents.
-The two arms above have 4,980,760 parameters each.
+An arm is a learning rate, an optimiser, and settings of the recipe's `expert`. Each trains an expert for the
+bundled nano VLM as `vugen train-sampler` does (warm-up, cool-down, a tenth of the prompts dropped, bfloat16),
+arms in turn within a seed. The loss is the velocity's mean squared error over six times and 512 held-out
+latents.
+The first two arms above have 4,980,760 parameters each.
 """
 
 import argparse
@@ -22,10 +24,10 @@ from torch import nn
 
 from vugen_cli.card import LatentsCard
 from vugen_cli.data.loader import ShardedImages, training_batches
-from vugen_cli.engine.optimizer import learning_rate, parameter_groups
+from vugen_cli.engine.optimizer import learning_rate, make_optimizer, set_rate
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.models.generation_expert import GenerationExpert
-from vugen_cli.recipe import Training, load_recipe
+from vugen_cli.recipe import SamplerTraining, load_recipe
 from vugen_cli.sampling.trained import new_expert
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
@@ -38,7 +40,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", required=True, type=Path, help="a latent cache of the bundled reducer")
-    parser.add_argument("--arm", required=True, action="append", help="lr=RATE and settings of `expert`")
+    parser.add_argument("--arm", required=True, action="append", help="lr=RATE, optimizer, muon_lr, expert's")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3)
@@ -62,11 +64,13 @@ def main() -> None:
 def run(vlm: FrozenVLM, data: Path, arm: str, steps: int, seed: int) -> tuple[float, float, int]:
     """Validation loss of one run, the median processor seconds of its step, and its parameters."""
     words = dict(word.split("=") for word in arm.split())
-    rate = float(words.pop("lr"))
+    optimisation = {key: words.pop(key) for key in ("lr", "optimizer", "muon_lr") if key in words}
     recipe = load_recipe(
         "nano", ["data.workers=0", f"seed={seed}", *(f"expert.{k}={v}" for k, v in words.items())]
     )
-    settings = Training(steps=steps, batch_size=BATCH, lr=rate, warmup=steps // 4)
+    settings = SamplerTraining.model_validate(
+        {"steps": steps, "batch_size": BATCH, "warmup": steps // 4, **optimisation}
+    )
     images, held_out = ShardedImages(data, latents=True), ShardedImages(data, "val", latents=True)
     made = images.manifest["latents"]
     torch.manual_seed(seed)
@@ -74,7 +78,7 @@ def run(vlm: FrozenVLM, data: Path, arm: str, steps: int, seed: int) -> tuple[fl
     expert = new_expert(vlm, latents, recipe.expert).train()
     if isinstance(expert, GenerationExpert):
         expert.decoder.set_attn_implementation("eager")  # as `train_sampler` does on a CPU
-    optimizer = torch.optim.AdamW(parameter_groups(expert, 0.01), lr=rate, betas=(0.9, 0.98), fused=True)
+    optimizer = make_optimizer(expert, settings)
     generator, autocast = torch.Generator(), torch.autocast("cpu", torch.bfloat16)
 
     def loss_of(batch: torch.Tensor, prompts: list[list[int] | str], t: torch.Tensor) -> torch.Tensor:
@@ -85,8 +89,7 @@ def run(vlm: FrozenVLM, data: Path, arm: str, steps: int, seed: int) -> tuple[fl
     for step in range(steps):
         batch = next(stream)
         started = time.process_time()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
+        set_rate(optimizer, learning_rate(step, settings))
         generator.manual_seed(seed * 1_000_003 + step)
         dropped = torch.rand(BATCH, generator=generator) < settings.prompt_dropout
         tokens = batch.tokens or []

@@ -11,6 +11,7 @@ set -eu
 : "${VLM:?a Hugging Face directory, from the root, or a hub id; its vision encoder sees at least 224 px}"
 OUT=${OUT:-out/imagenet-256}      # everything is written here
 SIZE=${SIZE:-256}                 # pixels a side
+MERGE=${MERGE:-2}                 # 2 x 2 of the VLM's places are one: 256 tokens of 1,024; 1 if it has 256
 PER_CLASS=${PER_CLASS:-50}        # samples of each class
 FEATURES=${FEATURES:-inception}   # what sees the images; only Inception's distance is FID
 VUGEN=${VUGEN:-vugen}             # how the tool is started
@@ -25,10 +26,11 @@ $VUGEN prepare --dataset imagenet --source "$IMAGENET_DIR" --size "$SIZE" --out 
 $VUGEN prepare --dataset imagenet --source "$IMAGENET_DIR" --size "$SIZE" --out data/imagenet --split val
 
 # -----------------------------------------------------------------------------
-# Stage 1: z to z̃ of 64 channels, with a pixel decoder. How much survives is the ceiling of all that follows.
+# Stage 1: z to z̃ of 64 channels, with a pixel decoder; LPIPS wants two files of weights, or
+# EXTRA="--set decoder.losses.lpips=0". How much survives is the ceiling of all that follows.
 
 [ -e reducer.safetensors ] ||
-    $VUGEN train-reducer --recipe imagenet-256 --data data/imagenet --vlm "$VLM" $EXTRA
+    $VUGEN train-reducer --recipe imagenet-256 --data data/imagenet --vlm "$VLM" --set reducer.merge="$MERGE" $EXTRA
 [ -e reconstructions/reconstruction.json ] ||
     $VUGEN reconstruct --images data/imagenet --count 5000
 

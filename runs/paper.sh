@@ -22,6 +22,7 @@ VAE=${VAE:-stabilityai/sd-vae-ft-mse}      # of the baseline and of the latent d
 DPG_BENCH=${DPG_BENCH:-}                   # dpg_bench/ of the ELLA repository; none: that table is left out
 JUDGE=${JUDGE:-$VLM}                       # the VLM that answers DPG-Bench's questions
 SIZE=${SIZE:-256}                          # pixels a side
+MERGE=${MERGE:-2}                          # 2 x 2 of the VLM's places are one: 256 tokens of 1,024; 1 if it has 256
 KEEP=${KEEP:-10000}                        # steps between the checkpoints of the curves over training
 SEEDS=${SEEDS:-64}                         # pictures of the one prompt whose diversity is measured
 FEATURES=${FEATURES:-inception}            # what sees the images; only Inception's distance is FID
@@ -48,11 +49,14 @@ $VUGEN prepare --dataset coco --source "$COCO_DIR" --split val --size "$SIZE" --
 # -----------------------------------------------------------------------------
 # Stage 1, four times: z̃, the baseline's VAE latents, all of z, and z̃ drawn by latent diffusion instead of pixels.
 
-train reducer reducer.safetensors --vlm "$VLM"
+# Both arms draw 256 tokens, and flow.shift follows from how many numbers these are. LPIPS wants two files of weights.
+
+train reducer reducer.safetensors --vlm "$VLM" --set reducer.merge="$MERGE"
 train reducer baseline.safetensors --vlm "$VLM" \
     --set reducer.kind=vae --set decoder.vae="$VAE" --set reducer.merge=2
 train reducer identity.safetensors --vlm "$VLM" --set reducer.kind=identity
-train reducer ldm.safetensors --reducer reducer.safetensors --set decoder.kind=ldm --set decoder.vae="$VAE"
+train reducer ldm.safetensors --reducer reducer.safetensors --set decoder.kind=ldm --set decoder.vae="$VAE" \
+    --set decoder.losses.lpips=0 --set decoder.losses.repa=0
 
 # -----------------------------------------------------------------------------
 # Stage 2, twice.

@@ -1,14 +1,18 @@
 """Decoders: presets, losses beside flow matching, solvers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import make_card
 from test_networks import SMALL, wake
 from test_training import changed, metrics
 
 from vugen_cli.checkpoint import load_checkpoint
 from vugen_cli.errors import VugenError
+from vugen_cli.files import bundle
+from vugen_cli.metrics.lpips import unit_length
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.recipe import PRESETS, Decoder, DecoderLosses, Recipe, load_recipe
@@ -47,24 +51,49 @@ def test_the_shipped_recipes_have_the_sizes_they_had() -> None:
     assert load_recipe("imagenet-256").decoder.channels == [96, 192, 384]
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint"])
-def test_every_solver_ends_on_the_clean_picture_of_a_perfect_decoder(solver: str) -> None:
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("steps", [1, 4, 20, 25, 50])
+def test_every_solver_ends_on_the_clean_picture_of_a_perfect_decoder(solver: str, steps: int) -> None:
     """A network that always predicts the same picture has a straight path: any solver must land on it."""
     decoder = PixelDecoder(SMALL, 4).eval()  # its last convolution starts at zero: it predicts its bias
     with torch.no_grad():
         decoder.conv_out.bias.fill_(0.5)
-    noise, latents = torch.randn(2, 3, 16, 16), torch.randn(2, 2, 2, 4)
-    for steps in (1, 2, 4, 8):
-        picture = decoder.decode(latents, noise, steps, solver)  # type: ignore[arg-type]
-        assert torch.equal(picture, torch.full_like(picture, 191)), (solver, steps)
+        noise, latents = torch.randn(2, 3, 16, 16), torch.randn(2, 2, 2, 4)
+        reached = decoder.integrate(latents, noise, steps, solver)  # type: ignore[arg-type]
+    assert torch.allclose(reached, torch.full_like(reached, 0.5), atol=1e-5)
+
+
+def test_the_last_step_ends_on_what_the_decoder_last_predicted() -> None:
+    torch.manual_seed(0)
+    decoder = wake(PixelDecoder(SMALL, 4)).eval()
+    noise, latents, predicted = torch.randn(1, 3, 16, 16), torch.randn(1, 2, 2, 4), []
+
+    def keep(_: object, given: tuple[torch.Tensor, ...], velocity: torch.Tensor) -> None:
+        predicted.append(given[0] + (1 - given[1]) * velocity)
+
+    with decoder.register_forward_hook(keep), torch.no_grad():
+        reached = decoder.integrate(latents, noise, 50, "euler")  # type: ignore[operator]
+    assert (predicted[-1] - predicted[-2]).abs().max() > 1e-3
+    assert torch.allclose(reached, predicted[-1], atol=1e-5)
+
+
+def test_midpoint_is_refused_for_pixels_and_an_old_card_that_says_it_takes_heun() -> None:
+    with pytest.raises(VugenError, match=r"decoder\.solver=midpoint.* past which .* take heun"):
+        load_recipe("nano", ["decoder.solver=midpoint"])
+    noise, latents = torch.randn(1, 3, 16, 16), torch.randn(1, 2, 2, 4)
+    with pytest.raises(VugenError, match=r"decoder\.solver=midpoint"):
+        PixelDecoder(SMALL, 4).decode(latents, noise, 3, "midpoint")
+    assert make_card(recipe={"decoder": {"solver": "midpoint"}}).recipe == {"decoder": {"solver": "heun"}}
+    latent = {"decoder": {"kind": "ldm", "solver": "midpoint"}}
+    assert make_card(recipe=latent).recipe == latent
 
 
 def test_the_recipes_solver_is_the_default() -> None:
     torch.manual_seed(0)
-    decoder = wake(PixelDecoder(SMALL.model_copy(update={"solver": "midpoint"}), 4))
+    decoder = wake(PixelDecoder(SMALL.model_copy(update={"solver": "heun"}), 4))
     noise, latents = torch.randn(1, 3, 16, 16), torch.randn(1, 2, 2, 4)
     default = decoder.decode(latents, noise, 3)  # type: ignore[operator]
-    assert torch.equal(default, decoder.decode(latents, noise, 3, "midpoint"))  # type: ignore[operator]
+    assert torch.equal(default, decoder.decode(latents, noise, 3, "heun"))  # type: ignore[operator]
     assert not torch.equal(default, decoder.decode(latents, noise, 3, "euler"))  # type: ignore[operator]
 
 
@@ -129,6 +158,16 @@ def test_lpips_is_zero_for_equal_pictures_and_has_a_gradient(
     assert distance > 0 and b.grad is not None and b.grad.any()
 
 
+def test_lpips_has_a_gradient_where_all_channels_are_dead() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    x[:, :, 1, 2] = 0
+    x.requires_grad_()
+    scaled = unit_length(x)
+    assert torch.allclose(scaled.norm(dim=1)[:, 0], torch.ones(2, 4)) and not scaled[:, :, 1, 2].any()
+    scaled.square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
 def test_alignment_is_zero_where_the_head_tells_z() -> None:
     torch.manual_seed(0)
     head = Alignment(6, 5)
@@ -177,3 +216,59 @@ def test_a_run_with_every_term_leaves_a_checkpoint_without_the_head(
     assert {"flow", "perceptual", "repa"} <= set(metrics(tmp_path / "r.run")[0])
     assert not any("alignment" in name for name in load_checkpoint(path)[0])
     load_autoencoder(path, CPU)
+
+
+# --- the weight of flow matching over time ---
+
+
+def flow_loss(
+    recipe: Recipe, error: float, t: float, monkeypatch: pytest.MonkeyPatch, draw: Any = None
+) -> float:
+    """Stage 1's loss at one time, for a decoder whose clean prediction is off by `error` everywhere."""
+    images = torch.full((1, 3, 16, 16), 127, dtype=torch.uint8)
+    module = Autoencoder(recipe, 8)
+    with torch.no_grad():
+        module.decoder.conv_out.bias.fill_(error + 127 / 127.5 - 1)  # type: ignore[operator,union-attr]
+    monkeypatch.setattr("vugen_cli.stages.losses.draw_times", draw or (lambda *_: torch.tensor([t])))
+    z, generator = torch.randn(1, 2, 2, 8), torch.Generator().manual_seed(0)
+    return reducer_loss(module.eval(), z, images, recipe, generator, {})[0].item()
+
+
+@pytest.mark.parametrize(("weighting", "power"), [("velocity", 2), ("balanced", 1), ("clean", 0)])
+def test_the_weighting_is_that_of_the_clean_predictions_square(
+    weighting: str, power: int, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(tiny_recipe, f"decoder.weighting={weighting}")
+    for t in (0.0, 0.5, 0.9, 0.99):
+        loss = flow_loss(recipe, 0.2, t, monkeypatch)
+        far = max(1 - t, 0.05) if power == 2 else 1 - t  # the velocity's weight is held below 400
+        assert loss == pytest.approx(0.04 / far**power, rel=1e-3)
+
+
+@pytest.mark.parametrize("weighting", ["velocity", "balanced", "clean"])
+@pytest.mark.parametrize("t", [0.5, 0.99, 1.0])
+def test_the_loss_is_least_for_the_true_picture_even_at_the_end(
+    weighting: str, t: float, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(tiny_recipe, f"decoder.weighting={weighting}")
+    assert flow_loss(recipe, 0.0, t, monkeypatch) == pytest.approx(0, abs=1e-4)
+
+
+def test_a_card_without_a_weighting_was_trained_on_the_velocity() -> None:
+    assert Decoder.model_validate({"kind": "pdd"}).weighting == "velocity"
+    assert load_autoencoder(bundle("sampler.safetensors"), CPU)[0].decoder.recipe.weighting == "velocity"
+
+
+def test_the_decoder_has_its_own_times_and_the_samplers_where_it_has_none(
+    tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: list[str] = []
+
+    def draw(_count: int, kind: str, *_: object) -> torch.Tensor:
+        kinds.append(kind)
+        return torch.tensor([0.5])
+
+    for override in ("decoder.time=null", "decoder.time=logit-normal"):
+        recipe = changed(tiny_recipe, "flow.time=uniform", override)
+        flow_loss(recipe, 0.2, 0.5, monkeypatch, draw)
+    assert kinds == ["uniform", "logit-normal"]

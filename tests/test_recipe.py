@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from conftest import make_card
 
 from vugen_cli.errors import VugenError
-from vugen_cli.recipe import Recipe, find_recipe, load_recipe, parse_recipe
+from vugen_cli.recipe import Flow, Recipe, find_recipe, load_recipe, parse_recipe
 
 
 @pytest.mark.parametrize("name", ["nano", "imagenet-256", "stockmix-256"])
@@ -35,6 +36,7 @@ def test_a_recipe_survives_its_own_card() -> None:
             r"unknown recipe key `train_sampler.learning_rat`; did you mean `train_sampler\.",
         ),
         ("redcer.channels=4", "did you mean `reducer`"),
+        ("train_reducer.prompt_dropout=0.1", "did you mean `train_sampler.prompt_dropout`"),
         ("train_sampler.steps=-3", "train_sampler.steps"),
         ("sampling.solver=rk4", "sampling.solver"),
         ("sampling.guidance_interval=[0.6, 0.2]", "0 <= first < second <= 1"),
@@ -63,3 +65,21 @@ def test_files_that_are_not_recipes_are_refused(tmp_path: Path) -> None:
 def test_every_recipe_value_is_described_or_plain() -> None:
     schema = Recipe.model_json_schema()
     assert {"vlm", "reducer", "decoder", "expert", "flow", "sampling"} <= set(schema["properties"])
+
+
+def test_the_automatic_shift_grows_with_the_numbers_of_the_latents() -> None:
+    flow = Flow(shift="auto")
+    assert flow.shift_of((32, 32), 64) == 4.0 and flow.shift_of((16, 16), 64) == 2.0
+    assert flow.shift_of((8, 8), 24) == 1.0, "never towards the data"
+    assert Flow(shift=3.0).shift_of((32, 32), 64) == 3.0
+    assert {load_recipe(name).flow.shift for name in ("imagenet-256", "stockmix-256")} == {"auto"}
+    with pytest.raises(VugenError, match=r"flow\.shift"):
+        load_recipe(None, ["flow.shift=0"])
+
+
+def test_an_old_card_may_hold_keys_that_had_no_effect() -> None:
+    stages = ("train_vlm", "train_vae", "train_reducer", "train_sampler")
+    old = {stage: {"steps": 3, "prompt_dropout": 0.2} for stage in stages}
+    recipe = parse_recipe(make_card(recipe=old).recipe, "card")
+    assert recipe.train_sampler.prompt_dropout == 0.2 and recipe.train_reducer.steps == 3
+    assert old["train_vae"] == {"steps": 3, "prompt_dropout": 0.2}

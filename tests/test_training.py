@@ -27,7 +27,7 @@ from vugen_cli.engine.stage import RunOptions
 from vugen_cli.engine.state import StateWriter, differences, is_free
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe, Training, load_recipe
-from vugen_cli.sampling.trained import load_autoencoder
+from vugen_cli.sampling.trained import load_autoencoder, load_sampler
 from vugen_cli.stages.train_reducer import train_reducer
 from vugen_cli.stages.train_sampler import train_sampler
 from vugen_cli.vlm.frozen import load_vlm
@@ -66,6 +66,18 @@ def test_a_sampler_holds_expert_reducer_and_decoder_and_nothing_of_the_vlm(
     assert not any("embed_tokens" in name or "vision" in name for name in tensors)
     reducer, _ = load_checkpoint(trained / "reducer.safetensors", "reducer")
     assert all(torch.equal(tensors[name], tensor) for name, tensor in reducer.items())
+
+
+def test_an_automatic_shift_is_a_number_in_the_samplers_card(
+    scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    wide = changed(tiny_recipe, "flow.shift=auto", "reducer.channels=100", "train_reducer.steps=1")
+    wide = changed(wide, "train_sampler.steps=1")
+    reducer = train_reducer(wide, scenes, tmp_path / "r.safetensors", CPU)
+    path = train_sampler(wide, reducer, scenes, tmp_path / "s.safetensors", CPU)
+    assert read_card(path).recipe["flow"]["shift"] == (8 * 8 * 100 / 4096) ** 0.5
+    assert read_card(reducer).recipe["flow"]["shift"] == "auto"
+    assert load_sampler(path).shift == 1.25
 
 
 def test_training_leaves_the_vlm_bit_for_bit_as_it_was(

@@ -4,9 +4,10 @@ Written as JSON into the header of the file, and read through these models; keys
 passed over.
 """
 
+import copy
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 FORMAT = 2  # 1: the networks' tensors had other names; see `key_map`
 
@@ -70,6 +71,21 @@ class Card(BaseModel):
     vae: VAECard | None = Field(None, description="the VAE whose weights are in the file")
     distilled: Distilled | None = Field(None, description="where a distilled decoder comes from")
     decoder: str | None = Field(None, description="the file whose decoder draws instead of its own")
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _mend(cls, recipe: Any) -> Any:
+        """Recipes of older versions, without what they were allowed to say and today's are not."""
+        if not isinstance(recipe, dict):
+            return recipe
+        mended = copy.deepcopy(recipe)
+        sections = {name: section for name, section in mended.items() if isinstance(section, dict)}
+        for name in ("train_vlm", "train_vae", "train_reducer"):  # had no effect
+            sections.get(name, {}).pop("prompt_dropout", None)
+        decoder = sections.get("decoder", {})
+        if decoder.get("kind", "pdd") == "pdd" and decoder.get("solver") == "midpoint":  # ended wrong
+            decoder["solver"] = "heun"
+        return mended
 
     def facts(self, *keys: str) -> dict[str, Any]:
         """Some of its values as plain ones, for a run to be compared with when it is taken up again."""

@@ -43,7 +43,13 @@ def interpolate(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * noise + t * data  # x_t = (1 - t) ε + t x
 
 
-def flow_matching_loss(velocity: Velocity, data: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+def flow_matching_loss(
+    velocity: Velocity,
+    data: Tensor,
+    t: Tensor,
+    generator: torch.Generator,
+    weight: Tensor | None = None,
+) -> Tensor:
     """Mean squared error of the velocity at random points of the path; a scalar.
 
     Args:
@@ -51,10 +57,13 @@ def flow_matching_loss(velocity: Velocity, data: Tensor, t: Tensor, generator: t
         data: [B, ...] samples of the target distribution.
         t: [B] from `draw_times`.
         generator: draws the noise; on the data's device.
+        weight: [B], of each sample's square; None: 1. With (1 - t)² it is the square of the clean prediction
+            x_t + (1 - t) v.
     """
     noise = random_rows(torch.randn, data.shape, generator, data.dtype)
     predicted = velocity(interpolate(noise, data, t), t)
-    return (predicted.float() - (data - noise)).square().mean()  # E ‖v(x_t, t) - (x - ε)‖²
+    square = (predicted.float() - (data - noise)).square()  # ‖v(x_t, t) - (x - ε)‖²
+    return (square if weight is None else square * weight.view(-1, *[1] * (data.ndim - 1))).mean()
 
 
 def solve(

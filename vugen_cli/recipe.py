@@ -22,10 +22,15 @@ from pydantic import (
 from vugen_cli.errors import VugenError
 
 RECIPES = Path(__file__).parent / "recipes"
+NO_MIDPOINT = (
+    "decoder.solver=midpoint: a pixel decoder predicts the clean picture, past which midpoint's last step "
+    "goes; take heun, which is of order 2 too"
+)
 USE_OF_VLM = ("vlm_size", "vlm_dtype", "latents", "instruction")  # keys that decide what z and prefix are
 
 
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+Time = Literal["uniform", "logit-normal"]
 
 
 class Section(BaseModel):
@@ -165,8 +170,16 @@ class Decoder(Section):
     middle_layers: PositiveInt = 4
     heads: PositiveInt = Field(5, description="must divide the last of channels")
     steps: PositiveInt = Field(4, description="ODE steps when decoding")
-    solver: Literal["euler", "heun", "midpoint"] = Field("euler", description="ODE solver when decoding")
+    solver: Literal["euler", "heun", "midpoint"] = Field(
+        "euler", description="ODE solver when decoding; `midpoint` is the ldm's alone"
+    )
+    time: Time | None = Field(None, description="how training times are drawn; default: as flow.time says")
     shift: float = Field(2.0, gt=0, description="moves training times towards the noise end if > 1")
+    weighting: Literal["velocity", "balanced", "clean"] = Field(
+        "velocity",
+        description="of the square of the pdd's clean prediction: by 1 / (1 - t)², which is the velocity's "
+        "square, by 1 / (1 - t), or not at all; the ldm always takes the velocity's",
+    )
     noise: float = Field(
         0.1, ge=0, description="largest standard deviation of the noise added to z̃ in training"
     )
@@ -178,6 +191,12 @@ class Decoder(Section):
     def _apply_preset(cls, values: Any) -> Any:
         preset = PRESETS.get(str(values.get("preset")), {}) if isinstance(values, dict) else {}
         return {**preset, **values} if preset else values
+
+    @model_validator(mode="after")
+    def _solver_ends_on_the_picture(self) -> "Decoder":
+        if self.kind == "pdd" and self.solver == "midpoint":
+            raise ValueError(NO_MIDPOINT)
+        return self
 
 
 class VAE(Section):
@@ -228,12 +247,25 @@ class Expert(Section):
 
 
 class Flow(Section):
-    """Flow matching: how training times are drawn."""
+    """Flow matching of z̃: how training times are drawn."""
 
-    time: Literal["uniform", "logit-normal"] = "logit-normal"
-    shift: float = Field(
-        1.0, gt=0, description="moves training and sampling times towards the noise end if > 1"
+    time: Time = "logit-normal"
+    shift: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        1.0,
+        description="moves training and sampling times towards the noise end if > 1; `auto`: "
+        "max(1, √(h w c / 4096)) (arXiv 2510.11690), which the sampler's checkpoint then holds as a number",
     )
+
+    def shift_of(self, grid: tuple[int, int], channels: int) -> float:
+        """The shift, where it is `auto` by RAE's rule: the more numbers say a thing, the more noise hides it.
+
+        Args:
+            grid: (h, w) of z̃.
+            channels: c of z̃.
+        """
+        if self.shift == "auto":
+            return max(1.0, (grid[0] * grid[1] * channels / 4096) ** 0.5)
+        return self.shift
 
 
 class Sampling(Section):
@@ -260,11 +292,19 @@ class Sampling(Section):
 
 
 class Training(Section):
-    """One stage's optimisation. Times are in optimiser steps, rates are for AdamW."""
+    """One stage's optimisation. Times are in optimiser steps."""
 
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 64
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="`muon`: orthogonal steps for the matrices of the repeated layers (arXiv 2502.16982), "
+        "AdamW for all else; not for shares of matrices (fsdp)",
+    )
     lr: float = Field(1e-3, gt=0)
+    muon_lr: float | None = Field(
+        None, gt=0, description="of muon's matrices, whose steps are as large as AdamW's; default: lr"
+    )
     warmup: int = Field(100, ge=0)
     cooldown: float = Field(
         0.3, ge=0, le=1, description="last part of the steps, over which lr falls to zero"
@@ -283,6 +323,11 @@ class Training(Section):
         ge=0,
         description="steps between checkpoints that stay in the run's folder, for scores over training",
     )
+
+
+class SamplerTraining(Training):
+    """Of stage 2, which alone reads prompts."""
+
     prompt_dropout: float = Field(
         0.1, ge=0, lt=1, description="samples trained without a prompt, for guidance"
     )
@@ -359,7 +404,7 @@ class Recipe(Section):
     train_vlm: Training = Training()
     train_vae: Training = Training()
     train_reducer: Training = Training()
-    train_sampler: Training = Training()
+    train_sampler: SamplerTraining = SamplerTraining()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
@@ -447,6 +492,8 @@ def _explain(error: ValidationError, where: str) -> str:
         parents = first["loc"][:-1]
         known = _keys(parents)
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        if parents and first["loc"][-1] in SamplerTraining.model_fields:
+            parents, near = ("train_sampler",), [str(first["loc"][-1])]
         return f"{where}: unknown recipe key `{key}`; did you mean `{'.'.join([*map(str, parents), *near])}`?"
     return f"{where}: recipe key `{key or 'recipe'}`: {first['msg']} (got {first.get('input')!r:.80})"
 

@@ -62,6 +62,14 @@ def vgg16() -> torch.nn.Sequential:
     return make_layers(cfgs["D"]).eval().requires_grad_(False)
 
 
+def unit_length(x: torch.Tensor) -> torch.Tensor:
+    """Features [B, channels, H, W] scaled to length 1 along the channels.
+
+    The small number is under the root: beside it, the root has no gradient where all channels are 0.
+    """
+    return x / (x.square().sum(1, keepdim=True) + 1e-10).sqrt()
+
+
 def lpips_of(
     vgg: torch.nn.Sequential, weights: list[torch.Tensor], device: torch.device | str
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -82,8 +90,8 @@ def lpips_of(
         for index, layer in enumerate(vgg):
             x = layer(x)
             if index in LAYERS:
-                # Unit length along the channels; the weighted squared difference, averaged over the places.
-                left, right = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)).chunk(2)
+                # The weighted squared difference, averaged over the places.
+                left, right = unit_length(x).chunk(2)
                 weight = weights[LAYERS.index(index)]
                 distance = distance + ((left - right).square() * weight).sum(1).mean(dim=(1, 2))
         return distance

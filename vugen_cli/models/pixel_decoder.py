@@ -3,19 +3,21 @@
 After SSDD (arXiv 2510.04961): a U-Net of residual blocks whose middle is a transformer, conditioned on z̃
 both by concatenation to the noised image and, with the time, through adaptive norms. The network predicts
 the clean image, from which the velocity follows (JiT, arXiv 2511.13720): pixels lie on a low-dimensional
-manifold and noise does not, so a small network learns the first far sooner, and the last ODE step ends on
-its clean prediction.
+manifold and noise does not, so a small network learns the first far sooner. The last step of `euler` and
+`heun`, however many they take, ends on its clean prediction.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vugen_cli.errors import VugenError
 from vugen_cli.flow import Solver, at, solve
 from vugen_cli.models.embeddings import TimeEmbedding
+from vugen_cli.recipe import NO_MIDPOINT
 from vugen_cli.recipe import Decoder as DecoderRecipe
 
-NEAREST = 0.05  # the least 1 - t by which a clean prediction is divided
+LEAST = 1e-6  # of the 1 - t by which a clean prediction is divided: only so that t = 1 gives a number
 WINDOW = 8  # reach of the relative positions, in tokens each way: a 17 x 17 window
 
 
@@ -79,7 +81,7 @@ class PixelDecoder(nn.Module):
 
         Args:
             noised: [B, 3, H, W], pixels in [-1, 1] on the path to noise; H and W multiples of `multiple`.
-            t: [B] in [0, 1].
+            t: [B] in [0, 1); at 1 there is no velocity, and x_t + (1 - t) v is x_t instead of x̂.
             latents: z̃ [B, h, w, c]; the grid is stretched over the image whatever its size.
             middle: a list to which the features half through the transformer are added, [B, H', W', width].
         """
@@ -115,10 +117,16 @@ class PixelDecoder(nn.Module):
         x = self.conv_out(functional.silu(self.norm_out(x)))  # [B, 3 p², H', W']
         clean = functional.pixel_shuffle(x, self.recipe.patch).float()  # x̂ [B, 3, H, W]
         # u = (x̂ - x_t) / (1 - t)
-        return (clean - noised) / (1 - t).clamp_min(NEAREST)[:, None, None, None]
+        return (clean - noised) / (1 - t).clamp_min(LEAST)[:, None, None, None]
 
     def integrate(self, latents: Tensor, noise: Tensor, steps: int, solver: Solver) -> Tensor:
-        """x at t = 1, float [B, 3, H, W]: `decode` before rounding, and with a gradient."""
+        """x at t = 1, float [B, 3, H, W]: `decode` before rounding, and with a gradient.
+
+        Raises:
+            VugenError: `midpoint`, whose last step goes on past the prediction that it asks for half-way.
+        """
+        if solver == "midpoint":
+            raise VugenError(NO_MIDPOINT)
         return solve(lambda x, t: self(x, at(t, x), latents), noise, steps, solver)
 
     @torch.no_grad()
@@ -132,6 +140,9 @@ class PixelDecoder(nn.Module):
             noise: standard normal [B, 3, H, W]; fixes the picture.
             steps: ODE steps; default from the recipe.
             solver: see `flow.solve`; default from the recipe.
+
+        Raises:
+            VugenError: as `integrate`.
         """
         return to_uint8(
             self.integrate(latents, noise, steps or self.recipe.steps, solver or self.recipe.solver)

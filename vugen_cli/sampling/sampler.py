@@ -53,7 +53,7 @@ class Sampler:
         )
         recipe = parse_recipe(card.recipe, str(path))
         self.defaults: Sampling = recipe.sampling
-        self.shift = recipe.flow.shift
+        self.shift = recipe.flow.shift_of(card.latents.grid, card.latents.channels)
         self.passes = passes(recipe.sampling.precision, vlm.device)
 
     @property

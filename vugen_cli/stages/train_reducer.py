@@ -30,7 +30,7 @@ from vugen_cli.vlm.latents import check_grid
 STATISTICS_IMAGES = 10_000  # enough for a per-channel mean and deviation to three digits
 REPORT_IMAGES = 1_000
 # What of the decoder's recipe says nothing of its weights.
-DECODING = {"steps", "solver", "shift", "noise", "losses", "image_size"}
+DECODING = {"steps", "solver", "time", "shift", "weighting", "noise", "losses", "image_size"}
 
 
 def train_reducer(

@@ -63,6 +63,9 @@ def train_sampler(
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
     autoencoder, stored, reducer_card = load_autoencoder(reducer, device, "sampler" if further else "reducer")
+    latents = reducer_card.latents
+    shift = recipe.flow.shift_of(latents.grid, latents.channels)
+    recipe = recipe.model_copy(update={"flow": recipe.flow.model_copy(update={"shift": shift})})
     images = open_dataset(data, recipe, latents=True)
     sharded, vlm_sharded = shards(recipe.engine), shards_vlm(recipe.engine)
     vlm = load_vlm(recipe.vlm, "cpu" if vlm_sharded else device, recipe)
@@ -70,9 +73,9 @@ def train_sampler(
     if images.latents:
         check_cache(images, latent_facts(autoencoder, vlm, recipe, reducer_card), recipe.data.flip)
     torch.manual_seed(recipe.seed)
-    expert = new_expert(vlm, reducer_card.latents, recipe.expert, sharded)
+    expert = new_expert(vlm, latents, recipe.expert, sharded)
     if not sharded:  # on `meta` there is nothing to try
-        try_expert(expert, vlm, reducer_card.latents)
+        try_expert(expert, vlm, latents)
     if further:
         load_weights(expert, select(stored, "expert"), reducer, assign=sharded)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
@@ -104,7 +107,7 @@ def train_sampler(
         with torch.no_grad():
             target = batch.images.float() if images.latents else autoencoder.encode(vlm, batch.images)
         mark("frozen VLM")
-        t = draw_times(len(target), recipe.flow.time, recipe.flow.shift, generator)
+        t = draw_times(len(target), recipe.flow.time, shift, generator)
         return flow_matching_loss(lambda x, t: expert(x, t, prefix), target, t, generator), {}
 
     card = reducer_card.model_copy(

@@ -41,6 +41,7 @@ class FakeNetworks:
         vlm, autoencoder, expert: the networks.
         vae: None where the recipe names none.
         z, latents: shapes [h, w, d] and [h, w, c].
+        shift: of the sampler's times.
 
     Raises:
         VugenError: a config is missing, or the networks do not fit each other.
@@ -65,6 +66,7 @@ class FakeNetworks:
         grid = self.z[0] // recipe.reducer.merge, self.z[1] // recipe.reducer.merge
         latents = LatentsCard(channels=autoencoder.reducer.channels, grid=grid, width=self.z[2])
         self.latents = [*grid, latents.channels]
+        self.shift = recipe.flow.shift_of(grid, latents.channels)
         with torch.device("meta"):
             expert = new_expert(meta, latents, recipe.expert)
         if not gpu and isinstance(expert, GenerationExpert):
@@ -95,7 +97,7 @@ class FakeNetworks:
         def step(count: int) -> Tensor:
             prefix = self.prefix(count)
             target = self.encode(count)
-            t = draw_times(count, flow.time, flow.shift, self.generator)
+            t = draw_times(count, flow.time, self.shift, self.generator)
             return flow_matching_loss(lambda x, t: self.expert(x, t, prefix), target, t, self.generator)
 
         return self._cost(step, self.recipe.train_sampler, self.expert)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vugen_cli.data.manifest import read_manifest
 from vugen_cli.engine.distributed import blocks
+from vugen_cli.engine.optimizer import block_matrices
 from vugen_cli.engine.profiling import PEAKS
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import Solver, solve
@@ -310,14 +311,17 @@ def memory(work: Work, recipe: Recipe, machine: Machine, strategy: str, images: 
     frozen = sum(frozen_bytes(part, 1) for part in work.frozen)
     if work.vlm:
         frozen += frozen_bytes(work.vlm, shards if recipe.engine.shard_vlm else 1)
-    fixed = 2 * weights + gradients + 2 * gradients + frozen + in_flight
+    # Muon keeps one moment of each of its matrices where AdamW keeps two.
+    muon = block_matrices(work.module) if work.settings.optimizer == "muon" else []
+    moments = 2 * gradients - 4 * count(muon) / own
+    fixed = 2 * weights + gradients + moments + frozen + in_flight
     activations = work.cost.peak(images, grows, casts) - grows * gradients
     room = machine.memory - fixed + grows * gradients
     most = work.cost.most_images(room, grows, casts)
     return Memory(
         weights=weights,
         gradients=gradients,
-        optimiser=2 * gradients,
+        optimiser=moments,
         average=weights,
         frozen=frozen,
         in_flight=in_flight,
@@ -339,7 +343,7 @@ def frozen_bytes(model: nn.Module, shards: int) -> float:
 def passes_of(recipe: Recipe, networks: FakeNetworks, machine: Machine) -> tuple[list[PassPlan], float]:
     """What trains nothing, and the FLOPs of an image's z̃."""
     encode, sampling = networks.encode_flops(), recipe.sampling
-    times = call_times(sampling.steps, sampling.solver, recipe.flow.shift)
+    times = call_times(sampling.steps, sampling.solver, networks.shift)
     first, last = sampling.guidance_interval
     everywhere = (first, last) == (0, 1)
     guided = [t for t in times if sampling.guidance != 1 and (everywhere or first <= t < last)]
