@@ -83,16 +83,17 @@ def hardware(device: torch.device) -> str:
     )
 
 
-def vugen(*words: str | Path) -> "subprocess.Popen[bytes]":
+def vugen(*words: object) -> "subprocess.Popen[bytes]":
     """Start a command of its own process; what it says goes to `log`."""
     log = open("log", "ab")  # noqa: SIM115 - the process closes it
     return subprocess.Popen([sys.executable, "-m", "vugen_cli", *map(str, words)], stdout=log, stderr=log)
 
 
-def finish(*words: str | Path) -> None:
-    """Run a command to its end; a failure is its last line."""
-    if vugen(*words).wait():
-        raise RuntimeError(Path("log").read_text().splitlines()[-1])
+def finish(*words: object) -> None:
+    """Run a command to its end, in this process: a failure is an exception."""
+    from vugen_cli.app import app
+
+    app([str(word) for word in words], standalone_mode=False)
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -231,7 +232,7 @@ def expert(device: torch.device, rehearse: bool) -> Found:
             yield f"{parameters / 1e9:.2f} B expert, batch {batch}", "does not fit"
             return
         rows = metrics(run)[5:13]  # the steps that the profile only times
-        mfu = re.search(r"MFU (\S+) ", "\n".join(lines))
+        mfu = re.search(r"MFU (\S+%) ", "\n".join(lines))
         wait = re.search(r"data-wait (\S+);", "\n".join(lines))
         yield (
             f"{parameters / 1e9:.2f} B expert, {grid * grid} image tokens, batch {batch}",
