@@ -45,6 +45,7 @@ def main() -> None:
                 words = ["train-sampler", "--reducer", reducer, "--data", options.data, "--out", out]
                 words += ["--steps", STEPS, "--batch-size", ROWS * count]
                 words += ["--set", f"engine.strategy={options.strategy}", "--set", "sampling.steps=1"]
+                words += ["--set", "train_sampler.optimizer=adamw"]  # the one that takes shares of matrices
                 vugen(count, cores, [*words, "--set", "train_sampler.checkpoint_every=100000"])
                 rows = out.with_suffix(".run").joinpath("metrics.jsonl").read_text().splitlines()
                 rates[count] += [json.loads(row)["images_per_s"] for row in rows[5:]]

@@ -55,14 +55,15 @@ train sampler sampler-1.safetensors --reducer reducer.safetensors --data latents
 train sampler sampler-2.safetensors --init sampler-1.safetensors --data latents --steps 8400
 train sampler sampler-3.safetensors --init sampler-2.safetensors --data latents-pairs --steps 10800
 train sampler sampler.safetensors --init sampler-3.safetensors --data latents-pairs --steps 13800 \
-    --set train_sampler.lr=7e-4 --set train_sampler.cooldown=0.4
+    --set train_sampler.lr=2.1e-3 --set train_sampler.cooldown=0.4
 
 # -----------------------------------------------------------------------------
 # The decoder, further and then in one step. It needs the reducer only: on a second machine it can run beside stage 2.
 
 train reducer decoder.safetensors --reducer reducer.safetensors --steps 1500
 train reducer one-step.safetensors --distill decoder.safetensors --steps 700 --batch-size 16 \
-    --set decoder.steps=8 --set decoder.losses.perceptual=0.1 --set train_reducer.lr=4e-4 --set train_reducer.ema=0.99
+    --set decoder.steps=8 --set decoder.losses.perceptual=0.1 --set train_reducer.ema=0.99 \
+    --set train_reducer.optimizer=adamw --set train_reducer.lr=4e-4
 
 # -----------------------------------------------------------------------------
 # Look at it, and measure it. benchmarks/make_bundle.py puts these files into the package.

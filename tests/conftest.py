@@ -83,6 +83,7 @@ def tiny_overrides(vlm_path: Path) -> list[str]:
         "reducer.channels=4",
         "data.workers=0",
         "sampling.steps=2",
+        "train_sampler.optimizer=adamw",  # which may be sharded
         *(
             f"{stage}.{setting}"
             for stage in stages

@@ -219,7 +219,7 @@ def test_a_changed_recipe_goes_on_when_told_and_the_change_is_kept(
     assert [row["step"] for row in rows] == list(range(6))
     assert rows[5]["lr"] == pytest.approx(learning_rate(5, new.train_reducer), abs=1e-6)
     (line,) = (tmp_path / "r.run" / "changes.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"step": 4, "changes": ["recipe.train_reducer.lr: 0.0008 -> 0.002"]}
+    assert json.loads(line) == {"step": 4, "changes": ["recipe.train_reducer.lr: 0.0024 -> 0.002"]}
     assert "going on at step 4 with a changed recipe" in capsys.readouterr().out
     train_reducer(changed(new, "train_reducer.steps=7"), scenes, out, CPU)  # now it is the run's own
     with pytest.raises(VugenError, match="the networks have changed .*decoder.channels"):
