@@ -112,6 +112,7 @@ def stages(device: torch.device, rehearse: bool) -> Found:
     finish("prepare", "--dataset", "openmoji", "--count", 64 if rehearse else 2000, "--out", "scenes")
     steps, batch = (8, 8) if rehearse else (400, 64)
     sizes = [w for key in TINY for w in ("--set", key)] if rehearse else []
+    brief = ["--set", "data.workers=0", "--set", "sampling.steps=1"] if rehearse else []
     for stage, before in (("reducer", "--data scenes"), ("sampler", "--reducer reducer.safetensors")):
         command = [
             f"train-{stage}",
@@ -122,7 +123,7 @@ def stages(device: torch.device, rehearse: bool) -> Found:
             str(device),
         ]
         command += ["--steps", str(steps), "--batch-size", str(batch), *(sizes if stage == "reducer" else [])]
-        command += ["--set", f"train_{stage}.checkpoint_every={steps // 4}"]
+        command += ["--set", f"train_{stage}.checkpoint_every={steps // 4}", *brief]
         run, job = Path(f"{stage}.run"), vugen(*command)
         while job.poll() is None and not list(run.glob("state-*.safetensors")):
             time.sleep(0.02)
@@ -141,7 +142,7 @@ def stages(device: torch.device, rehearse: bool) -> Found:
             f"{rows[-1]['loss']:.3f}, {rows[-1]['memory_gb']:.2f} GB",
         )
         yield f"{stage}: a step that saves", saving(rows, steps // 4)
-    yield from losses(device, sizes)
+    yield from losses(device)
 
 
 def saving(rows: list[dict[str, float]], every: int) -> str:
@@ -151,7 +152,7 @@ def saving(rows: list[dict[str, float]], every: int) -> str:
     return f"{median(beside) / median(seconds.values()):.2f} times one that does not"
 
 
-def losses(device: torch.device, sizes: list[str]) -> Found:
+def losses(device: torch.device) -> Found:
     """The first losses of stage 2 on the device beside the CPU's."""
     found = {}
     for name, where, precision in (
@@ -160,7 +161,7 @@ def losses(device: torch.device, sizes: list[str]) -> Found:
         finish(
             "train-sampler", "--reducer", "reducer.safetensors", "--out", f"{name}.safetensors", "--steps", 6,
             "--batch-size", 8, "--device", where, "--set", f"train_sampler.precision={precision}",
-            "--set", "engine.compile=false", "--set", "data.workers=0",
+            "--set", "engine.compile=false", "--set", "data.workers=0", "--set", "sampling.steps=1",
         )  # fmt: skip
         found[name] = [row["loss"] for row in metrics(Path(f"{name}.run"))]
     for name in ("float32", "bfloat16"):
@@ -217,7 +218,15 @@ def expert(device: torch.device, rehearse: bool) -> Found:
     del model
     brief = ["steps=2", "batch_size=8", "preview_every=1000", "checkpoint_every=1000", "warmup=1"]
     stage = [f"train_{s}.{key}" for s in ("reducer", "sampler") for key in brief]
-    common = ["vlm=vlm", "vlm_dtype=bfloat16", f"instruction={FILLER}{{prompt}}", "prompt_tokens=512", *TINY]
+    workers = ["data.workers=0"] if rehearse else []
+    common = [
+        *workers,
+        "vlm=vlm",
+        "vlm_dtype=bfloat16",
+        f"instruction={FILLER}{{prompt}}",
+        "prompt_tokens=512",
+        *TINY,
+    ]
     reducer = train_reducer(recipe([*common, *stage]), "large", Path("r.safetensors"), device)
     write_latents(reducer, Path("large"), Path("latents"), device, flip=False)
     for batch in (8,) if rehearse else (16, 32, 64, 128, 256):
