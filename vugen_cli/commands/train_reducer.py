@@ -17,6 +17,10 @@ from vugen_cli.commands.options import (
 )
 from vugen_cli.errors import VugenError
 
+ImagesOption = Annotated[
+    str | None,
+    typer.Option(help="Data set written by `vugen prepare`. [default: data/openmoji, or the checkpoint's]"),
+]
 ReducerOption = Annotated[
     Path | None, typer.Option(help="Keep this checkpoint's reducer as it is and train a decoder for it.")
 ]
@@ -27,12 +31,7 @@ DistillOption = Annotated[
 
 
 def train_reducer(
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Data set written by `vugen prepare`. [default: data/openmoji, or the checkpoint's]"
-        ),
-    ] = None,
+    data: ImagesOption = None,
     vlm: VlmOption = None,
     recipe: RecipeOption = None,
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")] = Path("reducer.safetensors"),

@@ -18,16 +18,17 @@ from vugen_cli.commands.options import (
 )
 from vugen_cli.errors import VugenError
 
+InitOption = Annotated[
+    Path | None, typer.Option(help="Instead: a sampler to train further, on other images for example.")
+]
+
 
 def train_sampler(
     reducer: Annotated[
         Path | None,
         typer.Option(help="Checkpoint of `vugen train-reducer`.", show_default="reducer.safetensors"),
     ] = None,
-    init: Annotated[
-        Path | None,
-        typer.Option(help="Instead: a sampler to train further, on other images for example."),
-    ] = None,
+    init: InitOption = None,
     data: Annotated[
         str | None, typer.Option(help="Data set. [default: the one the checkpoint was trained on]")
     ] = None,
