@@ -109,7 +109,8 @@ TINY = ["decoder.channels=[8,16]", "decoder.heads=2", "decoder.middle_layers=1",
 
 def stages(device: torch.device, rehearse: bool) -> Found:
     """Both stages on scenes: killed with -9 and taken up again, and losses beside the CPU's."""
-    finish("prepare", "--dataset", "openmoji", "--count", 64 if rehearse else 2000, "--out", "scenes")
+    alone = ["--workers", 1] if rehearse else []
+    finish("prepare", "--dataset", "openmoji", "--count", 64 if rehearse else 2000, "--out", "scenes", *alone)
     steps, batch = (8, 8) if rehearse else (400, 64)
     sizes = [w for key in TINY for w in ("--set", key)] if rehearse else []
     brief = ["--set", "data.workers=0", "--set", "sampling.steps=1"] if rehearse else []
@@ -204,8 +205,8 @@ def expert(device: torch.device, rehearse: bool) -> Found:
     from vugen_cli.vlm.frozen import load_model
 
     grid = 4 if rehearse else 16
-    finish("prepare", "--dataset", "openmoji", "--size", 8 * grid, "--count", 64 if rehearse else 2000,
-           "--out", "large")  # fmt: skip
+    finish("prepare", "--dataset", "openmoji", "--size", 8 * grid, "--count", 32 if rehearse else 2000,
+           "--out", "large", *(["--workers", 1] if rehearse else []))  # fmt: skip
     sizes = {"width": 64, "mlp": 128, "layers": 2, "heads": 2} if rehearse else {
         "width": 2048, "mlp": 8192, "layers": 16, "heads": 32
     }  # fmt: skip
