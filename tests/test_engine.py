@@ -131,6 +131,17 @@ def test_a_step_reads_from_its_device_once(tmp_path: Path) -> None:
     assert counts[1] - counts[0] == 10
 
 
+def test_captions_that_were_cut_are_counted_and_are_no_curve(tmp_path: Path) -> None:
+    def cut(first: int) -> Iterator[Batch]:
+        for number, batch in enumerate(batches(first)):
+            batch.cut = 3 if number == 0 else 0
+            yield batch
+
+    loop.train(stage(line()), cut, SETTINGS, Recipe(), tmp_path / "r.run", CPU)
+    assert [row.get("captions_cut") for row in rows(tmp_path / "r.run")] == [3, None, None, None]
+    assert (tmp_path / "r.run" / "curves.png").is_file()
+
+
 def test_the_read_is_of_the_step_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     inner = loop.agree

@@ -132,7 +132,7 @@ def train(
                 with stop.saving():
                     save_state(writer, stage, ema, optimizer, done)
             if is_first() and ("preview" in due or stopping):
-                plot_curves([run])
+                plot_curves(run)
             if stopping and done < settings.steps:
                 with stop.saving():
                     writer.wait()

@@ -37,9 +37,6 @@ GPUS = {
     "l4": (24, PEAKS["L4"]),
     "4090": (24, PEAKS["RTX 4090"]),
 }
-# torchtitan reports 33% (eager) and 39% (compiled) for an 8 B language model on 8 H100, lmms-engine 30 to 40%
-# for VLMs. None is published for a model like this, and vugen's own has not been measured on a GPU.
-MFU = 0.35
 RESERVED = 3e9  # bytes of a GPU for CUDA's context, NCCL, cuBLAS and fragmentation; assumed
 LAUNCH = 5e-6  # seconds to start a kernel
 LINK = 50e9  # bytes/s of a GPU to other nodes: InfiniBand of 400 Gbit/s
