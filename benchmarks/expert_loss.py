@@ -16,6 +16,7 @@ The first two arms above have 4,980,760 parameters each.
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 
@@ -56,9 +57,9 @@ def main() -> None:
                 flush=True,
             )
     for arm, results in found.items():
-        losses, seconds = zip(*results, strict=True)
+        losses, times = zip(*results, strict=True)
         spread = f"{min(losses):.4f} to {max(losses):.4f}"
-        print(f"{arm}: {mean(losses):.4f} ({spread}), {1000 * median(seconds):.0f} ms")
+        print(f"{arm}: {mean(losses):.4f} ({spread}), {1000 * median(times):.0f} ms")
 
 
 def run(vlm: FrozenVLM, data: Path, arm: str, steps: int, seed: int) -> tuple[float, float, int]:
@@ -72,16 +73,17 @@ def run(vlm: FrozenVLM, data: Path, arm: str, steps: int, seed: int) -> tuple[fl
         {"steps": steps, "batch_size": BATCH, "warmup": steps // 4, **optimisation}
     )
     images, held_out = ShardedImages(data, latents=True), ShardedImages(data, "val", latents=True)
-    made = images.manifest["latents"]
+    made = images.manifest.latents
+    assert made  # opened as latents
     torch.manual_seed(seed)
-    latents = LatentsCard(channels=made["channels"], grid=made["grid"], width=0)
+    latents = LatentsCard(channels=made.channels, grid=made.grid, width=0)
     expert = new_expert(vlm, latents, recipe.expert).train()
     if isinstance(expert, GenerationExpert):
         expert.decoder.set_attn_implementation("eager")  # as `train_sampler` does on a CPU
     optimizer = make_optimizer(expert, settings)
     generator, autocast = torch.Generator(), torch.autocast("cpu", torch.bfloat16)
 
-    def loss_of(batch: torch.Tensor, prompts: list[list[int] | str], t: torch.Tensor) -> torch.Tensor:
+    def loss_of(batch: torch.Tensor, prompts: Sequence[list[int] | str], t: torch.Tensor) -> torch.Tensor:
         prefix = vlm.prefix(prompts, hidden=expert.reads)
         return flow_matching_loss(lambda x, t: expert(x, t, prefix), batch.float(), t, generator)
 

@@ -272,7 +272,7 @@ class said:
             lines.extend(self.report(profile))
             return lines
 
-        Profile.report = report  # type: ignore[method-assign]
+        Profile.report = report  # type: ignore[method-assign, assignment]
         return lines
 
     def __exit__(self, *_: object) -> None:

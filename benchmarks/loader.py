@@ -60,7 +60,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one used", file=sys.stderr)
     if options.one:
-        print(json.dumps(one_reader(options.folder, *options.one, options.samples)))
+        print(json.dumps(one_reader(options.folder, options.one[0], options.one[1], options.samples)))
     elif options.readers:
         readers(options.folder, options.samples)
         fetched()

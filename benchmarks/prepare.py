@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 
 from vugen_cli.data.imagenet import ImageNet
+from vugen_cli.data.sample import Sample
 from vugen_cli.data.writer import write_dataset
 
 
@@ -42,8 +43,14 @@ class First:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Sample:
         return self.source[int(self.chosen[index])]
+
+    def file(self, index: int) -> bytes:
+        """The stored file of one of them."""
+        stored = self[index].image
+        assert isinstance(stored, bytes)  # ImageNet's are files
+        return stored
 
 
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
@@ -58,7 +65,7 @@ def adm_crop(image: Image.Image, size: int) -> Image.Image:
 
 def decode_only(source: First, size: int, out: Path) -> None:
     for index in range(len(source)):
-        simplejpeg.decode_jpeg(source[index].image)
+        simplejpeg.decode_jpeg(source.file(index))
 
 
 def pillow_loop(source: First, size: int, out: Path) -> None:
@@ -66,7 +73,7 @@ def pillow_loop(source: First, size: int, out: Path) -> None:
 
     out.mkdir()
     for index in range(len(source)):
-        image = Image.open(io.BytesIO(source[index].image)).convert("RGB")
+        image = Image.open(io.BytesIO(source.file(index))).convert("RGB")
         adm_crop(image, size).save(out / f"{index}.jpg", quality=95)
 
 

@@ -126,7 +126,7 @@ def measure(row: Row, options: argparse.Namespace, device: torch.device) -> dict
     result: dict[str, Any] = {
         "name": row.name,
         **{key: getattr(found, key) for key in ("psnr", "ssim", "frechet")},
-        "channels": load_autoencoder(reducer, device)[2]["latents"]["channels"],
+        "channels": load_autoencoder(reducer, device)[2].latents.channels,
         "decode_per_s": decoding_speed(reducer, device),
         "effective_rank": json.loads(reducer.with_suffix(".latents.json").read_text())["effective_rank"],
         "sampler": {},
@@ -163,7 +163,7 @@ def sampler_scores(
     extractor = vlm_extractor(load_vlm(options.vlm, device), device)
     references = options.data, base / "rec" / "decoded"
     reports = [score_sets(folder, reference, extractor, count=options.images) for reference in references]
-    return [report.scores[0].value for report in reports]
+    return [value for report in reports if (value := report.scores[0].value) is not None]
 
 
 def decoding_speed(checkpoint: Path, device: torch.device, steps: int | None = None) -> float:

@@ -14,11 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
-from vugen_cli.engine import loop
+from vugen_cli.card import StateCard
+from vugen_cli.engine import loop, state
 from vugen_cli.recipe import load_recipe
 from vugen_cli.stages.train_reducer import train_reducer
 from vugen_cli.stages.train_sampler import train_sampler
@@ -49,7 +49,7 @@ def main() -> None:
     saving: list[float] = []
     last = [0.0, False]  # when the step before ended, and whether a state was being written since then
 
-    class Watched(loop.StateWriter):
+    class Watched(state.StateWriter):
         """The writer, which also sees every step: the loop asks it for errors once in each."""
 
         handing = False
@@ -63,7 +63,7 @@ def main() -> None:
                 (saving if last[1] or busy else free).append(now - last[0])
             last[:] = now, busy
 
-        def write(self, tensors: dict[str, torch.Tensor], card: dict[str, Any]) -> None:
+        def write(self, tensors: dict[str, torch.Tensor], card: StateCard) -> None:
             self.handing = True
             super().write(tensors, card)
             self.handing = False
@@ -73,7 +73,7 @@ def main() -> None:
         reducer = options.reducer or train_reducer(
             recipe, options.data, Path(folder) / "r.safetensors", device
         )
-        loop.StateWriter = Watched  # type: ignore[misc]
+        loop.StateWriter = Watched  # type: ignore[attr-defined]
         train_sampler(recipe, reducer, options.data, Path(folder) / "s.safetensors", device)
         size = max(path.stat().st_size for path in Path(folder).glob("s.run/state-*")) / 1e6
     slow, fast = median(saving[1:]), median(free[5:])

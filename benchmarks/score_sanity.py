@@ -86,7 +86,9 @@ def check(images: list[Image.Image], extractor: Extractor) -> bool:
         def distance(folder: Path) -> float:
             cache = Path(scratch) / "cache"
             report = score_sets(folder, clean, extractor, ("fid",), cache=cache, progress=False)
-            return float(report.scores[0].value)
+            value = report.scores[0].value
+            assert value is not None  # enough pictures for a distance
+            return value
 
         itself = distance(clean)
         scale = 0.0
@@ -116,7 +118,9 @@ def main() -> None:
         pictures = [Image.fromarray(image.transpose(1, 2, 0)) for image in pixels]
     else:
         scenes = OpenMojiScenes(arguments.count, "val", 64)
-        pictures = [scenes[i].image.convert("RGB") for i in range(arguments.count)]
+        pictures = [
+            image for i in range(arguments.count) if isinstance(image := scenes[i].image, Image.Image)
+        ]
     print(f"{len(pictures)} images, {extractor.label}")
     sys.exit(0 if check(pictures, extractor) else 1)
 
