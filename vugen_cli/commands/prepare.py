@@ -120,7 +120,7 @@ def prepare(
     if dataset is None and (source or count or strict or size):
         raise VugenError("--source, --size, --count and --strict go with --dataset, not with --latents")
     if latents is not None:
-        return prepare_latents(latents, data, out, vlm, device, flip)
+        return prepare_latents(latents, data, out, vlm, device, flip, workers)
     assert dataset is not None
     out = out or Path("data") / dataset.value
     size = size or (64 if dataset is Dataset.openmoji else 256)
@@ -168,11 +168,13 @@ def prepare_latents(
     vlm: str | None,
     device: str | None,
     flip: bool | None,
+    workers: int | None,
 ) -> None:
     """Write the latent cache of a data set."""
     from vugen_cli.checkpoint import read_card
+    from vugen_cli.data.shards import cores
     from vugen_cli.engine.device import pick_device
-    from vugen_cli.processes import meet
+    from vugen_cli.processes import local_world_size, meet
     from vugen_cli.stages.latent_cache import write_latents
 
     meet()
@@ -185,8 +187,9 @@ def prepare_latents(
         refuse_address(known.path)
         data = Path(known.path)
     out = out or data.with_name(f"{data.name}-latents")
+    workers = workers or max(1, cores() // local_world_size())
     try:
-        manifest = write_latents(checkpoint, data, out, pick_device(device), vlm, flip)
+        manifest = write_latents(checkpoint, data, out, pick_device(device), vlm, flip, workers)
     except KeyboardInterrupt:
         typer.echo(f"Interrupted. Finished shards are kept in {out}; the same command goes on.", err=True)
         raise typer.Exit(130) from None

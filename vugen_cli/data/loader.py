@@ -5,6 +5,7 @@ samples b*B to b*B+B-1, so a run resumes to the sample by starting at another b,
 change what is seen: worker w of W makes batches w, w+W, ... and the loader takes them in turn.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -13,10 +14,10 @@ import os
 import random
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -36,6 +37,8 @@ from vugen_cli.data.sample import Meta
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.processes import rank, world_size
 from vugen_cli.recipe import Recipe
+
+T = TypeVar("T")
 
 MOST_OPEN = 256  # shards a reader keeps open: of the 1024 files that a process may have as a rule
 READ_TRIES = 3  # of a shard that the system will not read: a network file system may be back in a second
@@ -297,6 +300,10 @@ def decode_latents(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(data, np.float16, offset=file.tell()).reshape(shape)
 
 
+# Rows of a shard, their pixels (uint8 [rows, 3, S, S]) and what is said of them.
+Chunk: TypeAlias = tuple[list[int], Tensor, list[Meta]]
+
+
 class TrainingStream(IterableDataset[Batch]):
     """An endless stream of batches from batch number `start`: a webdataset pipeline in the planned order.
 
@@ -462,21 +469,23 @@ def training_batches(
     return batches_from
 
 
-class _Told(IterableDataset[Any]):
+class _Told(IterableDataset[Any], Generic[T]):
     """A stream in a worker, whose error for the user comes as a value: raised, it would be rewrapped."""
 
-    def __init__(self, stream: TrainingStream):
+    def __init__(self, stream: Iterable[T]):
         self.stream = stream
 
-    def __iter__(self) -> Iterator[Batch | VugenError]:
+    def __iter__(self) -> Iterator[T | VugenError]:
         try:
             yield from self.stream
         except VugenError as error:
             yield error
 
 
-def batches(stream: TrainingStream, workers: int) -> Iterator[Batch]:
+def batches(stream: Iterable[T], workers: int) -> Iterator[T]:
     """Iterate over a stream, decoding in `workers` processes (0: in this one).
+
+    In each of them the stream gives every `workers`-th batch; see `TrainingStream` and `StoredChunks`.
 
     Raises:
         VugenError: as it was raised in a worker; a worker died.
@@ -494,7 +503,7 @@ def batches(stream: TrainingStream, workers: int) -> Iterator[Batch]:
     return _raised(iter(loader))  # the workers start now, not when the first batch is asked for
 
 
-def _raised(found: Iterator[Batch | VugenError]) -> Iterator[Batch]:
+def _raised(found: Iterator[T | VugenError]) -> Iterator[T]:
     try:
         for batch in found:
             if isinstance(batch, VugenError):
@@ -506,6 +515,33 @@ def _raised(found: Iterator[Batch | VugenError]) -> Iterator[Batch]:
         raise VugenError(
             "a decoding process died, most likely for want of memory: run again with fewer data.workers"
         ) from error
+
+
+class StoredChunks(IterableDataset[Chunk]):
+    """Stored shards in stored order, some samples at a time; a damaged one is left out of its chunk.
+
+    Args:
+        shards: data sets and the numbers of their shards.
+        size: samples of a chunk; a shard's last may have fewer.
+    """
+
+    def __init__(self, shards: list[tuple[ShardedImages, int]], size: int):
+        self.chunks = [
+            (images, shard, range(first, min(first + size, int(images.counts[shard]))))
+            for images, shard in shards
+            for first in range(0, int(images.counts[shard]), size)
+        ]
+
+    def __iter__(self) -> Iterator[Chunk]:
+        worker = get_worker_info()
+        for images, shard, rows in self.chunks[worker.id :: worker.num_workers] if worker else self.chunks:
+            read = {}
+            for row in rows:
+                with contextlib.suppress(Damaged):
+                    read[row] = images.read(shard, row)
+            pixels = [torch.from_numpy(adm_crop(found, images.size)) for found, _ in read.values()]
+            shown = torch.stack(pixels).permute(0, 3, 1, 2) if pixels else torch.empty(0)
+            yield list(read), shown, [meta for _, meta in read.values()]
 
 
 def stored_images(

@@ -9,7 +9,9 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,8 @@ import torch
 
 from vugen_cli.card import Card
 from vugen_cli.checkpoint import fingerprint
-from vugen_cli.data.images import adm_crop
 from vugen_cli.data.index import index_path, list_members, write_index
-from vugen_cli.data.loader import Damaged, ShardedImages
+from vugen_cli.data.loader import Chunk, ShardedImages, StoredChunks, batches
 from vugen_cli.data.manifest import FORMAT, Manifest, dataset_card, write_manifest
 from vugen_cli.data.writer import add_member, finished_shard, held
 from vugen_cli.engine.precision import passes, wants_bfloat16
@@ -81,6 +82,7 @@ def write_latents(
     device: torch.device,
     vlm: str | None = None,
     flip: bool | None = None,
+    workers: int = 0,
 ) -> Manifest:
     """Write the latent cache of every split of a data set and return its manifest.
 
@@ -93,6 +95,8 @@ def write_latents(
         device: where to encode.
         vlm: where the VLM is now, if not where the card says.
         flip: keep z̃ of the mirrored images too; default as the checkpoint's recipe has `data.flip`.
+
+        workers: processes that read and decode the images while these are encoded; 0: this one does.
 
     Raises:
         VugenError: a bad checkpoint, VLM or data set; `out` holds something else or cannot be written.
@@ -121,11 +125,16 @@ def write_latents(
         if is_first():
             _claim(out, plan)
         barrier("latents planned")
-        for images, shard in shards[rank() :: world_size()]:
-            note = notes / f"{images.names[shard]}.json"
-            if finished_shard(out, note) is None:
-                with passes(precision, device, training=True)():
-                    write_json(note, _write_shard(out, images, shard, autoencoder, frozen, flip))
+        encode = partial(_encode, autoencoder, frozen, flip)
+        notes_of = {(images, shard): notes / f"{images.names[shard]}.json" for images, shard in shards}
+        missing = [
+            which for which in shards[rank() :: world_size()] if not finished_shard(out, notes_of[which])
+        ]
+        chunks = batches(StoredChunks(missing, ENCODE_BATCH), workers)
+        for images, shard in missing:
+            with passes(precision, device, training=True)():
+                entry = _write_shard(out, images, shard, chunks, encode, frozen.prompts.caption_tokens)
+            write_json(notes_of[images, shard], entry)
         barrier("latents written")
         entries: dict[str, Any] = {}
         for name, images in splits.items():
@@ -161,34 +170,30 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _write_shard(
-    out: Path, images: ShardedImages, shard: int, autoencoder: Autoencoder, vlm: FrozenVLM, flip: bool
+    out: Path,
+    images: ShardedImages,
+    shard: int,
+    chunks: Iterator[Chunk],
+    encode: Callable[[torch.Tensor], np.ndarray],
+    tokenize: Callable[[str], tuple[list[int], bool]],
 ) -> dict[str, Any]:
+    """Write a shard of latents from its next chunks; its entry in the manifest."""
     name, count = images.names[shard], int(images.counts[shard])
     with whole_file(out / name) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for first in range(0, count, ENCODE_BATCH):
-                rows = range(first, min(first + ENCODE_BATCH, count))
-                samples = {}
-                for row in rows:
-                    try:
-                        pixels, meta = images.read(shard, row)
-                        samples[row] = adm_crop(pixels, images.size), meta
-                    except Damaged:
-                        pass  # no latents: the loader puts another sample there, as it does for the image
-                latents = {}
-                if samples:
-                    stack = np.stack([pixels for pixels, _ in samples.values()])
-                    z = _encode(autoencoder, vlm, torch.from_numpy(stack).permute(0, 3, 1, 2), flip)
-                    latents = dict(zip(samples, z, strict=True))
-                for row in rows:
-                    if row not in samples:
+                rows, pixels, metas = next(chunks)
+                latents = encode(pixels) if rows else np.empty(0)
+                samples = dict(zip(rows, zip(latents, metas, strict=True), strict=True))
+                for row in range(first, min(first + ENCODE_BATCH, count)):
+                    if row not in samples:  # the loader puts another sample there, as it does for the image
                         add_member(tar, f"{row:09d}.json", b'{"damaged": true}')
                         continue
-                    meta = samples[row][1]
+                    latent, meta = samples[row]
                     captions = meta.pop("captions")
-                    meta["tokens"] = [vlm.prompts.caption_tokens(text)[0] for text in captions]
+                    meta["tokens"] = [tokenize(text)[0] for text in captions]
                     stored = io.BytesIO()
-                    np.save(stored, latents[row], allow_pickle=False)
+                    np.save(stored, latent, allow_pickle=False)
                     add_member(tar, f"{row:09d}.npy", stored.getvalue())
                     add_member(tar, f"{row:09d}.txt", ("\n".join(captions) + "\n").encode())
                     add_member(tar, f"{row:09d}.json", json.dumps(meta, ensure_ascii=False).encode())
@@ -200,7 +205,7 @@ def _write_shard(
     return {"name": name, "samples": count, "bytes": length, "sha256": digest}
 
 
-def _encode(autoencoder: Autoencoder, vlm: FrozenVLM, images: torch.Tensor, flip: bool) -> np.ndarray:
+def _encode(autoencoder: Autoencoder, vlm: FrozenVLM, flip: bool, images: torch.Tensor) -> np.ndarray:
     """float16 [B, 1 or 2, h, w, c]: z̃ of the images, then of the mirrored ones.
 
     Raises:
