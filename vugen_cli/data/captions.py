@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vugen_cli.data.folder import image_paths, split_folder
-from vugen_cli.data.sample import Sample, hash_of
+from vugen_cli.data.listing import Listing, by_first
+from vugen_cli.data.sample import Sample
 from vugen_cli.errors import VugenError
 
 PATH_COLUMNS = ("path", "file", "image", "filename", "file_name", "filepath", "image_path")
@@ -39,44 +40,46 @@ class CaptionedImages:
     def __init__(self, path: str | Path, split: str = "train"):
         path = Path(path)
         self.origin = str(path)
-        self.captions: list[list[str] | None]  # None: in the .txt beside the image
         if path.is_file() and path.suffix.lower() in _TABLES:
             self._read_table(path)
         else:
             folder = split_folder(path, split)
-            beside = [name for name in image_paths(folder) if (folder / name).with_suffix(".txt").exists()]
+            found = (name for name in image_paths(folder) if (folder / name).with_suffix(".txt").exists())
+            beside = Listing([name, None] for name in found)
             tables = sorted(file for file in folder.iterdir() if file.suffix.lower() in _TABLES)
-            if beside:
-                self.folder, self.paths, self.captions = folder, beside, [None] * len(beside)
+            if len(beside):
+                self.folder, self.rows = folder, beside
             elif len(tables) == 1:
                 self._read_table(tables[0])
             else:
-                found = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
+                names = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
                 raise VugenError(
                     f"{folder} has no images with a .txt beside them and not exactly one .csv, .tsv or "
-                    f".jsonl table; found {found}: add captions, or point --source at the table"
+                    f".jsonl table; found {names}: add captions, or point --source at the table"
                 )
-        self.fingerprint = hash_of([self.paths, self.captions])
+        self.fingerprint = self.rows.fingerprint
+        self.order, self.bounds = by_first(path for path, _ in self.rows)
 
     def _read_table(self, table: Path) -> None:
-        captions: dict[str, list[str]] = {}
-        for line, path, found in _rows(table):
-            captions.setdefault(_inside(table, line, path), []).extend(found)
-        if not captions:
+        self.folder = table.parent
+        self.rows = Listing([_inside(table, line, path), found] for line, path, found in _rows(table))
+        if not len(self.rows):
             raise VugenError(
                 f"{table} has no lines below its header: expected an image path and a caption on each"
             )
-        self.folder, self.paths, self.captions = table.parent, list(captions), list(captions.values())
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.bounds) - 1
 
     def __getitem__(self, index: int) -> Sample:
-        file = self.folder / self.paths[index]
-        captions = self.captions[index]
-        if captions is None:
+        rows = [self.rows[int(row)] for row in self.order[self.bounds[index] : self.bounds[index + 1]]]
+        path = rows[0][0]
+        file = self.folder / path
+        if rows[0][1] is None:  # in the .txt beside the image
             captions = file.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        return Sample(key=self.paths[index], image=file.read_bytes(), captions=captions)
+        else:
+            captions = [caption for _, found in rows for caption in found]
+        return Sample(key=path, image=file.read_bytes(), captions=captions)
 
 
 def _rows(table: Path) -> Iterator[tuple[int, str, list[str]]]:

@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vugen_cli.data.sample import Sample, hash_of
+from vugen_cli.data.listing import Listing
+from vugen_cli.data.sample import Sample
 from vugen_cli.errors import VugenError
 
 IMAGE_SUFFIXES = frozenset(
@@ -82,19 +83,18 @@ def check_folder(path: Path) -> None:
     raise VugenError(f"{path} is a file where a folder is expected: point --source at the folder")
 
 
-def image_paths(folder: Path) -> Iterator[str]:
-    """The images below a folder as sorted relative paths with forward slashes, hidden ones left out."""
-    found = []
-    for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = os.path.relpath(where, folder)
-        prefix = "" if relative == "." else relative.replace(os.sep, "/") + "/"
-        found += [
-            prefix + name
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        ]
-    return iter(sorted(found))
+def image_paths(folder: Path, below: str = "") -> Iterator[str]:
+    """The images below a folder as sorted relative paths with forward slashes, hidden ones left out.
+
+    A folder's names are sorted as the paths are that go on from them, so that only they are held at a time.
+    """
+    with os.scandir(folder / below) as entries:
+        names = [e.name + "/" * e.is_dir() for e in entries if not e.name.startswith(".")]
+    for name in sorted(names):
+        if name.endswith("/"):
+            yield from image_paths(folder, below + name)
+        elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            yield below + name
 
 
 class ImageFolder:
@@ -118,29 +118,28 @@ class ImageFolder:
     def __init__(self, path: str | Path, split: str = "train"):
         self.folder = split_folder(Path(path), split)
         self.origin = str(path)
-        self.paths = list(image_paths(self.folder))
-        if not self.paths:
+        self.paths = Listing(image_paths(self.folder))
+        if not len(self.paths):
             found = sorted(entry.name for entry in self.folder.iterdir())[:5]
             raise VugenError(
                 f"{self.folder} holds no images; found {', '.join(found) or 'nothing'}: point --source at "
                 f"a folder of class folders or of images"
             )
-        flat = [path for path in self.paths if "/" not in path]
-        if flat and len(flat) < len(self.paths):
+        flat = next((path for path in self.paths if "/" not in path), None)
+        folders = {path.partition("/")[0] for path in self.paths if "/" in path}
+        if flat and folders:
             raise VugenError(
-                f"{self.folder} has images both in class folders and beside them ({flat[0]}): move those "
+                f"{self.folder} has images both in class folders and beside them ({flat}): move those "
                 f"into a class folder or out"
             )
-        self.classes = (
-            [] if flat else sorted({path.partition("/")[0].replace("_", " ") for path in self.paths})
-        )
+        self.classes = sorted({name.replace("_", " ") for name in folders})
         self.labels = {name: label for label, name in enumerate(self.classes)}
-        if flat and not any(_words(path) for path in flat):
+        if flat and not any(map(_words, self.paths)):
             raise VugenError(
-                f"file names such as {flat[0]} in {self.folder} say nothing: use class folders, or "
+                f"file names such as {flat} in {self.folder} say nothing: use class folders, or "
                 f"--dataset captions with a .txt beside each image"
             )
-        self.fingerprint = hash_of(self.paths)
+        self.fingerprint = self.paths.fingerprint
 
     def __len__(self) -> int:
         return len(self.paths)
