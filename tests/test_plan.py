@@ -221,6 +221,20 @@ def test_what_is_too_large_is_said_with_a_mend(recipe: Recipe, monkeypatch: pyte
         assert any(said in problem and "train-reducer" in problem for problem in problems), problems
 
 
+def test_a_mesh_says_how_many_share_weights_and_muon_takes_no_shares(vlm_path: Path) -> None:
+    settings = [*tiny_overrides(vlm_path), "engine.strategy=fsdp", "train_sampler.optimizer=muon"]
+    sixteen = Machine("h100", 16, 2, 0.35)
+
+    plan = make_plan(load_recipe(None, [*settings, "engine.mesh=[4,4]"]), sixteen)
+    memory = next(stage for stage in plan.stages if stage.name == "train-sampler").memory
+    assert memory["hsdp"].weights == 4 * memory["fsdp"].weights
+    assert any("train_sampler.optimizer=muon orthogonalises" in problem for problem in plan.problems)
+    assert not any("mesh" in problem for problem in plan.problems)
+    alone = make_plan(load_recipe(None, [*settings, "engine.mesh=[3,4]"]), H100).problems
+    assert any("is for 12 GPUs, not 1" in problem and "[1,1]" in problem for problem in alone)
+    assert not any("muon" in problem for problem in alone), "one GPU shares nothing"
+
+
 def test_an_image_size_that_the_decoder_cannot_take_is_a_problem(vlm_path: Path) -> None:
     plan = make_plan(load_recipe(None, [*tiny_overrides(vlm_path), "decoder.image_size=100"]), H100)
     assert plan.problems[0] == ("images of 100 px: the decoder needs a multiple of 8; planned at 96 px")

@@ -65,9 +65,10 @@ class Machine:
         """FLOP/s of a GPU in training."""
         return GPUS[self.gpu][1] * self.mfu
 
-    def shards(self, strategy: str) -> int:
-        """GPUs that share one copy of what is sharded."""
-        return {"ddp": 1, "fsdp": self.gpus, "hsdp": self.gpus // self.nodes}[strategy]
+    def shards(self, strategy: str, mesh: tuple[int, int] | None = None) -> int:
+        """GPUs that share one copy of what is sharded; hsdp within a node, or as `engine.mesh` says."""
+        within = mesh[1] if mesh else self.gpus // self.nodes
+        return {"ddp": 1, "fsdp": self.gpus, "hsdp": within}[strategy]
 
 
 @dataclass
@@ -214,6 +215,11 @@ def make_plan(recipe: Recipe, machine: Machine, images: int | None = None) -> Pl
     if not recipe.decoder.image_size:
         notes.append(f"decoder.image_size is not set: images are taken to have {side} px")
     notes += [note for work in works for note in slow(work, recipe, machine)]
+    if recipe.engine.mesh and (meant := math.prod(recipe.engine.mesh)) != machine.gpus:
+        problems.append(
+            f"engine.mesh={list(recipe.engine.mesh)} is for {meant} GPUs, not {machine.gpus}: "
+            f"replicas x shards must be all of them, as in [{machine.nodes},{machine.gpus // machine.nodes}]"
+        )
     problems += [problem for work in works for problem in stage_problems(work, recipe, machine)]
     return Plan(
         recipe.name,
@@ -294,7 +300,7 @@ def micro_batch(work: Work, recipe: Recipe, machine: Machine) -> int:
 
 def memory(work: Work, recipe: Recipe, machine: Machine, strategy: str, images: int) -> Memory:
     """Bytes of a GPU while a stage trains on some images at a time."""
-    shards = machine.shards(strategy)
+    shards = machine.shards(strategy, recipe.engine.mesh)
     own = shards if work.layers else 1
     bfloat16 = in_bfloat16(work.settings)
     trained = trainable(work.module)
@@ -419,19 +425,23 @@ def stage_problems(work: Work, recipe: Recipe, machine: Machine) -> list[str]:
             + f": take a multiple of {machine.gpus * engine.accumulate}"
         )
     images = micro_batch(work, recipe, machine)
-    needed = memory(work, recipe, machine, engine.strategy, images)
+    if settings.optimizer == "muon" and engine.strategy == "fsdp" and work.layers and machine.gpus > 1:
+        problems.append(
+            f"{key}.optimizer=muon orthogonalises whole matrices, and engine.strategy=fsdp shares them out: "
+            f"set {key}.optimizer=adamw, or engine.strategy=ddp"
+        )
+    strategy = "hsdp" if engine.mesh else engine.strategy
+    needed = memory(work, recipe, machine, strategy, images)
     if needed.largest < images:
-        held = f"{work.name}: {images} images a GPU need {needed.total / 1e9:.0f} GB under {engine.strategy}"
+        held = f"{work.name}: {images} images a GPU need {needed.total / 1e9:.0f} GB under {strategy}"
         if needed.largest:
             parts = math.ceil(settings.batch_size / machine.gpus / needed.largest)
             problems.append(f"{held}, and {needed.largest} fit: set engine.accumulate={parts}")
         else:
-            fits = [s for s in STRATEGIES if memory(work, recipe, machine, s, 1).largest]
-            ways = (
-                f"engine.strategy={fits[0]} would do"
-                if fits
-                else "no strategy does: a larger GPU, or more of them"
-            )
+            fits = [s for s in ("ddp", "fsdp") if memory(work, recipe, machine, s, 1).largest]
+            ways = "no strategy does: a larger GPU, or more of them"
+            if fits:
+                ways = f"engine.strategy={fits[0]}{' and engine.mesh=null' * bool(engine.mesh)} would do"
             problems.append(f"{held}, and not even one fits: {ways}")
     return problems
 
@@ -448,10 +458,12 @@ def slow(work: Work, recipe: Recipe, machine: Machine) -> list[str]:
             "batches on fewer GPUs"
         )
     travels = 3 * 2 * sum(count(layer.parameters()) for layer in work.layers) / LINK
-    if engine.strategy == "fsdp" and machine.nodes > 1 and travels > computes:
+    shards = machine.shards("hsdp" if engine.mesh else engine.strategy, engine.mesh)
+    if shards * machine.nodes > machine.gpus and travels > computes:  # weights go from node to node
         notes.append(
             f"{work.name}: fsdp over {machine.nodes} nodes moves weights for {1000 * travels:.0f} ms in each "
-            f"pass over a micro-batch that takes {1000 * computes:.0f} ms: hsdp or larger batches wait less"
+            f"pass over a micro-batch that takes {1000 * computes:.0f} ms: engine.mesh="
+            f"[{machine.nodes},{machine.gpus // machine.nodes}] or larger batches wait less"
         )
     if not in_bfloat16(settings):
         notes.append(f"{work.name}: precision is {settings.precision}, and times are those of bfloat16")
