@@ -79,7 +79,7 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
     mixture = [f"data.mixture=[{{path: {scenes}, weight: 2}}, {{path: drawn}}]"]
     tar, other = str(scenes / "train-000000.tar"), str(scenes / "train-000001.tar")
     bundled = str(bundle("sampler.safetensors"))
-    further = ["train-sampler", "--init", bundled, *brief, "--set", fsdp]
+    further = ["train-sampler", "--init", bundled, *brief, "--set", fsdp, "--set", "sampling.steps=1"]
     return [
         ["prepare", "--dataset", "openmoji", "--count", "12", "--shard-size", "5", "--out", "drawn"],
         ["train-vlm", *small, "--out", "vlm", *sets(vlm_path, *sizes)],
