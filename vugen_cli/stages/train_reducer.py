@@ -19,7 +19,7 @@ from vugen_cli.engine.state import differences
 from vugen_cli.errors import VugenError
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.pictures import save_grid
-from vugen_cli.processes import is_first
+from vugen_cli.processes import is_first, world_size
 from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.sampling.trained import decode_images, load_autoencoder, load_vae, save_autoencoder
 from vugen_cli.stages.latent_report import describe_latents, save_latent_report
@@ -57,48 +57,28 @@ def train_reducer(
     """
     images = open_dataset(data, recipe)
     size = recipe.decoder.image_size or images.size
-    vlm = load_vlm(recipe.vlm, "cpu" if shards_vlm(recipe.engine) else device, recipe)
-    if shards_vlm(recipe.engine):
-        shard_frozen(vlm.model, recipe.engine, device)
-        vlm.device = device
-    # Stage 2 needs it: a VLM that has none must not cost hours first.
-    vlm.prefix([""], hidden=[0] if recipe.expert.kind == "dit" else None)
-    vae = load_vae(recipe.decoder.vae, device) if recipe.decoder.vae else None
+    vlm = frozen_vlm(recipe, device)
     shown = held_out_images(images, size)
-    if recipe.reducer.kind == "vae" and vae:
-        d, height, width = vae.encode(shown[:1].to(device)).shape[1:]
-    else:
-        check_grid(vlm, size)
-        height, width, d = vlm.encode(shown[:1]).shape[1:]
-    torch.manual_seed(recipe.seed)
-    module = Autoencoder(recipe, d, vae).to(device)
-    module.reducer.statistics = batch_statistics
-    if reducer:
-        keep_reducer(module, reducer, vlm)
-    if size % module.decoder.multiple:
-        raise VugenError(
-            f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}"
-        )
+    module, latents = new_autoencoder(recipe, vlm, shown, device, reducer)
     settings = recipe.train_reducer
     if wants_compile(recipe.engine, device, settings.steps, on_cpu=False):
         compile_forward([module.decoder], must=recipe.engine.compile is True)
     pictures = picture_losses(recipe.decoder.losses, vlm, size, device)
     if recipe.decoder.losses.repa:
-        module.alignment = Alignment(recipe.decoder.channels[-1], d).to(device)
+        module.alignment = Alignment(recipe.decoder.channels[-1], latents.width).to(device)
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         z = module.z(vlm, batch.images)
         mark("frozen VLM")
         return reducer_loss(module, z, batch.images, recipe, generator, pictures)
 
-    grid = height // recipe.reducer.merge, width // recipe.reducer.merge
     card = Card(
         stage="reducer",
         step=settings.steps,
         recipe=recipe.model_dump(mode="json"),
         vlm=vlm.card(),
         data=images.card(),
-        latents=LatentsCard(channels=module.reducer.channels, grid=grid, width=d),
+        latents=latents,
         image_size=size,
     )
     kept: dict[str, object] = {}
@@ -149,6 +129,56 @@ def train_reducer(
         save_latent_report(report, out)
         save_autoencoder(module, out, card)
     return out
+
+
+def frozen_vlm(recipe: Recipe, device: torch.device) -> FrozenVLM:
+    """The recipe's VLM, its weights shared out where the job does that.
+
+    Raises:
+        VugenError: it cannot be used, in stage 2 either: that must not cost hours first.
+    """
+    sharded = shards_vlm(recipe.engine)
+    vlm = load_vlm(recipe.vlm, "cpu" if sharded else device, recipe)
+    if sharded:
+        shard_frozen(vlm.model, recipe.engine, device)
+        vlm.device = device
+    vlm.prefix([""], hidden=[0] if recipe.expert.kind == "dit" else None)
+    return vlm
+
+
+def new_autoencoder(
+    recipe: Recipe, vlm: FrozenVLM, shown: Tensor, device: torch.device, reducer: Path | None
+) -> tuple[Autoencoder, LatentsCard]:
+    """Reducer and decoder for a VLM as the run begins, and the shape of their latents.
+
+    Args:
+        recipe: of the run.
+        vlm: whose z is reduced.
+        shown: some images, uint8 [B, 3, S, S].
+        device: where they train.
+        reducer: as of `train_reducer`.
+
+    Raises:
+        VugenError: a bad VAE, checkpoint or size; z is not a grid of places.
+    """
+    vae, size = load_vae(recipe.decoder.vae, device) if recipe.decoder.vae else None, shown.shape[-1]
+    if recipe.reducer.kind == "vae" and vae:
+        d, height, width = vae.encode(shown[:1].to(device)).shape[1:]
+    else:
+        check_grid(vlm, size)
+        height, width, d = vlm.encode(shown[:1]).shape[1:]
+    torch.manual_seed(recipe.seed)
+    module = Autoencoder(recipe, d, vae).to(device)
+    if world_size() > 1:
+        module.reducer.statistics = batch_statistics
+    if reducer:
+        keep_reducer(module, reducer, vlm)
+    if size % module.decoder.multiple:
+        raise VugenError(
+            f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}"
+        )
+    grid = height // recipe.reducer.merge, width // recipe.reducer.merge
+    return module, LatentsCard(channels=module.reducer.channels, grid=grid, width=d)
 
 
 def keep_reducer(module: Autoencoder, path: Path, vlm: FrozenVLM) -> None:
