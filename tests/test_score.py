@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from vugen_cli.checkpoint import save_checkpoint
 from vugen_cli.commands.score import app
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics import encoders, image_sets, inception, scores
+from vugen_cli.metrics import image_sets, inception, scores
 from vugen_cli.metrics.encoders import load_extractor, vlm_extractor
 from vugen_cli.metrics.features import Extractor
 from vugen_cli.metrics.frechet import load_statistics
@@ -80,7 +80,7 @@ def tiny(monkeypatch):
         asked.append((features, recorded_vlm, device.type))
         return tiny_extractor("vlm" if features == "vlm" else "inception")
 
-    monkeypatch.setattr(encoders, "load_extractor", load_extractor)
+    monkeypatch.setattr(scores, "load_extractor", load_extractor)
     return asked
 
 

@@ -8,7 +8,6 @@ import typer
 from vugen_cli.commands.options import (
     BatchOption,
     DeviceOption,
-    FeaturesOption,
     ImagesOption,
     OutOption,
 )
@@ -32,6 +31,15 @@ CountOption = Annotated[
 StatsOption = Annotated[
     Path | None, typer.Option(help="Also write the reference's statistics (.npz).", show_default=False)
 ]
+SeveralFeaturesOption = Annotated[
+    list[str],
+    typer.Option(
+        "--features",
+        help="What sees the images: inception[:FILE], vlm[:ID], clip:MODEL:PRETRAINED or dinov2:DIRECTORY. "
+        "Repeatable.",
+        show_default="inception",
+    ),
+]
 NoCacheOption = Annotated[
     bool, typer.Option("--no-cache", help="Neither read nor keep features in $VUGEN_CACHE.")
 ]
@@ -47,6 +55,7 @@ def score(
     context: typer.Context,
     fid: Annotated[bool, _asked("fid", "Fréchet distance; FID on Inception features.")] = False,
     kid: Annotated[bool, _asked("kid", "Kernel distance; KID on Inception features.")] = False,
+    cmmd: Annotated[bool, _asked("cmmd", "CMMD, on CLIP features.")] = False,
     inception_score: Annotated[bool, _asked("is", "Inception Score; needs no reference.")] = False,
     sfid: Annotated[bool, _asked("sfid", "FID on spatial Inception features.")] = False,
     pr: Annotated[bool, _asked("pr", "Precision and recall.")] = False,
@@ -56,7 +65,7 @@ def score(
     lpips: Annotated[bool, _asked("lpips", IN_PAIRS)] = False,
     images: ImagesOption = None,
     reference: ReferenceOption = None,
-    features: FeaturesOption = "inception",
+    features: SeveralFeaturesOption = ["inception"],  # noqa: B006 - typer reads it and nobody changes it
     count: CountOption = None,
     batch_size: BatchOption = None,
     save_stats: StatsOption = None,
@@ -75,21 +84,21 @@ def score(
       vugen score --fid --pr --features vlm
       vugen score --fid --kid --is --sfid --pr --dc --images drawn --reference data/imagenet
       vugen score --fid --images batch.npz --reference VIRTUAL_imagenet256_labeled.npz
-      vugen score --fid --features dinov2:dinov2-large --images drawn --reference photos
+      vugen score --fid --features inception --features dinov2:dinov2-large --images drawn --reference photos
+      vugen score --cmmd --features clip:ViT-L-14-336:openai --images drawn --reference photos
       vugen score --fid --psnr --ssim --images rec/decoded --reference rec/originals
     """
     if context.invoked_subcommand:
         return _refuse_options_before(context)
-    of_sets = {"fid": fid, "kid": kid, "is": inception_score, "sfid": sfid, "pr": pr, "dc": dc}
+    of_sets = {"fid": fid, "kid": kid, "cmmd": cmmd, "is": inception_score, "sfid": sfid, "pr": pr, "dc": dc}
     metrics, pair_metrics = _wanted(of_sets, {"psnr": psnr, "ssim": ssim, "lpips": lpips})
     from vugen_cli.engine.device import pick_device
-    from vugen_cli.metrics.encoders import load_extractor
     from vugen_cli.metrics.features import cache_folder
     from vugen_cli.metrics.image_sets import open_image_set
     from vugen_cli.metrics.pairs import score_pairs
     from vugen_cli.metrics.report import finish, joined
-    from vugen_cli.metrics.samples import pick_images, recorded_vlm
-    from vugen_cli.metrics.scores import compare_sets
+    from vugen_cli.metrics.samples import pick_images
+    from vugen_cli.metrics.scores import compare_over
 
     where = join(pick_device(device))
     ours = open_image_set(pick_images(images), count)
@@ -98,9 +107,8 @@ def score(
     if pair_metrics and theirs:  # first: sets that do not pair up show at once
         reports.append(score_pairs(ours, theirs, pair_metrics, device=where))
     if metrics or save_stats:
-        extractor = load_extractor(features, recorded_vlm(ours), where)
         cache = None if no_cache else cache_folder()
-        report = compare_sets(ours, theirs, extractor, metrics, batch_size, save_stats, cache)
+        report = compare_over(ours, theirs, features, metrics, where, batch_size, save_stats, cache)
         reports.insert(0, report)
     finish(joined(reports), out)
 

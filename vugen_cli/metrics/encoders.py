@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -155,8 +156,15 @@ def clip_extractor(model: str, device: torch.device | str = "cpu") -> Extractor:
     )
 
 
+DINOV2_SIZE = 224
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
 def dinov2_extractor(directory: Path, device: torch.device | str = "cpu") -> Extractor:
-    """The class token of a DINOv2 model after its last normalisation, as Stein et al. (2023) use it.
+    """The class token of a DINOv2 model after its last normalisation, as Stein et al. (2023) take it.
+
+    "Exposing flaws of generative model evaluation metrics"; their dgm-eval brings every image to 224 x 224,
+    whatever its shape, where the directory's own preprocessing would crop it.
 
     Args:
         directory: a Hugging Face directory of a DINOv2 model, with or without registers.
@@ -169,14 +177,13 @@ def dinov2_extractor(directory: Path, device: torch.device | str = "cpu") -> Ext
     if not (directory / "config.json").is_file():
         raise VugenError(f"{directory} has no config.json: give a Hugging Face directory of DINOv2.")
     repair_torchvision()
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    from transformers import AutoConfig, AutoModel
 
     source = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(directory, **source)
         if config.model_type not in ("dinov2", "dinov2_with_registers"):
             raise VugenError(f"{directory} holds a {config.model_type} model, not DINOv2.")
-        processor = AutoImageProcessor.from_pretrained(directory, **source)
         network, report = AutoModel.from_pretrained(
             directory, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **source
         )
@@ -186,19 +193,50 @@ def dinov2_extractor(directory: Path, device: torch.device | str = "cpu") -> Ext
         raise VugenError(f"{directory} could not be loaded: {first_line(error)}") from error
     if report["missing_keys"]:  # transformers would leave these at random
         raise VugenError(f"{directory} lacks weights, such as {sorted(report['missing_keys'])[0]}.")
+    identity = {"weights_fingerprint": fingerprint(network)}
     network.eval().requires_grad_(False).to(device)
+    if config.model_type == "dinov2":
+        _place_as_dinov2(network.embeddings, DINOV2_SIZE // config.patch_size)
 
     def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
-        pixels = processor(images=list(images.to(device)), return_tensors="pt")["pixel_values"].to(device)
+        pixels = dinov2_pixels(images).to(device)
         return {"features": network(pixel_values=pixels).last_hidden_state[:, 0]}
 
     return Extractor(
         name="dinov2",
         label=f"DINOv2 class token, {config.hidden_size}",
-        resize=_settings("the directory's own preprocessing", processor.to_dict()),
-        identity={"weights_fingerprint": fingerprint(network)},
+        resize=f"Pillow's bicubic to {DINOV2_SIZE} x {DINOV2_SIZE}, ImageNet's mean and deviation (dgm-eval)",
+        identity=identity,
         features=features,
     )
+
+
+def dinov2_pixels(images: torch.Tensor) -> torch.Tensor:
+    """What dgm-eval shows DINOv2 of images: uint8 [B, 3, H, W] -> float32 [B, 3, 224, 224].
+
+    Pillow's bicubic, which averages where it shrinks, then ImageNet's mean and deviation.
+    """
+    size = (DINOV2_SIZE, DINOV2_SIZE)
+    pictures = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images)
+    rows = np.stack([np.asarray(picture.resize(size, Image.Resampling.BICUBIC)) for picture in pictures])
+    pixels = torch.from_numpy(rows).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
+
+
+def _place_as_dinov2(embeddings: Any, grid: int) -> None:
+    """Bring the positions to [grid, grid] as DINOv2's own code does: from 37 to 16 by a factor of 16.1 / 37.
+
+    transformers takes 16 / 37, which moves every place a little.
+    """
+    stored = embeddings.position_embeddings.data
+    side = int((stored.shape[1] - 1) ** 0.5)
+    if side == grid:
+        return
+    places = stored[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)
+    moved = torch.nn.functional.interpolate(places, scale_factor=(grid + 0.1) / side, mode="bicubic")
+    positions = torch.cat([stored[:, :1], moved.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    embeddings.position_embeddings = torch.nn.Parameter(positions, requires_grad=False)
 
 
 def _settings(name: str, settings: Mapping[str, object]) -> str:

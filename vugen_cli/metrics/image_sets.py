@@ -27,6 +27,7 @@ from vugen_cli.data.loader import ShardedImages
 from vugen_cli.data.manifest import read_manifest
 from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError, first_line
+from vugen_cli.metrics.mjhq import META
 from vugen_cli.metrics.report import SetRecord
 from vugen_cli.metrics.samples import DrawnImage, read_samples
 from vugen_cli.processes import all_gather, rank, world_size
@@ -49,7 +50,8 @@ class ImageSet:
 
     Attributes:
         path: where the images are, as it was given.
-        kind: "folder", "samples", "geneval", "shards", "tar", "zip", "npz", or "statistics" without images.
+        kind: "folder", "samples", "geneval", "mjhq", "shards", "tar", "zip", "npz", or "statistics" without
+            images.
         total: how many images there are, readable or not; None where only reading would tell.
         limit: read this many images from the start, bad ones included; None reads all.
         split: the split of a prepared data set, None for other kinds.
@@ -180,6 +182,7 @@ def open_image_set(path: Path, limit: int | None = None, split: str | None = Non
             a folder with a `dataset.json` as `vugen prepare` writes (its `val` split, else `train`),
             a folder with a `samples.jsonl` as `vugen sample` writes (only the files it lists under "file"),
             a folder as GenEval's generation scripts write (`*/metadata.jsonl` and `*/samples/*`; no grids),
+            a folder with MJHQ-30K's `meta_data.json` and its pictures, in its zip or unpacked,
             a folder of tars, or a folder of images (read recursively),
             a `.tar`, a `.zip`, or an `.npz` with "arr_0" uint8 [N, H, W, 3] as guided-diffusion (ADM) writes;
             an `.npz` of statistics alone is opened too, and has no images to read.
@@ -252,6 +255,8 @@ def _recognise(path: Path, split: str | None) -> ImageSet:
         files = list(image_paths(path))
         if drawn := [name for name in files if _is_geneval(path, name)]:
             return ImageSet(path, "geneval", len(drawn), None, partial(_file_items, path, drawn))
+        if (path / META).is_file():
+            return _mjhq(path, files)
         tars = sorted(path.glob("*.tar"))
         if tars and not any("/" not in name for name in files):
             return ImageSet(path, "tar", None, None, partial(_tar_items, tars), tars=tars)
@@ -276,6 +281,14 @@ def _recognise(path: Path, split: str | None) -> ImageSet:
 def _is_geneval(directory: Path, name: str) -> bool:
     folder = PurePosixPath(name).parent
     return folder.name == "samples" and (directory / folder.parent / "metadata.jsonl").is_file()
+
+
+def _mjhq(directory: Path, files: list[str]) -> ImageSet:
+    """MJHQ-30K's pictures: those below its folder, else those in the one zip there."""
+    zips = sorted(directory.glob("*.zip"))
+    if files or len(zips) != 1:
+        return ImageSet(directory, "mjhq", len(files), None, partial(_file_items, directory, files))
+    return ImageSet(directory, "mjhq", _zip_count(zips[0]), None, partial(_zip_items, zips[0]))
 
 
 def _prepared(directory: Path, split: str | None) -> ImageSet:

@@ -1,6 +1,8 @@
-"""The kernel distance between two image sets (KID): unbiased MMD² with a cubic kernel, over random subsets.
+"""Kernel distances between two image sets: KID, and CMMD on CLIP's embeddings.
 
-Bińkowski et al. (2018), "Demystifying MMD GANs", with the subsets and the seed of torch-fidelity.
+KID is the unbiased MMD² with a cubic kernel over random subsets: Bińkowski et al. (2018), "Demystifying MMD
+GANs", with the subsets and the seed of torch-fidelity. CMMD is the biased MMD² with a Gaussian kernel over
+all images: Jayasumana et al. (2024), "Rethinking FID" (arXiv 2401.09603).
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,9 @@ from vugen_cli.errors import TooFewImages, VugenError
 SUBSETS = 100
 SUBSET_SIZE = 1000
 SEED = 2020
+CMMD_SIGMA = 10.0  # of the kernel exp(-|x - y|² / (2 sigma²)), between embeddings of length 1
+CMMD_SCALE = 1000.0
+CMMD_BLOCK = 512  # rows of the kernel at a time: 30,000 images take 120 MB
 
 
 @dataclass(frozen=True)
@@ -93,3 +98,32 @@ def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     kernel /= x.shape[1]
     kernel += 1
     return kernel * kernel * kernel
+
+
+def cmmd(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """CMMD between CLIP embeddings [n, d] and [m, d] of any length, and its standard error, in float64.
+
+    As the published script: all pairs count, those of an image with itself too. The error is that of the
+    first order (the delta method); it is too small where the sets are nearly alike.
+
+    Raises:
+        VugenError: the dimensions differ.
+    """
+    if a.shape[1] != b.shape[1]:
+        raise VugenError(f"features of dimensions {a.shape[1]} and {b.shape[1]} cannot be compared.")
+    x, y = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (a.astype(float), b.astype(float)))
+    of_x, of_y = _gaussian_means(x, x)[0], _gaussian_means(y, y)[0]
+    of_x_to_y, of_y_to_x = _gaussian_means(x, y)
+    value = of_x.mean() + of_y.mean() - 2 * of_x_to_y.mean()
+    variance = np.var(of_x - of_x_to_y, ddof=1) / len(x) + np.var(of_y - of_y_to_x, ddof=1) / len(y)
+    return CMMD_SCALE * float(value), CMMD_SCALE * 2 * float(variance**0.5)
+
+
+def _gaussian_means(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means of the Gaussian kernel between unit rows [n, d] and [m, d]: of each x [n], and of each y [m]."""
+    of_x, of_y = np.empty(len(x)), np.zeros(len(y))
+    for first in range(0, len(x), CMMD_BLOCK):
+        kernel = np.exp((x[first : first + CMMD_BLOCK] @ y.T - 1) / CMMD_SIGMA**2)  # |x - y|² = 2 - 2 x·y
+        of_x[first : first + CMMD_BLOCK] = kernel.mean(axis=1)
+        of_y += kernel.sum(axis=0) / len(x)
+    return of_x, of_y

@@ -31,7 +31,8 @@ class SetRecord(Record):
 
     path: str = Field(description="where it is, as it was given")
     kind: str = Field(
-        "", description="`folder`, `samples`, `geneval`, `shards`, `tar`, `zip`, `npz`, `statistics`"
+        "",
+        description="`folder`, `samples`, `geneval`, `mjhq`, `shards`, `tar`, `zip`, `npz`, `statistics`",
     )
     count: int | None = Field(description="images that were read; null where statistics do not say")
     bad: list[str] = Field(description="name and reason of each image that could not be read")
@@ -86,11 +87,16 @@ class Report(Record):
 
 
 def joined(reports: Sequence[Report]) -> Report:
-    """One report of several over the same sets: their scores in turn, the rest as the first has it."""
+    """One report of several over the same sets: scores, features and warnings in turn, the rest as the first
+    has it.
+    """
     said: dict[str, object] = {}
     for report in reversed(reports):
         said |= {key: getattr(report, key) for key in report.model_fields_set}
     said["scores"] = [score for report in reports for score in report.scores]
+    for key, between in (("features", "; "), ("resize", "; "), ("warning", " ")):
+        if each := dict.fromkeys(text for report in reports if (text := getattr(report, key))):
+            said[key] = between.join(each)
     return Report().model_copy(update=said)
 
 

@@ -1,14 +1,16 @@
 """Scores of an image set: features of both sides extracted once, and how every number was obtained."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from vugen_cli.errors import TooFewImages, VugenError
-from vugen_cli.metrics import inception_score, kid, prdc
+from vugen_cli.metrics import inception_score, kid, mjhq, prdc
 from vugen_cli.metrics.bootstrap import RESAMPLES, SEED, bootstrap_interval
+from vugen_cli.metrics.encoders import load_extractor
 from vugen_cli.metrics.features import Extractor, extract
 from vugen_cli.metrics.frechet import (
     Statistics,
@@ -18,12 +20,14 @@ from vugen_cli.metrics.frechet import (
     save_statistics,
 )
 from vugen_cli.metrics.image_sets import ImageSet, open_image_set
-from vugen_cli.metrics.report import Report, Score, SetRecord, versions
+from vugen_cli.metrics.report import Report, Score, SetRecord, joined, versions
+from vugen_cli.metrics.samples import recorded_vlm
 from vugen_cli.moments import Moments
 from vugen_cli.processes import is_first
 
 JACKKNIFE_DIM = 512  # Fréchet distances on more features get no interval: twenty of them would take minutes
 NORMAL_95 = 1.96
+CMMD_FEATURES = "CLIP ViT-L-14-336-quickgelu image embedding"  # as open_clip names OpenAI's weights
 SPOKEN = {"inception": "Inception", "vlm": "VLM", "clip": "CLIP", "dinov2": "DINOv2"}
 
 
@@ -178,12 +182,7 @@ def compare_sets(
         VugenError: a set cannot be read, is too small for the only metric, or has statistics of another
             extractor.
     """
-    if extractor.name != "inception":
-        for metric in {"is", "sfid"}.intersection(metrics):
-            raise VugenError(
-                f"{METRICS[metric].name} is defined on the Inception network alone: drop --{metric} or score "
-                f"with --features inception."
-            )
+    check_features(metrics, [extractor.name])
     if save_stats is not None and "fid" not in metrics:
         raise VugenError("--save-stats keeps the statistics behind --fid: ask for --fid too.")
     if save_stats is not None and save_stats.suffix != ".npz":
@@ -210,9 +209,15 @@ def compare_sets(
                 raise
             # The others are worth their pass over the images; this one says why it has no value.
             scores.append(Score(metric=asked.key, name=asked.name, value=None, warning=str(error)))
+    warning = extractor.warning
+    if "fid" in metrics and theirs is not None and theirs.images.kind == "mjhq" and ours.features:
+        try:
+            scores += _by_category(ours, theirs)
+        except VugenError as error:  # the distance over all is worth having without
+            warning = " ".join(filter(None, (warning, f"No distance by category: {error}")))
     if extractor.name != "inception":
         for score in scores:
-            score.metric, score.name = _foreign_name(score.metric, extractor.name)
+            score.metric, score.name = _foreign_name(score.metric, score.name, extractor)
     report = Report(
         scores=scores,
         features=extractor.label,
@@ -220,9 +225,78 @@ def compare_sets(
         images=ours.record,
         reference=theirs.record if theirs else None,
         versions=versions(),
-        warning=extractor.warning,
+        warning=warning,
     )
     return report.model_copy(update=extractor.identity)
+
+
+def compare_over(
+    images: ImageSet,
+    reference: ImageSet | None,
+    features: Sequence[str],
+    metrics: Collection[str],
+    device: torch.device | str = "cpu",
+    batch_size: int | None = None,
+    save_stats: Path | None = None,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Scores of a set of images on several features, one after another; see `compare_sets`.
+
+    A metric of one kind of features (the Inception Score, sFID, CMMD) is taken on those alone.
+
+    Args:
+        features: as `load_extractor` reads them.
+        device: where their networks run.
+
+    Returns:
+        One report. Of several features, every score says under `parameters` what it was taken on.
+
+    Raises:
+        VugenError: as `compare_sets`; a metric is defined on none of the features, or statistics of several
+            are to be saved.
+    """
+    check_features(metrics, [each.partition(":")[0] for each in features])
+    if save_stats is not None and len(features) > 1:
+        raise VugenError("--save-stats keeps the statistics of one kind of features: give one --features.")
+    reports = []
+    for each in features:
+        served = [name for name in metrics if METRICS[name].only in (None, each.partition(":")[0])]
+        if not (served or save_stats):
+            continue
+        extractor = load_extractor(each, recorded_vlm(images), device)
+        report = compare_sets(images, reference, extractor, served, batch_size, save_stats, cache, progress)
+        if len(features) > 1:
+            how = {"features": extractor.label, "resize": extractor.resize, **extractor.identity}
+            for score in report.scores:
+                score.parameters = {**score.parameters, **how}
+            # A hash at the top would be of one of the networks, and not say of which.
+            kept = report.model_fields_set - extractor.identity.keys()
+            report = Report().model_copy(update={key: getattr(report, key) for key in kept})
+        reports.append(report)
+    return joined(reports)
+
+
+def check_features(metrics: Collection[str], kinds: Collection[str]) -> None:
+    """Refuse a metric that is defined on other features than there are.
+
+    Args:
+        metrics: keys of `METRICS`.
+        kinds: names of extractors.
+
+    Raises:
+        VugenError: names the metric and the features that it needs.
+    """
+    for metric in (METRICS[name] for name in metrics):
+        if metric.only not in (None, *kinds):
+            network, features = {
+                "inception": ("Inception", "inception"),
+                "clip": ("CLIP", "clip:ViT-L-14-336:openai"),
+            }[str(metric.only)]
+            raise VugenError(
+                f"{metric.name} is defined on the {network} network alone: drop --{metric.key} or score with "
+                f"--features {features}."
+            )
 
 
 def statistics_fit(path: Path, statistics: Statistics, extractor: Extractor, has_images: bool) -> bool:
@@ -263,7 +337,31 @@ def _frechet(ours: Side, theirs: Side, metric: "Metric") -> list[Score]:
     return [score]
 
 
-def _singular(images: Statistics, reference: Statistics) -> str | None:
+def _by_category(ours: Side, theirs: Side) -> list[Score]:
+    """The Fréchet distance within each category of MJHQ-30K that both sets have.
+
+    Raises:
+        VugenError: an image is of no category.
+    """
+    metric = METRICS["fid"]
+    parts = [mjhq.rows_by_category(side.images, theirs.images.path) for side in (ours, theirs)]
+    scores = []
+    for category in sorted(parts[0].keys() & parts[1].keys()):
+        of_ours, of_theirs = (
+            side.features[metric.output][rows[category]]
+            for side, rows in zip((ours, theirs), parts, strict=True)
+        )
+        score = Score(metric=f"{metric.key}_{category}", name=f"{metric.name}, {category}", value=None)
+        score.parameters = {"images": len(of_ours), "reference_images": len(of_theirs)}
+        score.warning = "Needs at least 2 images of each set."
+        if min(len(of_ours), len(of_theirs)) >= 2:
+            a, b = Moments(of_ours), Moments(of_theirs)
+            score.value, score.warning = frechet_distance(a, b), _singular(a, b)
+        scores.append(score)
+    return scores
+
+
+def _singular(images: Statistics | Moments, reference: Statistics | Moments) -> str | None:
     dim = images.mean.size
     small = [
         f"{statistics.n} {role}"
@@ -303,6 +401,14 @@ def _kernel(ours: Side, theirs: Side, metric: "Metric") -> list[Score]:
     if distance.standard_error is not None:
         how = "subsampling, from the subsets' spread"
         _add_normal_interval(score, distance.mean, distance.standard_error, how)
+    return [score]
+
+
+def _cmmd(ours: Side, theirs: Side, metric: "Metric") -> list[Score]:
+    value, error = kid.cmmd(ours.features[metric.output], theirs.features[metric.output])
+    parameters = {"kernel": "exp(-|x - y|² / 2σ²)", "sigma": kid.CMMD_SIGMA, "scale": kid.CMMD_SCALE}
+    score = Score(metric=metric.key, name=metric.name, value=value, parameters=parameters, warning=None)
+    _add_normal_interval(score, value, error, "delta method, over the images of each set")
     return [score]
 
 
@@ -371,6 +477,7 @@ class Metric:
         output: which of the extractor's features it is taken on.
         measure: (images, reference, this metric) -> its scores.
         arrays: the arrays of a statistics file that stand in for images.
+        only: the extractor that it is defined on, None for any.
     """
 
     key: str
@@ -378,6 +485,7 @@ class Metric:
     output: str
     measure: Callable[[Side, Side, "Metric"], list[Score]]
     arrays: frozenset[str] = frozenset()
+    only: str | None = None
 
 
 METRICS = {
@@ -385,18 +493,29 @@ METRICS = {
     for metric in (
         Metric("fid", "FID", "features", _frechet, frozenset({"mu", "sigma"})),
         Metric("kid", "KID", "features", _kernel),
-        Metric("is", "Inception Score", "logits", _inception_score),
-        Metric("sfid", "sFID", "spatial", _frechet, frozenset({"mu_s", "sigma_s"})),
+        Metric("cmmd", "CMMD", "features", _cmmd, only="clip"),
+        Metric("is", "Inception Score", "logits", _inception_score, only="inception"),
+        Metric("sfid", "sFID", "spatial", _frechet, frozenset({"mu_s", "sigma_s"}), "inception"),
         Metric("pr", "precision, recall", "features", _precision_recall),
         Metric("dc", "density, coverage", "features", _density_coverage),
     )
 }
 
 
-def _foreign_name(metric: str, extractor: str) -> tuple[str, str]:
-    """What a metric is called on features that are not Inception's: never FID, never KID."""
-    key, name, usual = {
-        "fid": ("frechet", "Fréchet distance", " (not FID)"),
-        "kid": ("kernel", "kernel distance", " (not KID)"),
-    }.get(metric, (metric, metric, ""))
-    return f"{key}_{extractor}", f"{name} on {SPOKEN[extractor]} features{usual}"
+def _foreign_name(metric: str, name: str, extractor: Extractor) -> tuple[str, str]:
+    """What a metric is called on features that are not Inception's: never FID, never KID.
+
+    CMMD is that of OpenAI's ViT-L/14 at 336 pixels alone.
+    """
+    if extractor.label == CMMD_FEATURES and metric == "cmmd":
+        return metric, name
+    for usual, key, plain in (("fid", "frechet", "Fréchet distance"), ("kid", "kernel", "kernel distance")):
+        if metric.partition("_")[0] == usual:
+            metric, name = metric.replace(usual, key, 1), name.replace(usual.upper(), plain, 1)
+            return (
+                f"{metric}_{extractor.name}",
+                f"{name} on {SPOKEN[extractor.name]} features (not {usual.upper()})",
+            )
+    if metric == "cmmd":
+        return f"gaussian_{extractor.name}", f"Gaussian kernel distance on {extractor.label} (not CMMD)"
+    return f"{metric}_{extractor.name}", f"{metric} on {SPOKEN[extractor.name]} features"
