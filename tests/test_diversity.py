@@ -5,11 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
-from vugen_cli.metrics.diversity import pairwise_distance, vendi_score
+from vugen_cli.metrics.diversity import pairwise_distance, score_diversity, vendi_score
+from vugen_cli.metrics.features import Extractor
+from vugen_cli.metrics.image_sets import ImageSet, open_image_set
+from vugen_cli.metrics.prompted_images import prompted_images
 
 
 def test_copies_are_one_image_and_orthogonal_ones_are_all_different() -> None:
@@ -54,6 +58,58 @@ def test_the_command_scores_each_prompts_seeds_and_shows_one(
     assert distance["parameters"]["real"] == pytest.approx(distance["value"])
     assert report["images"]["count"] == 4 and len(report["images"]["bad"]) == 1
     assert Path("diversity.png").is_file()
+
+
+def brightness(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Two numbers of a picture beside a thousand that all pictures share."""
+    own = images.double().mean(dim=(2, 3))[:, :2] / 255
+    return {"features": torch.cat([own, torch.full((len(images), 1), 1000.0, dtype=torch.float64)], dim=1)}
+
+
+def test_what_all_pictures_share_does_not_count(tmp_path: Path) -> None:
+    """The centre is the reference's mean, or else the mean of the prompts' means, as written out here."""
+    extractor = Extractor("vlm", "brightness", "none", {}, brightness)
+    set_of = {"a": [(255, 0, 0), (0, 255, 0)], "b": [(255, 255, 0), (255, 0, 0), (0, 255, 0)]}
+    images = open_image_set(drawn(tmp_path / "drawn", set_of))
+    others = open_image_set(drawn(tmp_path / "real", {"a": [(0, 0, 0), (0, 0, 0)], "c": [(255, 255, 255)]}))
+
+    def pairwise(centre: np.ndarray, rows: np.ndarray) -> float:
+        about = rows - centre
+        unit = about / np.linalg.norm(about, axis=1, keepdims=True)
+        cosines = [unit[i] @ unit[j] for i in range(len(unit)) for j in range(len(unit)) if i != j]
+        return float(1 - np.mean(cosines))
+
+    def rows_of(images: ImageSet) -> dict[str, np.ndarray]:
+        of_prompt: dict[str, list[np.ndarray]] = {}
+        for sample, pixels in zip(images.samples, images, strict=True):
+            found = brightness(torch.from_numpy(pixels)[None])["features"].numpy()
+            of_prompt.setdefault(sample.prompt or "", []).append(found[0])
+        return {prompt: np.array(rows) for prompt, rows in of_prompt.items()}
+
+    ours, real = rows_of(images), rows_of(others)
+    own = np.mean([rows.mean(axis=0) for rows in ours.values()], axis=0)
+    theirs = np.concatenate(list(real.values())).mean(axis=0)
+    for reference, centre, named in (
+        (None, own, "mean over the prompts"),
+        (prompted_images(others), theirs, "mean of the reference"),
+    ):
+        report = score_diversity(prompted_images(images), extractor, reference=reference, progress=False)
+        expected = np.mean([pairwise(centre, rows) for rows in ours.values()])
+        assert report.scores[0].value == pytest.approx(expected, rel=1e-9) and expected > 0.1
+        assert report.scores[0].parameters["centre"] == named
+    images.limit = 2  # one prompt alone has no centre but itself
+    (distance, _) = score_diversity(prompted_images(images), extractor, progress=False).scores
+    assert distance.value is not None and distance.value < 1e-3 and distance.parameters["centre"] == "none"
+    assert "give --reference" in str(distance.warning)
+
+
+def test_pictures_that_are_all_the_same_do_not_differ(tmp_path: Path) -> None:
+    extractor = Extractor("vlm", "brightness", "none", {}, brightness)
+    images = open_image_set(drawn(tmp_path / "drawn", {"a": [(9, 9, 9)] * 2, "b": [(9, 9, 9)] * 2}))
+    for file in images.path.glob("*.png"):
+        Image.new("RGB", (64, 64), (9, 9, 9)).save(file)
+    distance, vendi = score_diversity(prompted_images(images), extractor, progress=False).scores
+    assert distance.value == pytest.approx(0) and vendi.value == pytest.approx(1)
 
 
 def test_one_image_a_prompt_is_refused(

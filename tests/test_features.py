@@ -122,37 +122,67 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "xdg" / "vugen" / "features"
 
 
-def test_dinov2_is_its_class_token(folder, tmp_path):
+def bicubic(n_out, n_in, scale):
+    """The matrix [n_out, n_in] of torch's bicubic interpolation by a scale: Keys' kernel with a = -0.75."""
+
+    def kernel(x):
+        x, a = abs(x), -0.75
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * (x**3 - 5 * x**2 + 8 * x - 4)
+
+    matrix = np.zeros((n_out, n_in))
+    for i in range(n_out):
+        centre = (i + 0.5) / scale - 0.5
+        for near in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            matrix[i, min(max(near, 0), n_in - 1)] += kernel(centre - near)
+    return matrix
+
+
+def test_dinov2_sees_what_dgm_eval_shows_it(tmp_path):
+    """The published transform and interpolation, rewritten: dgm_eval/models/dinov2.py without clean_resize,
+    and interpolate_pos_encoding of DINOv2's vision_transformer.py."""
     repair_torchvision()
-    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+    from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
-    model = Dinov2Model(
-        Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    ).eval()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Dinov2Model(Dinov2Config(**sizes, image_size=70, patch_size=14)).eval()  # 5 x 5 places
     directory = tmp_path / "dinov2"
-    model.save_pretrained(directory)
-    processor = BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    processor.save_pretrained(directory)
+    model.save_pretrained(directory)  # and no preprocessing of its own: none is read
     extractor = dinov2_extractor(directory)
-    images = torch.randint(0, 256, (2, 3, 32, 40), dtype=torch.uint8)
-    pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
+    images = torch.randint(0, 256, (2, 3, 300, 260), dtype=torch.uint8)
+    found = extractor.features(images)["features"]
+    assert found.shape == (2, 16) and "224 x 224" in extractor.resize
+
+    rows = []
+    for image in images.permute(0, 2, 3, 1).numpy():
+        pixels = np.asarray(Image.fromarray(image).resize((224, 224), Image.BICUBIC)).astype(np.float64) / 255
+        rows.append((pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])
+    stored = model.embeddings.position_embeddings.detach().double().numpy()[0]
+    matrix = bicubic(16, 5, (16 + 0.1) / 5)
+    places = np.einsum("ik,jl,kld->ijd", matrix, matrix, stored[1:].reshape(5, 5, 16)).reshape(256, 16)
+    positions = torch.from_numpy(np.concatenate([stored[:1], places])[None]).float()
+    plain = model(pixel_values=torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float())
+    model.embeddings.position_embeddings = torch.nn.Parameter(positions)
     with torch.inference_mode():
-        expected = model(pixel_values=pixels).pooler_output
-        found = extractor.features(images)["features"]
-    assert found.shape == (2, 16)
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)  # resizing through torch or Pillow
-    settings = json.loads((directory / "preprocessor_config.json").read_text())
-    (directory / "preprocessor_config.json").write_text(json.dumps({**settings, "do_center_crop": False}))
-    assert dinov2_extractor(directory).resize != extractor.resize
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+        expected = model(pixel_values=torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float())
+    torch.testing.assert_close(found, expected.last_hidden_state[:, 0], rtol=1e-4, atol=1e-5)
+    assert (found - plain.last_hidden_state[:, 0]).abs().max() > 1e-4  # transformers' own places differ
+
+
+def test_other_models_are_no_dinov2(tmp_path):
+    repair_torchvision()
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(tmp_path)
+    assert dinov2_extractor(tmp_path).identity["weights_fingerprint"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     with pytest.raises(VugenError, match="lacks weights"):
-        dinov2_extractor(directory)
-    (directory / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
+        dinov2_extractor(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
     with pytest.raises(VugenError, match="holds a vit model, not DINOv2"):
-        dinov2_extractor(directory)
-    assert extractor.identity["weights_fingerprint"]
+        dinov2_extractor(tmp_path)
 
 
 def test_clip_is_its_image_embedding(tmp_path):

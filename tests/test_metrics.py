@@ -12,7 +12,7 @@ from vugen_cli.errors import TooFewImages, VugenError
 from vugen_cli.metrics.bootstrap import bootstrap_interval
 from vugen_cli.metrics.encoders import vlm_extractor
 from vugen_cli.metrics.inception_score import inception_score
-from vugen_cli.metrics.kid import kernel_distance, mmd2
+from vugen_cli.metrics.kid import cmmd, kernel_distance, mmd2
 from vugen_cli.metrics.prdc import compare_manifolds
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.torchvision_repair import repair_torchvision
@@ -64,6 +64,32 @@ def test_the_standard_error_of_the_kernel_distance_is_honest():
         ratios.append(np.mean([one.standard_error for one in found]) / spread)
     assert ratios[0] > 1
     assert ratios[1] == pytest.approx(1, rel=0.35)
+
+
+def test_cmmd_is_the_published_scripts(monkeypatch):
+    """distance.py of google-research/cmmd, and the normalisation of its embedding.py, in numpy's float64."""
+    a, b = features(70, 24, 1), features(50, 24, 2, 0.3)
+    x, y = (rows.astype(np.float64) for rows in (a, b))
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)
+    y /= np.linalg.norm(y, axis=-1, keepdims=True)
+    xx, yy = np.diag(x @ x.T), np.diag(y @ y.T)
+    gamma = 1 / (2 * 10**2)
+    k_xx = np.mean(np.exp(-gamma * (-2 * x @ x.T + xx[:, None] + xx[None, :])))
+    k_xy = np.mean(np.exp(-gamma * (-2 * x @ y.T + xx[:, None] + yy[None, :])))
+    k_yy = np.mean(np.exp(-gamma * (-2 * y @ y.T + yy[:, None] + yy[None, :])))
+    expected = 1000 * (k_xx + k_yy - 2 * k_xy)
+    assert expected > 0.1 and cmmd(a, b)[0] == pytest.approx(expected, rel=1e-9)
+    monkeypatch.setattr("vugen_cli.metrics.kid.CMMD_BLOCK", 16)
+    assert cmmd(a, b)[0] == pytest.approx(expected, rel=1e-9)
+    assert cmmd(a, a)[0] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(VugenError, match="dimensions 24 and 8"):
+        cmmd(a, b[:, :8])
+
+
+def test_the_standard_error_of_cmmd_is_honest():
+    draws = [cmmd(features(80, 8, seed), features(80, 8, 1000 + seed, 0.5)) for seed in range(100)]
+    values, errors = np.array(draws).T
+    assert errors.mean() == pytest.approx(values.std(), rel=0.25)
 
 
 def test_subsets_shrink_with_the_sets_and_say_so():

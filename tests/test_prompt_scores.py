@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import TINY, written
 from PIL import Image
@@ -22,6 +23,7 @@ from vugen_cli.metrics.detectors import Found, _instances, load_detector
 from vugen_cli.metrics.dpg_bench import Item, Question, count_answers, dpg_bench_scores, read_dpg_bench
 from vugen_cli.metrics.encoders import load_clip
 from vugen_cli.metrics.geneval import color_namer, failure, geneval_scores, keep_objects, read_geneval, sides
+from vugen_cli.metrics.geneval2 import answers_of, check_geneval2, geneval2_scores, read_geneval2
 from vugen_cli.metrics.image_sets import open_image_set
 from vugen_cli.metrics.prompt_scores import score_prompts
 from vugen_cli.metrics.prompted_images import prompted_images as of_set
@@ -276,6 +278,137 @@ def test_a_judge_that_cannot_tell_yes_from_no_is_refused(vlm_path):
     """The tokenizer of this one spells both, with a space before."""
     with pytest.raises(VugenError, match="same first token"):
         YesNoJudge(str(vlm_path))
+
+
+def test_a_right_answers_probability_is_that_of_its_spellings(asked_path):
+    """send_message_with_image of GenEval 2's evaluation.py: softmax, then the sum over first tokens."""
+    judge, vlm = YesNoJudge(str(asked_path)), load_vlm(str(asked_path))
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    question = "Are the bears red? Answer in one word."
+    with torch.no_grad():
+        inputs = question_inputs(vlm.model, vlm.processor, image[None], question)
+        p = vlm.model(**inputs).logits[0, -1].double().softmax(0)
+    spellings = answers_of("Are the bears red?", "Yes")
+    firsts = [vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in spellings]
+    known = {first for first in firsts if vlm.processor.tokenizer.decode([first]).strip()}
+    assert judge.probability(image, question, spellings) == pytest.approx(p[sorted(known)].sum().item())
+    assert 0 < judge.probability(image, question, spellings) < 1
+
+
+# GenEval 2
+
+ATOMS = {  # in the layout of geneval2_data.jsonl: an "a" is asked about and is no atom of the count
+    "two red bears": (3, [("How many bears are in the image?", "two", "count"),
+                          ("Are the bears red?", "Yes", "attribute"),
+                          ("Are there any bears in the image?", "Yes", "object")]),
+    "a bear on six chairs": (4, [("How many bears are in the image?", "one", "count"),
+                                 ("Are there any bears in the image?", "Yes", "object"),
+                                 ("Is the bear on the chairs?", "Yes", "position"),
+                                 ("How many chairs are in the image?", "six", "count"),
+                                 ("Are there any chairs in the image?", "Yes", "object")]),
+    "a cat chasing a dog": (3, [("Are there any cats in the image?", "Yes", "object"),
+                                ("Is the cat chasing the dog?", "Yes", "verb")]),
+}  # fmt: skip
+
+
+def write_geneval2(path, **changes):
+    lines = [
+        {"prompt": prompt, "atom_count": count, "vqa_list": [[q, a] for q, a, _ in asked],
+         "skills": [skill for *_, skill in asked]}
+        for prompt, (count, asked) in ATOMS.items()
+    ]  # fmt: skip
+    lines[1] |= changes
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_right_answers_are_spelled_as_published():
+    """answer_list in soft_tifa of evaluation.py, written out."""
+    assert sorted(answers_of("How many bears are in the image?", "six")) == sorted(
+        ["six", "Six", " six", " Six", "6", " 6"]
+    )
+    assert answers_of("Is it red?", "Yes") == ["Yes", "yes", " yes", " Yes"]
+
+
+def test_soft_tifa_counts_as_the_published_scripts(tmp_path):
+    """evaluation.py's totals of soft_tifa_am and soft_tifa_gm, soft_tifa_analysis.py's skills and atoms."""
+    items = read_geneval2(write_geneval2(tmp_path / "data.jsonl"))
+    pairs = prompted_images(
+        write_samples(tmp_path / "drawn", [(prompt, 40 + i) for i, prompt in enumerate(ATOMS)])
+    )
+    check_geneval2(items, pairs, tmp_path)
+
+    def probability(image, question, answers):
+        assert question.endswith("? Answer in one word.") and len(answers) in (4, 6)
+        return (int(image[0, 0, 0]) * len(question) % 97 + 1) / 100
+
+    judge = SimpleNamespace(name="x", warning=None, describe=lambda: {"vlm": "x"}, probability=probability)
+    scores = by_name(scores_of(geneval2_scores, pairs, items, judge))
+    lists, skills, atoms = [], [], []
+    for i, (count, asked) in enumerate(ATOMS.values()):
+        lists.append([((40 + i) * len(q + " Answer in one word.") % 97 + 1) / 100 for q, *_ in asked])
+        skills.append([skill for *_, skill in asked])
+        atoms.append(count)
+    expected = {
+        "gm": 100 * sum(scipy.stats.gmean(s) for s in lists) / 3,
+        "am": 100 * sum(sum(s) / len(s) for s in lists) / 3,
+        "3_atoms": 100 * (scipy.stats.gmean(lists[0]) + scipy.stats.gmean(lists[2])) / 2,
+        "4_atoms": 100 * scipy.stats.gmean(lists[1]),
+    }
+    for skill in ("object", "attribute", "count", "position", "verb"):
+        each = [
+            p for s, k in zip(lists, skills, strict=True) for p, of in zip(s, k, strict=True) if of == skill
+        ]
+        expected[skill] = 100 * sum(each) / len(each)
+    assert {name: entry["value"] for name, entry in scores.items()} == pytest.approx(
+        {f"geneval2_{name}": value for name, value in expected.items()}, rel=1e-12
+    )
+    assert scores["geneval2_gm"]["by_item"]["two red bears"] == pytest.approx(
+        100 * scipy.stats.gmean(lists[0])
+    )
+    assert "Published scores are by Qwen3-VL-8B-Instruct, not by x" in scores["geneval2_am"]["warning"]
+    low, high = scores["geneval2_am"]["interval"]
+    assert low < scores["geneval2_am"]["value"] < high
+
+
+def test_geneval2_is_asked_of_the_vlm(tmp_path, asked_path):
+    drawn = write_samples(tmp_path / "drawn", [("two red bears", 1)])
+    data, vlm = write_geneval2(tmp_path / "data.jsonl"), str(asked_path)
+    report = written(score_prompts(open_image_set(drawn), geneval2=data, vlm=vlm, progress=False))
+    assert [entry["metric"].removeprefix("geneval2_") for entry in report["scores"]] == [
+        "gm", "am", "object", "attribute", "count", "3_atoms",
+    ]  # fmt: skip
+    assert 0 < report["scores"][0]["value"] <= report["scores"][1]["value"] < 100  # by Jensen's inequality
+
+
+def test_an_atom_that_cannot_be_is_a_prompt_that_fails(tmp_path):
+    items = read_geneval2(write_geneval2(tmp_path / "data.jsonl"))
+    pairs = prompted_images(write_samples(tmp_path / "drawn", [("two red bears", 1), ("two red bears", 9)]))
+    judge = SimpleNamespace(
+        name="x", warning=None, describe=lambda: {},
+        probability=lambda image, question, answers: float(int(image[0, 0, 0]) > 1 or "red" not in question),
+    )  # fmt: skip
+    scores = by_name(scores_of(geneval2_scores, pairs, items, judge))
+    assert scores["geneval2_gm"]["value"] == 50 and scores["geneval2_object"]["value"] == 100
+    assert scores["geneval2_am"]["value"] == pytest.approx(100 * (2 / 3 + 1) / 2)
+    assert "Only 1 of 3 prompts" in scores["geneval2_gm"]["warning"]
+
+
+def test_geneval2_in_another_layout_is_refused(tmp_path):
+    path = tmp_path / "data.jsonl"
+    for changes, problem in (
+        ({"skills": ["count"]}, "5 questions but 1 skills"),
+        ({"skills": ["count", "object", "colour", "count", "object"]}, "the skill colour is none of object"),
+        ({"vqa_list": []}, "vqa_list: List should have at least 1 item"),
+        ({"prompt": None}, "prompt: Input should be a valid string"),
+    ):
+        with pytest.raises(VugenError, match=f"object 2 is not as geneval2_data.jsonl's: {problem}"):
+            read_geneval2(write_geneval2(path, **changes))
+    with pytest.raises(VugenError, match=r"is no file: give geneval2_data\.jsonl"):
+        read_geneval2(tmp_path)
+    items = read_geneval2(write_geneval2(path))
+    with pytest.raises(VugenError, match=r"the prompt of 0\.png, 'a bear', is none of"):
+        check_geneval2(items, prompted_images(write_samples(tmp_path / "drawn", [("a bear", 1)])), path)
 
 
 # DPG-Bench

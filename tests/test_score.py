@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from conftest import make_card, written
 from PIL import Image
@@ -321,6 +323,88 @@ def test_vlm_features_are_averaged_over_the_grid_and_never_called_fid(tmp_path):
     for metric in ("is", "sfid"):
         with pytest.raises(VugenError, match=f"drop --{metric}"):
             score_sets(a, b, extractor, [metric], progress=False)
+
+
+def test_several_features_are_scored_in_one_call(tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "a", 12, 1), write_images(tmp_path / "b", 12, 2)
+    run("--fid", "--is", "--features", "inception", "--features", "vlm", "--images", "a", "--reference", "b")
+    report = json.loads(Path("scores.json").read_text())
+    scores = by_name(report)
+    assert list(scores) == ["fid", "is", "frechet_vlm"]  # the Inception Score is Inception's alone
+    assert scores["fid"]["value"] == scores["frechet_vlm"]["value"]
+    assert all(entry["parameters"]["weights_sha256"] == "00" for entry in scores.values())
+    assert scores["frechet_vlm"]["parameters"]["features"] == "channel means"
+    assert "weights_sha256" not in report and report["images"]["count"] == 12
+    several = ["--features", "inception", "--features", "vlm", "--images", "a", "--reference", "b"]
+    with pytest.raises(VugenError, match="CMMD is defined on the CLIP network alone: drop --cmmd"):
+        run("--cmmd", *several)
+    with pytest.raises(VugenError, match="--save-stats keeps the statistics of one kind"):
+        run("--fid", "--save-stats", "s.npz", *several)
+
+
+def test_cmmd_has_its_name_on_its_own_clip_alone(tmp_path):
+    a, b = write_images(tmp_path / "a", 6, 1), write_images(tmp_path / "b", 6, 2)
+    for label, metric, name in (
+        (scores.CMMD_FEATURES, "cmmd", "CMMD"),
+        ("CLIP ViT-B-32 image embedding", "gaussian_clip", "not CMMD"),
+    ):
+        (entry,) = score_sets(a, b, tiny_extractor("clip", label), ["cmmd"], progress=False)["scores"]
+        assert entry["metric"] == metric and name in entry["name"]
+        assert entry["value"] > 0 and entry["parameters"]["sigma"] == 10 and len(entry["interval"]) == 2
+
+
+@pytest.fixture
+def mjhq(tmp_path):
+    """Twelve pictures in two categories, as MJHQ-30K's two files have them."""
+    images = write_images(tmp_path / "images", 12, 2)
+    folder, meta = tmp_path / "mjhq", {}
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "mjhq30k_imgs.zip", "w") as archive:
+        for number, path in enumerate(sorted(images.iterdir())):
+            category = ("animals", "art")[number % 2]
+            meta[f"id{number:02d}"] = {"category": category, "prompt": f"prompt \n {number}"}
+            archive.write(path, f"mjhq30k_imgs/{category}/id{number:02d}{path.suffix}")
+    (folder / "meta_data.json").write_text(json.dumps(meta))
+    return folder
+
+
+def test_mjhq_has_a_distance_within_each_category(tmp_path, mjhq):
+    """Each is the published formula, with its matrix square root, over that category's pictures."""
+    drawn = write_images(tmp_path / "drawn", 12, 1)
+    rows = [
+        {"file": path.name, "prompt": f"prompt {number}"}
+        for number, path in enumerate(sorted(drawn.iterdir()))
+    ]
+    (drawn / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = score_sets(drawn, mjhq, tiny_extractor(), ["fid", "kid"], progress=False)
+    entries = by_name(report)
+    assert list(entries) == ["fid", "kid", "fid_animals", "fid_art"]
+    assert report["reference"]["kind"] == "mjhq" and entries["fid_art"]["name"] == "FID, art"
+    for start, category in enumerate(("animals", "art")):
+        sides = []
+        for images in (drawn, tmp_path / "images"):
+            paths = sorted(path for path in images.iterdir() if path.suffix != ".jsonl")[start::2]
+            pixels = [np.asarray(Image.open(path)).astype(np.float64) for path in paths]
+            sides.append(np.array([[*x.mean(axis=(0, 1)), x.std(ddof=1)] for x in pixels]))
+        means, covariances = [x.mean(axis=0) for x in sides], [np.cov(x, rowvar=False) for x in sides]
+        root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+        expected = np.sum((means[0] - means[1]) ** 2) + np.trace(sum(covariances) - 2 * root)
+        assert entries[f"fid_{category}"]["value"] == pytest.approx(expected, rel=1e-6)
+        assert entries[f"fid_{category}"]["parameters"] == {"images": 6, "reference_images": 6}
+
+
+def test_mjhq_is_scored_whole_where_pictures_are_of_no_category(tmp_path, mjhq):
+    with zipfile.ZipFile(mjhq / "mjhq30k_imgs.zip") as archive:
+        archive.extractall(mjhq)
+    report = score_sets(mjhq, mjhq, tiny_extractor(), progress=False)  # unpacked, and named after its ids
+    assert [entry["value"] for entry in report["scores"]] == pytest.approx([0, 0, 0], abs=1e-6)
+    report = score_sets(tmp_path / "images", mjhq, tiny_extractor(), progress=False)
+    assert [entry["metric"] for entry in report["scores"]] == ["fid"]
+    assert "000.jpg of" in report["warning"] and "is of no category" in report["warning"]
+    (mjhq / "meta_data.json").write_text('{"id00": {"category": "art"}}')
+    report = score_sets(mjhq, mjhq, tiny_extractor(), progress=False)
+    assert "is not as MJHQ-30K's meta_data.json: id00: Field required" in report["warning"]
 
 
 def write_samples(folder, reference=None, **row):

@@ -155,6 +155,9 @@ def prompts(
         Path | None,
         typer.Option(help="GenEval: its evaluation_metadata.jsonl. Needs --detector and --clip."),
     ] = None,
+    geneval2: Annotated[
+        Path | None, typer.Option(help="GenEval 2: its geneval2_data.jsonl. --vlm answers.")
+    ] = None,
     detector: Annotated[Path | None, typer.Option(help="Directory of the detector of --geneval.")] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Each image is a 2x2 grid, as DPG-Bench's.")] = False,
     images: ImagesOption = None,
@@ -175,12 +178,10 @@ def prompts(
       vugen score prompts --clip-score --clip ViT-L-14:openai --vqa-score --images drawn
       vugen score prompts --geneval evaluation_metadata.jsonl --detector mask2former --clip ViT-L-14:openai
       vugen score prompts --dpg-bench dpg_bench --images drawn --vlm my-vlm
+      vugen score prompts --geneval2 geneval2_data.jsonl --images drawn --vlm Qwen/Qwen3-VL-8B-Instruct
     """
-    if not (clip_score or vqa_score or dpg_bench or geneval):
-        raise VugenError(
-            "no metric was asked for: add one or several of --clip-score, --vqa-score, --dpg-bench and "
-            "--geneval."
-        )
+    if not (clip_score or vqa_score or dpg_bench or geneval or geneval2):
+        raise VugenError("no metric was asked for: `vugen score prompts --help` lists them.")
     from vugen_cli.engine.device import pick_device
     from vugen_cli.metrics.image_sets import open_image_set
     from vugen_cli.metrics.prompt_scores import score_prompts
@@ -195,6 +196,7 @@ def prompts(
         vqa_score=vqa_score,
         dpg_bench=dpg_bench,
         geneval=geneval,
+        geneval2=geneval2,
         clip=clip,
         vlm=vlm or recorded_vlm(ours),
         detector=detector,

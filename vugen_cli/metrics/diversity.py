@@ -15,6 +15,8 @@ from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 
 SHOWN = 64  # pictures of one prompt in the grid
+NOT_CENTRED = "none"
+Groups = dict[str, tuple[list[str], np.ndarray]]  # by prompt, its images' names and features
 
 
 def pairwise_distance(similarities: np.ndarray) -> float:
@@ -48,10 +50,15 @@ def score_diversity(
 ) -> Report:
     """Mean over prompts of the pairwise distance and the Vendi score of each prompt's images.
 
+    Features are centred first: most of a feature is common to all images whatsoever, and a cosine between
+    such is near 1 whether images differ or not. What is taken off is the reference's mean, or without one the
+    mean over the set's own prompts.
+
     Args:
         images: a set with prompts, several images to a prompt.
         extractor: the features that are compared.
-        reference: real images with captions; those with a caption in common are scored in the same way.
+        reference: real images with captions, whose mean is the centre; those with a caption in common are
+            scored in the same way.
         batch_size: images a forward pass.
         cache: folder of cached features (`features.cache_folder`), None for none.
         picture: a PNG to write, of the prompt with the most images.
@@ -67,6 +74,10 @@ def score_diversity(
     real = _by_prompt(reference, extractor, batch_size, cache, progress) if reference else {}
     if not is_first():
         return Report()
+    centre, named = _centre(found, real)
+    found, real = (
+        {prompt: group for prompt, group in groups.items() if len(group[0]) > 1} for groups in (found, real)
+    )
     if not found:
         raise VugenError(
             f"no prompt of {images.images.path} has two images: draw several with `vugen sample -n 16`"
@@ -80,7 +91,7 @@ def score_diversity(
         ("pairwise_distance", "pairwise distance", pairwise_distance),
         ("vendi", "Vendi score", vendi_score),
     ):
-        values, of_real = (_of_each(groups, measure) for groups in (found, real))
+        values, of_real = (_of_each(groups, centre, measure) for groups in (found, real))
         beside = f" (real: {of_real.mean():.3f})" if len(of_real) else ""
         scores.append(
             score_of(
@@ -92,14 +103,13 @@ def score_diversity(
                     "features": extractor.label,
                     **extractor.identity,
                     "resize": extractor.resize,
+                    "centre": named,
                     "prompts": len(found),
                     "images_of_a_prompt": sizes,
                     "real": float(of_real.mean()) if len(of_real) else None,
                     "real_captions": len(real),
                 },
-                warning="prompts have different numbers of images, on which a Vendi score depends."
-                if metric == "vendi" and len(sizes) > 1
-                else None,
+                warning=_warning(metric, sizes, named),
             )
         )
     return Report(
@@ -117,8 +127,8 @@ def _by_prompt(
     batch_size: int | None,
     cache: Path | None,
     progress: bool,
-) -> dict[str, tuple[list[str], np.ndarray]]:
-    """The names and the unit features, float64 [n, d], of the images of each prompt that has at least two."""
+) -> Groups:
+    """The names and the features, float64 [n, d], of the images of each prompt."""
     found, _ = extract(
         images.images,
         extractor,
@@ -131,17 +141,43 @@ def _by_prompt(
     if not is_first():
         return {}
     features = found["features"].astype(np.float64)
-    features /= np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
     groups: dict[str, list[int]] = {}
     names = images.images.good_names()
     for i, name in enumerate(names):
         groups.setdefault(images.prompts[name], []).append(i)
-    return {
-        prompt: ([names[i] for i in rows], features[rows]) for prompt, rows in groups.items() if len(rows) > 1
-    }
+    return {prompt: ([names[i] for i in rows], features[rows]) for prompt, rows in groups.items()}
+
+
+def _centre(found: Groups, real: Groups) -> tuple[np.ndarray | float, str]:
+    """What is common to all images [d], and whose mean it is."""
+    if real:
+        return np.concatenate([rows for _, rows in real.values()]).mean(axis=0), "mean of the reference"
+    if len(found) > 1:  # each prompt counts alike, however many images it has
+        return np.mean([rows.mean(axis=0) for _, rows in found.values()], axis=0), "mean over the prompts"
+    return 0.0, NOT_CENTRED
+
+
+def _warning(metric: str, sizes: list[int], centre: str) -> str | None:
+    if centre == NOT_CENTRED:
+        return "one prompt's own mean is no centre, so what all images share counts: give --reference."
+    if metric == "vendi" and len(sizes) > 1:
+        return "prompts have different numbers of images, on which a Vendi score depends."
+    return None
 
 
 def _of_each(
-    groups: dict[str, tuple[list[str], np.ndarray]], measure: Callable[[np.ndarray], float]
+    groups: Groups, centre: np.ndarray | float, measure: Callable[[np.ndarray], float]
 ) -> np.ndarray:
-    return np.array([measure(features @ features.T) for _, features in groups.values()])
+    """A measure of the cosines of each prompt's images, about the centre."""
+    values = []
+    for _, rows in groups.values():
+        unit = rows - centre
+        length = np.linalg.norm(unit, axis=1, keepdims=True)
+        unit /= length.clip(1e-12)
+        similarities = unit @ unit.T
+        # What lies at the centre, to float32's rounding, has no direction: such images are all alike.
+        still = (length < 1e-5 * np.linalg.norm(rows, axis=1, keepdims=True))[:, 0]
+        similarities[still] = similarities[:, still] = 0
+        similarities[np.ix_(still, still)] = 1
+        values.append(measure(similarities))
+    return np.array(values)

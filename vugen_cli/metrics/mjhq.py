@@ -5,7 +5,6 @@ Li et al. (2024), "Playground v2.5" (arXiv 2402.17245). Its two files are `meta_
 """
 
 import json
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,6 @@ class Entry(BaseModel):
     prompt: str
 
 
-@lru_cache(maxsize=1)  # 9 MB
 def read_meta(directory: Path) -> dict[str, Entry]:
     """The entries of a folder's `meta_data.json`, by the id that names the picture.
 
@@ -42,19 +40,18 @@ def read_meta(directory: Path) -> dict[str, Entry]:
         raise VugenError(f"{path} is not as MJHQ-30K's meta_data.json: {reason}.") from error
 
 
-def rows_by_category(images: "ImageSet", directory: Path) -> dict[str, list[int]]:
+def rows_by_category(images: "ImageSet", entries: dict[str, Entry]) -> dict[str, list[int]]:
     """Which rows of the features of a set, whose good images they are in its order, are of which category.
 
     An image belongs to the entry whose id its file is named after, or else whose prompt it was drawn for.
 
     Args:
         images: pictures named after ids, or what `vugen sample` wrote.
-        directory: with `meta_data.json`.
+        entries: from `read_meta`.
 
     Raises:
         VugenError: an image is of no entry; names it.
     """
-    entries = read_meta(directory)
     of_prompt = {" ".join(entry.prompt.split()): entry.category for entry in entries.values()}
     drawn = {sample.file: " ".join((sample.prompt or "").split()) for sample in images.samples}
     rows: dict[str, list[int]] = {}
@@ -63,7 +60,7 @@ def rows_by_category(images: "ImageSet", directory: Path) -> dict[str, list[int]
         category = entry.category if entry else of_prompt.get(drawn.get(name, ""))
         if category is None:
             raise VugenError(
-                f"{name} of {images.path} is of no category of {directory / META}: draw its prompts, or name "
+                f"{name} of {images.path} is of no category of MJHQ-30K's: draw its prompts, or name "
                 "pictures after its ids."
             )
         rows.setdefault(category, []).append(row)

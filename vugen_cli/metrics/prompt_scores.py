@@ -10,6 +10,7 @@ from vugen_cli.metrics.detectors import load_detector
 from vugen_cli.metrics.dpg_bench import dpg_bench_scores, match_items, read_dpg_bench
 from vugen_cli.metrics.encoders import load_clip
 from vugen_cli.metrics.geneval import check_geneval, geneval_scores, read_geneval
+from vugen_cli.metrics.geneval2 import check_geneval2, geneval2_scores, read_geneval2
 from vugen_cli.metrics.image_sets import ImageSet
 from vugen_cli.metrics.prompted_images import prompted_images
 from vugen_cli.metrics.report import Report, Score, versions
@@ -23,6 +24,7 @@ def score_prompts(
     vqa_score: bool = False,
     dpg_bench: Path | None = None,
     geneval: Path | None = None,
+    geneval2: Path | None = None,
     clip: str | None = None,
     vlm: str = "nano",
     detector: Path | None = None,
@@ -37,8 +39,9 @@ def score_prompts(
         clip_score, vqa_score: whether CLIPScore and VQAScore are wanted.
         dpg_bench: folder of DPG-Bench's files; images without other prompts may be named after its items.
         geneval: GenEval's `evaluation_metadata.jsonl`.
+        geneval2: GenEval 2's `geneval2_data.jsonl`.
         clip: MODEL:PRETRAINED of open_clip, for CLIPScore and GenEval's colours.
-        vlm: who answers VQAScore and DPG-Bench, in bfloat16 on a GPU.
+        vlm: who answers VQAScore, DPG-Bench and GenEval 2, in bfloat16 on a GPU.
         detector: directory of the detector of GenEval.
         grid: each image is a 2x2 grid of four.
         device: where the networks run.
@@ -62,9 +65,12 @@ def score_prompts(
         )
     items = read_dpg_bench(dpg_bench) if dpg_bench else []
     asked = read_geneval(geneval) if geneval else {}
+    atoms = read_geneval2(geneval2) if geneval2 else {}
     pairs = prompted_images(images, grid, {item.id: item.prompts[-1] for item in items})
     if dpg_bench:
         match_items(pairs, items, dpg_bench)
+    if geneval2:
+        check_geneval2(atoms, pairs, geneval2)
     scores: list[Score] = []
     loaded_clip = load_clip(clip, device) if clip is not None and (clip_score or geneval) else None
     found = load_detector(detector, device) if geneval and detector else None
@@ -74,12 +80,14 @@ def score_prompts(
         scores += clip_scores(pairs, loaded_clip, progress)
     if geneval and found and loaded_clip:
         scores += geneval_scores(pairs, asked, found, loaded_clip, progress)
-    if vqa_score or dpg_bench:
+    if vqa_score or dpg_bench or geneval2:
         judge = YesNoJudge(vlm, device)
         if vqa_score:
             scores += vqa_scores(pairs, judge, progress)
         if dpg_bench:
             scores += dpg_bench_scores(pairs, items, dpg_bench, judge, progress)
+        if geneval2:
+            scores += geneval2_scores(pairs, atoms, judge, progress)
     return Report(
         scores=scores,
         images=pairs.images.describe(),

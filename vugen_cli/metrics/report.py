@@ -63,7 +63,9 @@ class Score(Record):
     interval_method: str = Field("", description="how the interval was had")
     parameters: Mapping[str, object] = Field({}, description="what the number depends on, by name")
     warning: str | None = Field(None, description="what a reader must know, or null")
-    by_item: dict[str, float] = Field({}, description="DPG-Bench: the score of each of its items")
+    by_item: dict[str, float] = Field(
+        {}, description="DPG-Bench: the score of each of its items; GenEval 2: of each prompt"
+    )
     failures: list[dict[str, str]] = Field(
         [], description="GenEval: `image`, `tag` and `reason` of each that fails"
     )

@@ -256,13 +256,15 @@ def compare_over(
         VugenError: as `compare_sets`; a metric is defined on none of the features, or statistics of several
             are to be saved.
     """
-    check_features(metrics, [each.partition(":")[0] for each in features])
+    kinds = [each.partition(":")[0] for each in features]
+    if SPOKEN.keys() >= set(kinds):  # else loading says what there is
+        check_features(metrics, kinds)
     if save_stats is not None and len(features) > 1:
         raise VugenError("--save-stats keeps the statistics of one kind of features: give one --features.")
     reports = []
-    for each in features:
-        served = [name for name in metrics if METRICS[name].only in (None, each.partition(":")[0])]
-        if not (served or save_stats):
+    for each, kind in zip(features, kinds, strict=True):
+        served = [name for name in metrics if METRICS[name].only in (None, kind)]
+        if kind in SPOKEN and not (served or save_stats):
             continue
         extractor = load_extractor(each, recorded_vlm(images), device)
         report = compare_sets(images, reference, extractor, served, batch_size, save_stats, cache, progress)
@@ -344,7 +346,8 @@ def _by_category(ours: Side, theirs: Side) -> list[Score]:
         VugenError: an image is of no category.
     """
     metric = METRICS["fid"]
-    parts = [mjhq.rows_by_category(side.images, theirs.images.path) for side in (ours, theirs)]
+    entries = mjhq.read_meta(theirs.images.path)
+    parts = [mjhq.rows_by_category(side.images, entries) for side in (ours, theirs)]
     scores = []
     for category in sorted(parts[0].keys() & parts[1].keys()):
         of_ours, of_theirs = (

@@ -1,8 +1,9 @@
-"""Questions of yes or no to a VLM about an image, and VQAScore: does this image show its prompt?
+"""Questions to a VLM about an image with the probability of its answer, and VQAScore: is the prompt shown?
 
 Lin et al. (2024), "Evaluating Text-to-Visual Generation with Image-to-Text Generation".
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +49,44 @@ class YesNoJudge:
         self.path, self.name = name, Path(name).name
         self.fingerprint = fingerprint(model)
         self.warning = NANO if name == "nano" else None
-        yes, no = (_first_tokens(self.processor.tokenizer, word) for word in ("yes", "no"))
+        yes, no = (
+            _first_tokens(
+                self.processor.tokenizer,
+                (space + text for text in (word, word.capitalize(), word.upper()) for space in ("", " ")),
+            )
+            for word in ("yes", "no")
+        )
         self.yes, self.no = sorted(yes - no), sorted(no - yes)
         if not self.yes or not self.no:
             raise VugenError(f"{name} writes yes and no with the same first token: judge with another --vlm.")
 
-    @torch.no_grad()
     def __call__(self, image: torch.Tensor, question: str) -> float:
         """The probability of yes to a question about an image (uint8 [3, H, W]), in [0, 1].
-
-        Every question is asked by itself: padding of others would change it in the last digits.
 
         Raises:
             VugenError: the VLM cannot be asked.
         """
+        log_p = self._log_probabilities(image, question + SUFFIX)
+        yes, no = (log_p[tokens].logsumexp(0) for tokens in (self.yes, self.no))
+        return torch.sigmoid(yes - no).item()
+
+    def probability(self, image: torch.Tensor, question: str, answers: Sequence[str]) -> float:
+        """The probability, among all first tokens, of those that some spellings of an answer begin with.
+
+        Raises:
+            VugenError: the VLM cannot be asked.
+        """
+        tokens = sorted(_first_tokens(self.processor.tokenizer, answers))
+        return self._log_probabilities(image, question)[tokens].exp().sum().item()
+
+    @torch.no_grad()
+    def _log_probabilities(self, image: torch.Tensor, text: str) -> torch.Tensor:
+        """Of the answer's first token, float64 [vocabulary].
+
+        Every question is asked by itself: padding of others would change it in the last digits.
+        """
         try:
-            inputs = question_inputs(self.model, self.processor, image[None], question + SUFFIX)
+            inputs = question_inputs(self.model, self.processor, image[None], text)
             # By `generate`, which knows each model's positions and computes only the last token's logits.
             out = self.model.generate(
                 **inputs,
@@ -75,10 +98,8 @@ class YesNoJudge:
             )
         except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise VugenError(f"{self.path} cannot be asked '{question[:60]}': {reason}") from error
-        log_p = out.logits[0][0].double().log_softmax(0)
-        yes, no = (log_p[tokens].logsumexp(0) for tokens in (self.yes, self.no))
-        return torch.sigmoid(yes - no).item()
+            raise VugenError(f"{self.path} cannot be asked '{text[:60]}': {reason}") from error
+        return out.logits[0][0].double().log_softmax(0)
 
     def describe(self) -> dict[str, object]:
         """How the answers are obtained, as a record."""
@@ -92,13 +113,12 @@ class YesNoJudge:
         }
 
 
-def _first_tokens(tokenizer: Any, word: str) -> set[int]:
+def _first_tokens(tokenizer: Any, spellings: Iterable[str]) -> set[int]:
     found = set()
-    for written in (word, word.capitalize(), word.upper()):
-        for space in ("", " "):
-            ids = tokenizer(space + written, add_special_tokens=False)["input_ids"]
-            if ids and tokenizer.decode(ids[:1]).strip():  # a token of only the space says nothing
-                found.add(int(ids[0]))
+    for text in spellings:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids and tokenizer.decode(ids[:1]).strip():  # a token of only the space says nothing
+            found.add(int(ids[0]))
     return found
 
 
