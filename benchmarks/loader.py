@@ -92,7 +92,7 @@ def beside_decoding(data: str, samples: int) -> None:
 def stored_files(images: ShardedImages, count: int) -> list[bytes]:
     """The encoded pictures of the first samples."""
     places = [(shard, i) for shard, samples in enumerate(images.counts) for i in range(samples)]
-    return [images._stored(*place)[0] for place in places[:count]]
+    return [images.stored(*place)[0] for place in places[:count]]
 
 
 class Smooth:

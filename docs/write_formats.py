@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from vugen_cli.card import Card, DataCard, Distilled, LatentsCard, StateCard, VAECard, VLMCard
-from vugen_cli.data.manifest import Captions, Latents, Manifest, Split
+from vugen_cli.data.manifest import CaptionOrigin, Captions, Latents, Manifest, Split
 from vugen_cli.metrics.report import PromptsRecord, Report, Score, SetRecord
 from vugen_cli.metrics.samples import DrawnImage
 from vugen_cli.studies.over_training import Point
@@ -21,7 +21,7 @@ from vugen_cli.studies.understanding import Understanding
 
 CARDS = (Card, VLMCard, DataCard, LatentsCard, VAECard, Distilled, StateCard)
 REPORTS = (Report, Score, SetRecord, PromptsRecord, Point, Understanding, Fidelity, Reconstruction)
-DATA = (Manifest, Split, Captions, Latents)
+DATA = (Manifest, Split, Captions, CaptionOrigin, Latents)
 MODELS = (*DATA, *CARDS, DrawnImage, *REPORTS)
 
 PAGE = Path("docs/formats.md")

@@ -124,7 +124,7 @@ def test_a_cache_is_refused_where_it_does_not_belong(
         train_sampler(with_flip(tiny_recipe), reducer, tmp_path / "plain", out, CPU)
     with pytest.raises(VugenError, match=r"prepared otherwise \(latents\)"):
         write_latents(reducer, scenes, cache, CPU, flip=False)
-    with pytest.raises(VugenError, match="no latent cache"):
+    with pytest.raises(VugenError, match="already holds shards without latents"):
         write_latents(reducer, scenes, scenes, CPU)
 
 

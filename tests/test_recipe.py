@@ -43,6 +43,7 @@ def test_a_recipe_survives_its_own_card() -> None:
         ("decoder.heads=7", "decoder.heads must divide"),
         ("steps", "expected key=value"),
         ("seed.x=1", "seed is a value, not a section"),
+        ("caption.instructions=[what is it?]", "the value is not YAML; put text in quotes"),
     ],
 )
 def test_a_wrong_override_is_explained(override: str, message: str) -> None:

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from vugen_cli import processes
 from vugen_cli.commands import score, study
+from vugen_cli.commands.caption import caption
 from vugen_cli.commands.chat import chat
 from vugen_cli.commands.compare import compare
 from vugen_cli.commands.demo import demo
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "prepare": prepare,
+    "caption": caption,
     "train-reducer": train_reducer,
     "train-sampler": train_sampler,
     "sample": sample,
@@ -75,6 +77,7 @@ def _version(wanted: bool) -> None:
 
 SPREAD = (
     "prepare",
+    "caption",
     "train-reducer",
     "train-sampler",
     "train-vlm",

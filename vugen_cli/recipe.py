@@ -333,6 +333,21 @@ class SamplerTraining(Training):
     )
 
 
+class Captioning(Section):
+    """What `vugen caption` asks the VLM for: a caption by each instruction, of several lengths."""
+
+    instructions: list[str] = Field(
+        [
+            "Describe the picture in one short sentence.",
+            "Describe the picture in two or three sentences.",
+            "Describe the picture in detail: what is in it, how many of each, their colours and places, the "
+            "background, the light and the style.",
+        ],
+        min_length=1,
+    )
+    tokens: PositiveInt = Field(256, description="longest caption")
+
+
 class Engine(Section):
     """How the work is spread; a resumed run may change all of it."""
 
@@ -397,6 +412,7 @@ class Recipe(Section):
     expert: Expert = Expert()
     flow: Flow = Flow()
     sampling: Sampling = Sampling()
+    caption: Captioning = Captioning()
     engine: Engine = Engine()
     log: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="where a run's numbers go beside metrics.jsonl; each is an extra of the package"
@@ -459,7 +475,10 @@ def parse_recipe(values: dict[str, Any], where: str, overrides: list[str] | None
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise VugenError(f"--set {override}: {parent} is a value, not a section")
-        section[leaf] = _number(yaml.safe_load(text))
+        try:
+            section[leaf] = _number(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise VugenError(f"--set {override}: the value is not YAML; put text in quotes") from error
         if (
             key.strip() == "decoder.preset"
         ):  # replaces the sizes that the file gives; later overrides may follow

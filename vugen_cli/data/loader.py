@@ -164,7 +164,7 @@ class ShardedImages:
             self._open.popitem(last=False)  # nobody else holds the file: it is closed
         return opened
 
-    def _stored(self, shard: int, index: int) -> list[bytes]:
+    def stored(self, shard: int, index: int) -> list[bytes]:
         """The bytes of a sample: picture or latents, `.json`, `.txt`.
 
         Raises:
@@ -202,7 +202,7 @@ class ShardedImages:
             Damaged: the sample is damaged or missing from its shard.
             VugenError: the shard cannot be read or had.
         """
-        stored, facts, text = self._stored(shard, index)
+        stored, facts, text = self.stored(shard, index)
         try:
             meta: Meta = dict(json.loads(facts))
             meta["captions"] = text.decode().splitlines()

@@ -83,6 +83,15 @@ class Latents(Facts):
     vae: str | None = Field(None, description="SHA-256 fingerprint of the VAE, where that made the latents")
 
 
+class CaptionOrigin(Facts):
+    """What captions a VLM was asked for by `vugen caption`."""
+
+    vlm: str = Field(description="a directory, a hub id or `nano`")
+    fingerprint: str = Field(description="hash of its weights")
+    instruction: str = Field(description="what it was told beside the picture")
+    tokens: int = Field(description="longest answer")
+
+
 class Manifest(Facts):
     """`dataset.json`."""
 
@@ -94,6 +103,11 @@ class Manifest(Facts):
     source: str | None = Field(None, description="where the images came from")
     licence: str | None = Field(None, description="of the images")
     tool: str | None = Field(None, description="and version that wrote it")
+    captioned: list[CaptionOrigin] | None = Field(
+        None,
+        description="what wrote captions; `caption_origins` in a sample's `.json` has for each caption the "
+        "number of one of these, from 1, or 0 for the source",
+    )
     data: DataCard | None = Field(None, description="of a latent cache: the card of its images")
     latents: Latents | None = Field(None, description="of a latent cache: what made it")
     images: dict[str, list[str]] | None = Field(

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait as wait_for_exit
@@ -406,42 +406,34 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> Record:
     path = job.out / _shard_name(job.split, shard)
     skipped: list[Skipped] = []
     captions = Counted()
-    with whole_file(path) as temporary:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for position, item in enumerate(job.order.part(first, first + job.shard_size), start=first):
-                tick()
-                key = None
-                try:
-                    sample = job.source[int(item)]
-                    key = sample.key
-                    members = _members(sample, job.size)
-                except (OSError, ValueError) as error:
-                    # A source that fails to read names the item in its message; without a key, say which it
-                    # was.
-                    key = key or getattr(error, "filename", None) or f"item {item}"
-                    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                    if job.strict:
-                        raise VugenError(
-                            f"{key}: {reason} (--strict; without it the picture is skipped)"
-                        ) from error
-                    skipped.append(Skipped(key=str(key), reason=reason))
-                    continue
-                for kind, data in members:
-                    add_member(tar, f"{position:09d}.{kind}", data)
-                captions.add(sample.captions)
-        index = list_members(temporary)
-        with open(temporary, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            length = os.fstat(file.fileno()).st_size
-    if captions.images:
-        write_index(index_path(path), index)
-    else:
+    with shard_file(path) as (tar, facts):
+        for position, item in enumerate(job.order.part(first, first + job.shard_size), start=first):
+            tick()
+            key = None
+            try:
+                sample = job.source[int(item)]
+                key = sample.key
+                members = _members(sample, job.size)
+            except (OSError, ValueError) as error:
+                # A source that fails to read names the item in its message; without a key, say which it
+                # was.
+                key = key or getattr(error, "filename", None) or f"item {item}"
+                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                if job.strict:
+                    raise VugenError(
+                        f"{key}: {reason} (--strict; without it the picture is skipped)"
+                    ) from error
+                skipped.append(Skipped(key=str(key), reason=reason))
+                continue
+            for kind, data in members:
+                add_member(tar, f"{position:09d}.{kind}", data)
+            captions.add(sample.captions)
+    if not captions.images:
         path.unlink(missing_ok=True)
+        index_path(path).unlink(missing_ok=True)
     record = Record(
-        name=path.name,
+        **facts,
         samples=captions.images,
-        bytes=length,
-        sha256=digest,
         skipped=skipped,
         captions=captions,
     )
@@ -477,6 +469,25 @@ def _members(sample: Sample, size: int) -> list[tuple[str, bytes]]:
         ("json", json.dumps(meta, ensure_ascii=False).encode("utf-8", "replace")),
         ("txt", text.encode("utf-8", "replace")),
     ]
+
+
+@contextmanager
+def shard_file(path: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, Any]]]:
+    """Yields a tar to fill, which becomes a shard with its index beside it, whole or not at all; and what its
+    record says of it: `name`, and once the tar is closed `bytes` and `sha256`.
+
+    Raises:
+        VugenError: the folder cannot be written or the disk is full.
+    """
+    facts: dict[str, Any] = {"name": path.name}
+    with whole_file(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            yield tar, facts
+        index = list_members(temporary)
+        with open(temporary, "rb") as file:
+            facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            facts["bytes"] = os.fstat(file.fileno()).st_size
+    write_index(index_path(path), index)
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:

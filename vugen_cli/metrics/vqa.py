@@ -15,7 +15,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.metrics.bootstrap import by_prompt, resampled_means
 from vugen_cli.metrics.prompted_images import Prompted, PromptedImages, score_of
 from vugen_cli.metrics.report import Score
-from vugen_cli.vlm.chat import question_inputs
+from vugen_cli.vlm.chat import asking, question_inputs
 from vugen_cli.vlm.frozen import load_model
 
 SUFFIX = " Please answer yes or no."
@@ -85,7 +85,7 @@ class YesNoJudge:
 
         Every question is asked by itself: padding of others would change it in the last digits.
         """
-        try:
+        with asking(self.path, text):
             inputs = question_inputs(self.model, self.processor, image[None], text)
             # By `generate`, which knows each model's positions and computes only the last token's logits.
             out = self.model.generate(
@@ -96,9 +96,6 @@ class YesNoJudge:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise VugenError(f"{self.path} cannot be asked '{text[:60]}': {reason}") from error
         return out.logits[0][0].double().log_softmax(0)
 
     def describe(self) -> dict[str, object]:

@@ -4,11 +4,8 @@ A cache mirrors its data set shard by shard and sample by sample, the damaged on
 loader's order over it is that over the images: training sees the same samples at the same steps.
 """
 
-import hashlib
 import io
 import json
-import os
-import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -20,13 +17,12 @@ import torch
 
 from vugen_cli.card import Card
 from vugen_cli.checkpoint import fingerprint
-from vugen_cli.data.index import index_path, list_members, write_index
 from vugen_cli.data.loader import Chunk, ShardedImages, StoredChunks, batches
 from vugen_cli.data.manifest import FORMAT, Manifest, dataset_card, write_manifest
-from vugen_cli.data.writer import add_member, finished_shard, held
+from vugen_cli.data.writer import add_member, finished_shard, held, shard_file
 from vugen_cli.engine.precision import passes, wants_bfloat16
 from vugen_cli.errors import VugenError
-from vugen_cli.files import whole_file, write_json
+from vugen_cli.files import write_json
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.processes import barrier, is_first, rank, world_size
 from vugen_cli.recipe import USE_OF_VLM, Recipe
@@ -123,7 +119,7 @@ def write_latents(
     shards = [(images, shard) for images in splits.values() for shard in range(len(images.names))]
     with held(out) if is_first() else nullcontext():
         if is_first():
-            _claim(out, plan)
+            claim(out, plan, "latents")
         barrier("latents planned")
         encode = partial(_encode, autoencoder, frozen, flip)
         notes_of = {(images, shard): notes / f"{images.names[shard]}.json" for images, shard in shards}
@@ -149,19 +145,28 @@ def write_latents(
     return manifest
 
 
-def _claim(out: Path, plan: dict[str, Any]) -> None:
-    """Note what is to be written before the first shard; refuse a folder that holds something else."""
+def claim(out: Path, plan: dict[str, Any], what: str) -> None:
+    """Note what is to be written before the first shard; refuse a folder that holds something else.
+
+    Args:
+        out: the folder.
+        plan: all that decides the bytes of its shards, as JSON.
+        what: the shards hold, for messages.
+
+    Raises:
+        VugenError: it holds other shards, or such as were written by another plan.
+    """
     note = out / ".progress" / "plan.json"
     try:
         found = json.loads(note.read_text()) if note.exists() else None
     except (OSError, ValueError) as error:
         raise VugenError(f"{note} is damaged ({error}): delete {out} and prepare again") from error
     if found is None and any(out.glob("*.tar")):
-        raise VugenError(f"{out} already holds shards that are no latent cache: choose another --out")
+        raise VugenError(f"{out} already holds shards without {what} of this tool: choose another --out")
     if found not in (None, plan):
         different = ", ".join(key for key in plan if found.get(key) != plan[key])
         raise VugenError(
-            f"{out} holds latents prepared otherwise ({different}): choose another --out, or delete {out}"
+            f"{out} holds {what} prepared otherwise ({different}): choose another --out, or delete {out}"
         )
     write_json(note, plan)
     for leftover in [*out.glob(".*.tar.*"), *out.glob(".*.npy.*")]:  # of a run that was killed
@@ -179,30 +184,24 @@ def _write_shard(
 ) -> dict[str, Any]:
     """Write a shard of latents from its next chunks; its entry in the manifest."""
     name, count = images.names[shard], int(images.counts[shard])
-    with whole_file(out / name) as temporary:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for first in range(0, count, ENCODE_BATCH):
-                rows, pixels, metas = next(chunks)
-                latents = encode(pixels) if rows else np.empty(0)
-                samples = dict(zip(rows, zip(latents, metas, strict=True), strict=True))
-                for row in range(first, min(first + ENCODE_BATCH, count)):
-                    if row not in samples:  # the loader puts another sample there, as it does for the image
-                        add_member(tar, f"{row:09d}.json", b'{"damaged": true}')
-                        continue
-                    latent, meta = samples[row]
-                    captions = meta.pop("captions")
-                    meta["tokens"] = [tokenize(text)[0] for text in captions]
-                    stored = io.BytesIO()
-                    np.save(stored, latent, allow_pickle=False)
-                    add_member(tar, f"{row:09d}.npy", stored.getvalue())
-                    add_member(tar, f"{row:09d}.txt", ("\n".join(captions) + "\n").encode())
-                    add_member(tar, f"{row:09d}.json", json.dumps(meta, ensure_ascii=False).encode())
-        index = list_members(temporary)
-        with open(temporary, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            length = os.fstat(file.fileno()).st_size
-    write_index(index_path(out / name), index)
-    return {"name": name, "samples": count, "bytes": length, "sha256": digest}
+    with shard_file(out / name) as (tar, facts):
+        for first in range(0, count, ENCODE_BATCH):
+            rows, pixels, metas = next(chunks)
+            latents = encode(pixels) if rows else np.empty(0)
+            samples = dict(zip(rows, zip(latents, metas, strict=True), strict=True))
+            for row in range(first, min(first + ENCODE_BATCH, count)):
+                if row not in samples:  # the loader puts another sample there, as it does for the image
+                    add_member(tar, f"{row:09d}.json", b'{"damaged": true}')
+                    continue
+                latent, meta = samples[row]
+                captions = meta.pop("captions")
+                meta["tokens"] = [tokenize(text)[0] for text in captions]
+                stored = io.BytesIO()
+                np.save(stored, latent, allow_pickle=False)
+                add_member(tar, f"{row:09d}.npy", stored.getvalue())
+                add_member(tar, f"{row:09d}.txt", ("\n".join(captions) + "\n").encode())
+                add_member(tar, f"{row:09d}.json", json.dumps(meta, ensure_ascii=False).encode())
+    return {"name": name, "samples": count, "bytes": facts["bytes"], "sha256": facts["sha256"]}
 
 
 def _encode(autoencoder: Autoencoder, vlm: FrozenVLM, flip: bool, images: torch.Tensor) -> np.ndarray:

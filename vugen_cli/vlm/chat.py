@@ -1,5 +1,7 @@
 """Asking a VLM about images: what it always could, and still can."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +11,20 @@ from tqdm import tqdm
 from vugen_cli.errors import VugenError
 
 CHAT_BATCH = 64  # images asked about together
+
+
+@contextmanager
+def asking(name: str, question: str) -> Iterator[None]:
+    """Within this, what a foreign model raises when it is asked is said in one line.
+
+    Raises:
+        VugenError: the model cannot be asked.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise VugenError(f"{name} cannot be asked '{question[:60]}': {reason}") from error
 
 
 def question_inputs(model: Any, processor: Any, images: Tensor, question: str) -> Any:

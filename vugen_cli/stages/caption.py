@@ -1,0 +1,210 @@
+"""Captions by a VLM, beside those that a prepared data set has.
+
+The result mirrors the data set shard by shard, its pictures byte for byte; only `.txt` and `.json` of a
+sample grow. Long captions teach a sampler more than any change of architecture (Photoroom's PRX study).
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vugen_cli.checkpoint import fingerprint
+from vugen_cli.data.loader import Chunk, Damaged, ShardedImages, StoredChunks, batches
+from vugen_cli.data.manifest import (
+    FORMAT,
+    CaptionOrigin,
+    Counted,
+    Manifest,
+    Record,
+    Skipped,
+    Split,
+    this_tool,
+    write_manifest,
+    write_skipped,
+)
+from vugen_cli.data.sample import Meta
+from vugen_cli.data.writer import add_member, finished_shard, held, shard_file
+from vugen_cli.errors import VugenError, first_line
+from vugen_cli.files import write_json
+from vugen_cli.processes import barrier, is_first, rank, world_size
+from vugen_cli.recipe import Captioning
+from vugen_cli.stages.latent_cache import claim
+from vugen_cli.vlm.chat import CHAT_BATCH, ask, asking
+from vugen_cli.vlm.frozen import load_model
+
+Captioner = Callable[[Tensor], list[list[str]]]  # uint8 [B, 3, S, S] -> by instruction, a caption of each
+
+
+def write_captions(
+    data: Path, out: Path, vlm: str, asked: Captioning, device: torch.device, workers: int = 0
+) -> Manifest:
+    """Write a data set with the VLM's captions after its own, and return its manifest.
+
+    The processes of a job share out the shards. Killed, the same call goes on with those that are missing,
+    and ends with the same bytes. A picture that cannot be read is left out, counted and listed.
+
+    Args:
+        data: a prepared data set.
+        out: the folder to write.
+        vlm: who describes: `nano`, a Hugging Face directory or a hub id; on a GPU in bfloat16.
+        asked: what it is told.
+        device: where it runs.
+        workers: processes that read and decode pictures while others are described; 0: this one does.
+
+    Raises:
+        VugenError: a bad data set, a VLM that cannot be asked, no readable picture; `out` holds something
+            else or cannot be written.
+    """
+    splits = {name: ShardedImages(data, name) for name in ShardedImages(data).manifest.splits}
+    source = next(iter(splits.values())).manifest
+    model, processor = load_model(vlm, device, "bfloat16" if device.type == "cuda" else "float32")
+    model.eval().requires_grad_(False)
+    describe = partial(_describe, model, processor, vlm, asked)
+    first = next((pixels for images in splits.values() for pixels, _ in images.in_order(1)), None)
+    if first is None:
+        raise VugenError(f"no picture of {data} can be read: run `vugen prepare` again")
+    describe(torch.from_numpy(first).permute(2, 0, 1)[None])  # one that cannot be asked is refused here
+    weights = fingerprint(model)
+    told = [
+        CaptionOrigin(vlm=vlm, fingerprint=weights, instruction=each, tokens=asked.tokens)
+        for each in asked.instructions
+    ]
+    manifest = Manifest(
+        format=FORMAT,
+        **source.model_dump(include={"dataset", "size", "licence", "classes", "source"}),
+        splits={},
+        tool=this_tool(),
+        captioned=[*(source.captioned or []), *told],
+    )
+    plan = {
+        **manifest.model_dump(mode="json", exclude={"splits"}),
+        "images": {name: [s.sha256 for s in source.splits[name].shards] for name in splits},
+    }
+    known = len(source.captioned or [])
+    with held(out) if is_first() else nullcontext():
+        if is_first():
+            claim(out, plan, "captions")
+        barrier("captions planned")
+        _write_missing(out, list(splits.values()), describe, known, workers)
+        barrier("captions written")
+        manifest.splits = {name: _split(out, name, images) for name, images in splits.items()}
+        if is_first():
+            write_manifest(out, manifest)
+    barrier("captions prepared")
+    return manifest
+
+
+def _describe(model: Any, processor: Any, name: str, asked: Captioning, images: Tensor) -> list[list[str]]:
+    """By instruction, a caption of each image in one line, empty where the VLM says nothing."""
+    found = []
+    for instruction in asked.instructions:
+        with asking(name, instruction):
+            answers = ask(model, processor, images, instruction, asked.tokens)
+        found.append([" ".join(answer.split()) for answer in answers])
+    return found
+
+
+def _write_missing(
+    out: Path, sets: list[ShardedImages], describe: Captioner, known: int, workers: int
+) -> None:
+    """Write those of this process's shards that are not there yet."""
+    shards = [(images, shard) for images in sets for shard in range(len(images.names))]
+    mine = shards[rank() :: world_size()]
+    notes = {(images, shard): _note(out, images.names[shard]) for images, shard in mine}
+    missing = [which for which in mine if finished_shard(out, notes[which]) is None]
+    chunks = batches(StoredChunks(missing, CHAT_BATCH), workers)
+    total = sum(int(images.counts[shard]) for images, shard in missing)
+    with tqdm(total=total, unit="img", desc=f"{out}", disable=None if is_first() else True) as bar:
+        for images, shard in missing:
+            record = _write_shard(out, images, shard, chunks, describe, known, bar)
+            write_json(notes[images, shard], record.model_dump())
+
+
+def _write_shard(
+    out: Path,
+    images: ShardedImages,
+    shard: int,
+    chunks: Iterator[Chunk],
+    describe: Captioner,
+    known: int,
+    bar: Any,
+) -> Record:
+    """Write a shard from its next chunks."""
+    name, count = images.names[shard], int(images.counts[shard])
+    captions, skipped = Counted(), []
+    with shard_file(out / name) as (tar, facts):
+        for first in range(0, count, CHAT_BATCH):
+            rows, pixels, metas = next(chunks)
+            told = zip(*describe(pixels), strict=True) if rows else ()
+            samples = dict(zip(rows, zip(metas, told, strict=True), strict=True))
+            for row in range(first, min(first + CHAT_BATCH, count)):
+                if row not in samples:
+                    skipped.append(Skipped(key=f"{name}/{row:09d}", reason=_damage(images, shard, row)))
+                    continue
+                meta = with_captions(samples[row][0], samples[row][1], known)
+                lines = meta.pop("captions")
+                picture = images.stored(shard, row)[0]
+                kind = "jpg" if picture[:2] == b"\xff\xd8" else "png"
+                add_member(tar, f"{row:09d}.{kind}", picture)
+                add_member(tar, f"{row:09d}.json", json.dumps(meta, ensure_ascii=False).encode())
+                add_member(tar, f"{row:09d}.txt", ("\n".join(lines) + "\n").encode())
+                captions.add(lines)
+            bar.update(min(CHAT_BATCH, count - first))
+    return Record(**facts, samples=captions.images, skipped=skipped, captions=captions)
+
+
+def with_captions(meta: Meta, told: Sequence[str], known: int) -> Meta:
+    """A sample's facts with new captions after its own, and where each comes from.
+
+    Args:
+        meta: with `captions`, and where it was captioned before with `caption_origins`.
+        told: a caption of each instruction; an empty one is left out.
+        known: how many instructions there were before.
+    """
+    old = meta["captions"]
+    new = {number: text for number, text in enumerate(told, start=known + 1) if text}
+    return {
+        **meta,
+        "captions": [*old, *new.values()],
+        "caption_origins": [*meta.get("caption_origins", [0] * len(old)), *new],
+        "caption_count": len(old) + len(new),
+    }
+
+
+def _damage(images: ShardedImages, shard: int, row: int) -> str:
+    try:
+        images.read(shard, row)
+    except Damaged as error:
+        return first_line(error)
+    return "could not be read a moment ago"
+
+
+def _note(out: Path, shard: str) -> Path:
+    return out / ".progress" / f"{shard}.json"
+
+
+def _split(out: Path, name: str, images: ShardedImages) -> Split:
+    """What the manifest says of a split, from the records of its shards; lists what was left out."""
+    records, captions = [], Counted()
+    for shard in images.names:
+        record = finished_shard(out, _note(out, shard))
+        if record is None:
+            raise VugenError(f"shards are missing from {out}: all processes of the job must share --out")
+        records.append(record)
+        captions.merge(record.captions)
+    if is_first():
+        write_skipped(out, name, records)
+    return Split(
+        count=captions.images,
+        source=images.manifest.splits[name].source,
+        shards=[record.shard for record in records if record.samples],
+        skipped_count=sum(len(record.skipped) for record in records),
+        captions=captions.summary(),
+    )
