@@ -92,7 +92,10 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
         write_captions(scenes, tmp_path / "set", str(vlm_path), ASKED, CPU)
     assert len(list((tmp_path / "set").glob("*.tar"))) == 2
     monkeypatch.setattr(caption, "ask", ask)
+    half = tmp_path / "set" / ".progress" / ".train-000002.tar.json.x.json"  # killed while it wrote a note
+    half.touch()
     write_captions(scenes, tmp_path / "set", str(vlm_path), ASKED, CPU)
+    assert not half.exists()
     assert files(tmp_path / "set") == files(captioned)
 
 

@@ -11,6 +11,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.metrics.encoders import clip_extractor, dinov2_extractor
 from vugen_cli.metrics.features import Extractor, cache_folder, extract
 from vugen_cli.metrics.image_sets import open_image_set
+from vugen_cli.metrics.scores import CMMD_FEATURES
 from vugen_cli.torchvision_repair import repair_torchvision
 
 SIZES = [(20, 16), (16, 20), (20, 16), (24, 24), (16, 20), (20, 16)]
@@ -207,6 +208,15 @@ def test_clip_is_its_image_embedding(tmp_path):
     with torch.inference_mode():
         expected = model.eval().encode_image(pixels)
         torch.testing.assert_close(extractor.features(images)["features"], expected)
+    # io_util.py and embedding.py of google-research/cmmd, of a square image, which needs no crop: Pillow's
+    # bicubic, values in [0, 1], CLIP's mean and deviation.
+    square = Image.fromarray(images[0, :, :36].permute(1, 2, 0).numpy())
+    rows = np.asarray(square.resize((32, 32), Image.BICUBIC)).astype(np.float64) / 255
+    rows = (rows - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
+    np.testing.assert_allclose(preprocess(square).permute(1, 2, 0), rows, atol=1e-6)
+    used = open_clip.get_pretrained_cfg("ViT-L-14-336", "openai")  # of these weights the same holds
+    assert used["quick_gelu"] and used["interpolation"] == "bicubic" and used["resize_mode"] == "shortest"
+    assert CMMD_FEATURES.split()[1] in open_clip.list_models()
     assert "tiny-for-tests" in extractor.label and extractor.identity["weights_fingerprint"]
     with pytest.raises(VugenError, match="could not be loaded"):
         clip_extractor(f"tiny-for-tests:{tmp_path / 'tiny-for-tests.json'}")

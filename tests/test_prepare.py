@@ -191,6 +191,9 @@ def test_same_bytes_after_an_interruption(tmp_path, monkeypatch):
     assert not (out / "dataset.json").exists() and len(list(out.glob("*.tar"))) == 2
     (out / "train-000001.tar").write_bytes(b"cut short")  # a crash of the machine
     (out / ".train-000002.tar.abc.tar").write_bytes(b"left by a killed worker")
+    (out / ".progress" / ".train-000002.json.abc.json").write_bytes(
+        b"left by one that was killed a bit later"
+    )
     written.clear()
     monkeypatch.setattr(
         writer, "_write_shard", lambda job, shard, *a: written.append(shard) or inner(job, shard, *a)

@@ -231,7 +231,7 @@ def _claim(out: Path, split: str, plan: Plan) -> None:
         )
     else:
         write_json(note, noted.model_dump())
-    for leftover in out.glob(f".{split}-*"):  # of a run that was killed
+    for leftover in [*out.glob(f".{split}-*"), *note.parent.glob(f".{split}*")]:  # of a run that was killed
         leftover.unlink(missing_ok=True)
 
 

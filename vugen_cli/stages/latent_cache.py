@@ -169,7 +169,8 @@ def claim(out: Path, plan: dict[str, Any], what: str) -> None:
             f"{out} holds {what} prepared otherwise ({different}): choose another --out, or delete {out}"
         )
     write_json(note, plan)
-    for leftover in [*out.glob(".*.tar.*"), *out.glob(".*.npy.*")]:  # of a run that was killed
+    # Of a run that was killed.
+    for leftover in [*out.glob(".*.tar.*"), *out.glob(".*.npy.*"), *note.parent.glob(".*.json.*")]:
         leftover.unlink(missing_ok=True)
 
 
