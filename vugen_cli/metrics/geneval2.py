@@ -126,30 +126,11 @@ def geneval2_scores(
         divide="ignore"
     ):  # an answer that cannot be: its logarithm is minus infinity, its mean 0
         whole = [float(np.exp(np.log(each).mean())) for each in atoms]
-    found = []
-    for key, name, values in (
-        ("gm", "GM (prompts)", whole),
-        ("am", "AM (atoms)", [float(np.mean(each)) for each in atoms]),
-    ):
-        totals, counts = by_prompt(prompts, values)
-        means = totals / counts
-        score = score_of(
-            f"geneval2_{key}",
-            f"GenEval 2 Soft-TIFA {name}",
-            100 * float(means.mean()),
-            100 * resampled_means(means, np.ones(len(means))),
-            parameters={
-                **judge.describe(),
-                "question": "{question}" + WORDS,
-                "answer": "p of the right answer's first tokens, among all tokens",
-                "images": len(values),
-                "prompts": len(means),
-                "prompts_of_the_benchmark": len(items),
-            },
-            warning=_warning(len(means), len(items), judge),
-        )
-        score.by_item = dict(zip(dict.fromkeys(prompts), (100 * means).tolist(), strict=True))
-        found.append(score)
+    means = [float(np.mean(each)) for each in atoms]
+    found = [
+        _overall("gm", "GM (prompts)", prompts, whole, items, judge),
+        _overall("am", "AM (atoms)", prompts, means, items, judge),
+    ]
     of_skill: dict[str, list[tuple[str, float]]] = {}
     of_count: dict[int, list[tuple[str, float]]] = {}
     for prompt, each, value in zip(prompts, atoms, whole, strict=True):
@@ -158,6 +139,31 @@ def geneval2_scores(
             of_skill.setdefault(skill, []).append((prompt, atom))
     found += [_part(skill, f"AM, {skill}", of_skill[skill]) for skill in SKILLS if skill in of_skill]
     return found + [_part(f"{n}_atoms", f"GM, {n} atoms", of_count[n]) for n in sorted(of_count)]
+
+
+def _overall(
+    key: str, name: str, prompts: list[str], values: list[float], items: dict[str, Item], judge: YesNoJudge
+) -> Score:
+    """The mean x 100 over prompts of the means over their images."""
+    totals, counts = by_prompt(prompts, values)
+    means = totals / counts
+    score = score_of(
+        f"geneval2_{key}",
+        f"GenEval 2 Soft-TIFA {name}",
+        100 * float(means.mean()),
+        100 * resampled_means(means, np.ones(len(means))),
+        parameters={
+            **judge.describe(),
+            "question": "{question}" + WORDS,
+            "answer": "p of the right answer's first tokens, among all tokens",
+            "images": len(values),
+            "prompts": len(means),
+            "prompts_of_the_benchmark": len(items),
+        },
+        warning=_warning(len(means), len(items), judge),
+    )
+    score.by_item = dict(zip(dict.fromkeys(prompts), (100 * means).tolist(), strict=True))
+    return score
 
 
 def _part(key: str, name: str, values: list[tuple[str, float]]) -> Score:
@@ -173,7 +179,7 @@ def _part(key: str, name: str, values: list[tuple[str, float]]) -> Score:
     )
 
 
-def _warning(prompts: int, of: int, judge: YesNoJudge) -> str:
-    lines = [f"Only {prompts} of {of} prompts have images."] if prompts < of else []
-    lines.append(f"Published scores are by {JUDGE}, not by {judge.name}." if judge.name != JUDGE else "")
-    return " ".join(filter(None, [*lines, judge.warning])) or ""
+def _warning(prompts: int, of: int, judge: YesNoJudge) -> str | None:
+    few = f"Only {prompts} of {of} prompts have images." if prompts < of else None
+    other = f"Published scores are by {JUDGE}, not by {judge.name}." if judge.name != JUDGE else None
+    return " ".join(filter(None, (few, other, judge.warning))) or None
