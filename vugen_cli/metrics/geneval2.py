@@ -122,9 +122,7 @@ def geneval2_scores(
 
     judged = pairs.judged(ask_all, "GenEval 2", progress=progress)
     prompts, atoms = [prompt for _, prompt, _ in judged], [atoms for _, _, atoms in judged]
-    with np.errstate(
-        divide="ignore"
-    ):  # an answer that cannot be: its logarithm is minus infinity, its mean 0
+    with np.errstate(divide="ignore"):  # the logarithm of an answer that cannot be: its mean is 0
         whole = [float(np.exp(np.log(each).mean())) for each in atoms]
     means = [float(np.mean(each)) for each in atoms]
     found = [
