@@ -16,9 +16,16 @@ from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 from vugen_cli.files import bundle
-from vugen_cli.nano.conversations import conversation, other_caption, training_texts, word_rarity
+from vugen_cli.nano.conversations import (
+    MATCH,
+    conversation,
+    other_caption,
+    text_questions,
+    training_texts,
+    word_rarity,
+)
 from vugen_cli.nano.judge import caption_accuracy, mentions
-from vugen_cli.nano.scenes import OpenMojiScenes
+from vugen_cli.nano.scenes import OpenMojiScenes, swapped_caption
 from vugen_cli.nano.train_vlm import NanoTraining
 from vugen_cli.nano.vlm import build, save_vlm, train_tokenizer
 from vugen_cli.vlm.frozen import load_vlm
@@ -43,21 +50,45 @@ def test_text_comes_first_in_three_conversations_of_five_and_matches_are_balance
     for seed in range(600):
         row = seed % len(batch.captions)
         turns = conversation(row, batch.captions[row], batch, np.random.default_rng(seed))
+        image = [special for special, _, _ in turns].index("<image>")
         assert sum(special == "<image>" for special, _, _ in turns) == 1
         assert [supervised for special, _, supervised in turns] == [s == "<assistant>" for s, _, _ in turns]
         kinds["image first" if not turns[0][1] else "text first"] += 1
-        if turns[2][1] in ("yes", "no") and turns[1][1]:
-            kinds[turns[2][1]] += 1
-            assert (turns[2][1] == "yes") == (turns[0][1] == batch.captions[row])
+        if turns[image][1] == MATCH:
+            kinds[turns[image + 1][1]] += 1
+            kinds["asked before"] += image == 3
+            assert (turns[image + 1][1] == "yes") == (turns[0][1] == batch.captions[row])
     assert kinds["image first"] / 600 == pytest.approx(0.4, abs=0.06)
     assert kinds["yes"] / (kinds["yes"] + kinds["no"]) == pytest.approx(0.5, abs=0.1)
+    assert kinds["asked before"] / (kinds["yes"] + kinds["no"]) == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_mismatched_caption_never_fits_the_image(batch: Batch) -> None:
+    exchanged = 0
     for row in range(len(batch.captions)):
+        own = batch.meta[row]["captions"]
         for seed in range(5):
-            told = other_caption(row, batch, np.random.default_rng(seed))
-            assert all(set(told.split()) != set(own.split()) for own in batch.meta[row]["captions"])
+            told, _ = other_caption(row, batch, np.random.default_rng(seed))
+            same_words = sorted(told.split()) in [sorted(caption.split()) for caption in own]
+            assert told not in own and (not same_words or batch.meta[row]["scene"]["kind"] == "pair")
+            exchanged += same_words
+    assert exchanged
+
+
+@pytest.mark.parametrize(
+    ("caption", "other"),
+    [
+        ("a cat above two dogs in a forest", "two dogs above a cat in a forest"),
+        ("in a forest there are two dogs below a cat", "in a forest there is a cat below two dogs"),
+    ],
+)
+def test_a_swapped_caption_says_the_opposite_in_the_same_words(caption: str, other: str) -> None:
+    subjects = [{"name": "cat", "count": 1, "color": None}, {"name": "dog", "count": 2, "color": None}]
+    scene = {"kind": "pair", "subjects": subjects, "relation": "above", "setting": "forest"}
+    assert swapped_caption(caption, scene) == other
+    asked = [["what is above the dogs?", "a cat"], ["what is below the cat?", "two dogs"]]
+    assert text_questions({"scene": scene}) == asked
+    assert swapped_caption(caption, {**scene, "relation": "next to"}) is None
 
 
 def test_only_the_assistants_words_and_their_end_are_learned(training: NanoTraining, batch: Batch) -> None:

@@ -21,6 +21,7 @@ from vugen_cli.commands.plan import plan
 from vugen_cli.commands.prepare import prepare
 from vugen_cli.commands.reconstruct import reconstruct
 from vugen_cli.commands.sample import sample
+from vugen_cli.commands.train_judge import train_judge
 from vugen_cli.commands.train_reducer import train_reducer
 from vugen_cli.commands.train_sampler import train_sampler
 from vugen_cli.commands.train_vae import train_vae
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "compare": compare,
     "chat": chat,
     "train-vlm": train_vlm,
+    "train-judge": train_judge,
     "train-vae": train_vae,
     "inspect": inspect,
     "plan": plan,
@@ -81,6 +83,7 @@ SPREAD = (
     "train-reducer",
     "train-sampler",
     "train-vlm",
+    "train-judge",
     "train-vae",
     "sample",
     "reconstruct",

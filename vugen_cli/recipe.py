@@ -418,6 +418,7 @@ class Recipe(Section):
         [], description="where a run's numbers go beside metrics.jsonl; each is an extra of the package"
     )
     train_vlm: Training = Training()
+    train_judge: Training = Training()
     train_vae: Training = Training()
     train_reducer: Training = Training()
     train_sampler: SamplerTraining = SamplerTraining()

@@ -38,7 +38,8 @@ def reconstruct(
     """Show what survives the reducer: originals above what is decoded from their latents, full and reduced.
 
     Writes reconstruction.png, and reconstruction.json with PSNR, SSIM, LPIPS where its weights are at hand,
-    and the Fréchet distance between the set and its reconstructions on the VLM's features. With
+    and the Fréchet distance between the set and its reconstructions on the VLM's features. Of OpenMoji scenes
+    two judges (`vugen train-judge`) and the VLM's captions say how often they still show what they should. With
     --save-images, `vugen score --fid` of `decoded` with `originals` as the reference is rFID.
 
     \b
@@ -48,16 +49,22 @@ def reconstruct(
       vugen reconstruct --images data/openmoji --full identity.safetensors
     """
     from vugen_cli.engine.device import pick_device
+    from vugen_cli.nano.judges import in_short, reconstruction_judge
     from vugen_cli.processes import is_first, join
     from vugen_cli.studies.reconstruct import reconstruct as run
 
     where = join(pick_device(device))
-    report = run(reducer, images, out, count, steps, seed, vlm, where, allow_vlm_mismatch, save_images, full)
+    judge = reconstruction_judge(images)
+    report = run(
+        reducer, images, out, count, steps, seed, vlm, where, allow_vlm_mismatch, save_images, full, judge
+    )
     if not is_first():
         return
     for name, found in (("from all of z", report.full), ("from reduced z", report)):
         if found:
             typer.echo(f"{name}: {summary(found)}")
+    for line in in_short(report.judges):
+        typer.echo(line)
     typer.echo(
         f"over {report.images.count} images, Fréchet distance on {report.features}; "
         f"wrote {out / 'reconstruction.png'}"

@@ -36,8 +36,10 @@ def composition(
 ) -> None:
     """Whether pictures show the subject, setting, relation and number asked for, in OpenMoji scenes.
 
-    Draws held-out prompts, has the VLM caption the pictures and real scenes of the same prompts, and compares
-    both. The pictures stay in the folder `composition` beside the result.
+    Draws held-out prompts and asks two judges that never saw a sampler's picture (`vugen train-judge`), then
+    the VLM's captions, about the pictures and about real scenes of the same prompts. The strict judge takes
+    grain and smears for what they are, the lenient one looks through them. The pictures stay in the folder
+    `composition` beside the result.
 
     \b
     Examples:

@@ -1,32 +1,27 @@
 """Composition on OpenMoji scenes: do pictures show the subject, setting, relation and number asked for?
 
-The judge is the VLM of the sampler, which captions each picture; a caption says what it says, so nothing is
-suggested to it. No picture can be judged better than a real one, so the judge's own share of right captions
-on real scenes of the same prompts stands beside every share. The pictures as a set are compared with those
-real scenes too, and another set of real scenes beside them: no sampler can come closer.
+Two small networks judge that never saw a sampler's picture (`reader`), and beside them the VLM of the sampler,
+which captions each picture. No picture can be judged better than a real one, so each judge's own share on
+real scenes of the same prompts stands beside every share. The pictures as a set are compared with those real
+scenes too, and another set of real scenes beside them: no sampler can come closer.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 
 from vugen_cli.data.sample import Sample
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics.bootstrap import resampled_means
 from vugen_cli.metrics.encoders import vlm_extractor
-from vugen_cli.metrics.prompted_images import score_of
 from vugen_cli.metrics.report import Report
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.nano.conversations import DESCRIBE
-from vugen_cli.nano.judge import GROUPS, group_of, judge
+from vugen_cli.nano.judge import GROUPS, group_of
+from vugen_cli.nano.judges import judges_beside, shares, stacked
 from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.processes import barrier, is_first
 from vugen_cli.sampling.draw import draw, file_stem
 from vugen_cli.sampling.sampler import Sampler
-from vugen_cli.vlm.chat import ask
 
 
 def evaluation_scenes(each: int, size: int = 64, seed: int = 0) -> dict[str, list[Sample]]:
@@ -84,47 +79,23 @@ def score_composition(
     report = _compare_with_real(sampler, groups, each, out, seed)
     if not is_first():
         return report
-    drawn = [Image.open(out / f"{file_stem(prompt)}-0000.png").convert("RGB") for prompt in prompts]
-    real = [sample.image for sample in samples if isinstance(sample.image, Image.Image)]
-    said = {
-        "drawn": _captions(sampler, drawn, "judge"),
-        "real": _captions(sampler, real, "judge real scenes"),
+    drawn = stacked([Image.open(out / f"{file_stem(prompt)}-0000.png").convert("RGB") for prompt in prompts])
+    parameters: dict[str, object] = {
+        "judge_fingerprint": sampler.vlm.fingerprint,
+        "question": DESCRIBE,
+        "sampler": str(sampler.path),
+        "sampling": sampler.settings(guidance=guidance).model_dump(mode="json"),
+        "seed_of_samples": seed,
     }
-    shares = []
-    for group, spoken in GROUPS.items():
-        rows = [i for i, sample in enumerate(samples) if group_of(sample.meta["scene"]) == group]
-        verdicts = {
-            which: [judge(captions[i], samples[i].meta["scene"]) for i in rows]
-            for which, captions in said.items()
-        }
-        for what in verdicts["real"][0]:
-            drawn_right, real_right = (
-                100 * np.array([verdict[what] for verdict in verdicts[which]], dtype=float)
-                for which in ("drawn", "real")
-            )
-            shares.append(
-                score_of(
-                    f"composition_{group}_{what}",
-                    f"{what} right, {spoken} (real scenes: {real_right.mean():.1f})",
-                    float(drawn_right.mean()),
-                    resampled_means(drawn_right, np.ones(len(rows))),
-                    parameters={
-                        "judge": sampler.vlm.name,
-                        "judge_fingerprint": sampler.vlm.fingerprint,
-                        "question": DESCRIBE,
-                        "judge_on_real_scenes": float(real_right.mean()),
-                        "prompts": len(rows),
-                        "sampler": str(sampler.path),
-                        "sampling": sampler.settings(guidance=guidance).model_dump(mode="json"),
-                        "seed_of_samples": seed,
-                    },
-                    warning=f"the judge is right on {real_right.mean():.0f}% of real scenes: it says "
-                    "little of drawn ones."
-                    if real_right.mean() < 50
-                    else None,
-                )
-            )
-    return report.model_copy(update={"scores": shares + report.scores})
+    found = shares(
+        "composition",
+        judges_beside(sampler.vlm),
+        drawn,
+        stacked([sample.image for sample in samples]),
+        [sample.meta["scene"] for sample in samples],
+        parameters,
+    )
+    return report.model_copy(update={"scores": found + report.scores})
 
 
 def _compare_with_real(
@@ -152,9 +123,3 @@ def _save_scenes(groups: dict[str, list[Sample]], folder: Path) -> None:
     for number, sample in enumerate(samples):
         assert isinstance(sample.image, Image.Image)
         sample.image.save(folder / f"{number:05d}.png")
-
-
-def _captions(sampler: Sampler, pictures: Sequence[Image.Image], task: str) -> list[str]:
-    stacked = np.stack([np.asarray(picture) for picture in pictures])
-    images = torch.from_numpy(stacked).permute(0, 3, 1, 2)
-    return ask(sampler.vlm.model, sampler.vlm.processor, images, DESCRIBE, task=task)

@@ -7,6 +7,7 @@ has not seen.
 """
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,6 +113,39 @@ def _captions(scene: Scene, rng: random.Random) -> list[str]:
     return captions
 
 
+def order_question(scene: Scene, of_first: bool) -> list[str]:
+    """What stands where beside one of a pair: "what is above the dog?", and the other's noun phrase.
+
+    Args:
+        scene: of two subjects.
+        of_first: ask beside the first subject, so that the second is the answer.
+    """
+    first, second = scene["subjects"]
+    if of_first:
+        return [f"what is {OPPOSITES[scene['relation']]} {_definite(first)}?", noun_phrase(second)]
+    return [f"what is {scene['relation']} {_definite(second)}?", noun_phrase(first)]
+
+
+def swapped(scene: Scene) -> Scene | None:
+    """The same scene with its two subjects in each other's places; None where that changes nothing."""
+    if len(scene["subjects"]) < 2 or OPPOSITES[scene["relation"]] == scene["relation"]:
+        return None
+    return {**scene, "subjects": scene["subjects"][::-1]}
+
+
+def swapped_caption(caption: str, scene: Scene) -> str | None:
+    """A caption with the two subjects' noun phrases exchanged, every word the same; None as `swapped` says."""
+    if not (other := swapped(scene)):
+        return None
+    for inverted in (False, True):
+        if (said := _content(scene, inverted)) in caption:
+            leading = other["subjects"][1 if inverted else 0]
+            verb = "is" if leading["count"] == 1 else "are"
+            caption = re.sub(r"\bthere (is|are)\b", f"there {verb}", caption)
+            return caption.replace(said, _content(other, inverted))
+    return None
+
+
 def _questions(scene: Scene, rng: random.Random) -> list[list[str]]:
     """Three to six [question, short answer] pairs; exactly one is a yes-or-no question, evenly yes and no."""
     subjects, place = scene["subjects"], SETTINGS[scene["setting"]].place
@@ -123,11 +157,7 @@ def _questions(scene: Scene, rng: random.Random) -> list[list[str]]:
     else:
         asked.append(["what is in the picture?", " and ".join(noun_phrase(s) for s in subjects)])
         asked.append(["where are they?", place])
-        first, second = subjects
-        asker, answer, relation = first, second, OPPOSITES[scene["relation"]]
-        if rng.random() < 0.5:
-            asker, answer, relation = second, first, scene["relation"]
-        asked.append([f"what is {relation} {_definite(asker)}?", noun_phrase(answer)])
+        asked.append(order_question(scene, of_first=rng.random() >= 0.5))
     counted = rng.choice(subjects)
     if SUBJECTS[counted["name"]].plural:
         plural = SUBJECTS[counted["name"]].plural

@@ -19,12 +19,12 @@ from vugen_cli.metrics.frechet import frechet_distance
 from vugen_cli.metrics.image_sets import image_batches, open_image_set
 from vugen_cli.metrics.lpips import load_lpips
 from vugen_cli.metrics.pairs import psnr, ssim
-from vugen_cli.metrics.report import Record, SetRecord
+from vugen_cli.metrics.report import Record, Score, SetRecord
 from vugen_cli.moments import Moments
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import broadcast, gather, is_first, world_size
 from vugen_cli.sampling.trained import decode_images, load_autoencoder
-from vugen_cli.vlm.frozen import vlm_of
+from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
 
 GRID_IMAGES = 16
 COLUMNS = 8
@@ -50,6 +50,7 @@ class Reconstruction(Fidelity):
     steps: int = Field(description="of the decoder")
     seed: int = Field(description="of the decoder's noise")
     size: int = Field(description="pixels a side")
+    judges: list[Score] = Field([], description="of OpenMoji scenes: how often they still show what they should")
 
 
 def reconstruct(
@@ -64,6 +65,7 @@ def reconstruct(
     allow_vlm_mismatch: bool = False,
     save_images: bool = False,
     full: Path | None = None,
+    judge: Callable[[FrozenVLM, Tensor, Tensor, list[int]], list[Score]] | None = None,
 ) -> Reconstruction:
     """Encode, reduce and decode a set of images, streaming; measure and show what is lost.
 
@@ -82,6 +84,8 @@ def reconstruct(
         save_images: also write each original and its reconstruction as PNG, `originals/<i>.png` and
             `decoded/<i>.png`, for `vugen score`.
         full: a checkpoint of the identity reducer, for a row decoded from all of z.
+        judge: (VLM, originals, reconstructions, their numbers in the set) -> scores that join the report; the
+            pictures are kept in memory for it.
 
     Returns:
         What was measured, which is also what `reconstruction.json` holds; to every process of a job, which
@@ -115,6 +119,7 @@ def reconstruct(
     moments = {name: Moments() for name in ways}
     quality: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ways}  # by image
     shown: dict[str, dict[int, Tensor]] = {name: {} for name in ("original", *ways)}
+    judged: dict[int, tuple[Tensor, Tensor]] = {}
     bar = tqdm(total=source.total, desc="reconstruct", unit="image", disable=not is_first())
     with bar as progress, torch.no_grad():
         for indices, chunk in image_batches(source, DECODE_BATCH):
@@ -133,18 +138,21 @@ def reconstruct(
             if save_images:
                 save_pictures(out / "originals", originals, indices)
                 save_pictures(out / "decoded", pictures["z reduced"], indices)
+            if judge:
+                judged |= dict(zip(indices, zip(originals, pictures["z reduced"], strict=True), strict=True))
             for name, rows in shown.items():
                 rows |= dict(zip(indices, pictures[name], strict=True))
                 shown[name] = {index: rows[index] for index in sorted(rows)[:GRID_IMAGES]}
             progress.update(len(originals) * world_size())
     source.merge()
-    for others in gather((reference, moments, quality, shown))[1:]:
+    for others in gather((reference, moments, quality, shown, judged))[1:]:
         reference.merge(others[0])
         for name in ways:
             moments[name].merge(others[1][name])
             quality[name] |= others[2][name]
         for name, rows in shown.items():
             rows |= others[3][name]
+        judged |= others[4]
     if not source.count:
         raise VugenError(f"no readable image in {images}")
     if not is_first():
@@ -165,6 +173,10 @@ def reconstruct(
     report = Reconstruction.model_validate({**figures["z reduced"], **about})
     if full:
         report.full = Fidelity.model_validate({**figures["z in full"], "checkpoint": str(full)})
+    if judge:
+        indices = sorted(judged)
+        before, after = (torch.stack([judged[index][side] for index in indices]) for side in (0, 1))
+        report.judges = judge(frozen, before, after, indices)
     write_json(out / "reconstruction.json", report.written())
     first = {name: [rows[index] for index in sorted(rows)[:GRID_IMAGES]] for name, rows in shown.items()}
     save_rows(first, out / "reconstruction.png")

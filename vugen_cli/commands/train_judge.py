@@ -1,0 +1,64 @@
+"""`vugen train-judge`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vugen_cli.commands.options import (
+    ChangeOption,
+    DataOption,
+    DeviceOption,
+    ProfileOption,
+    RecipeOption,
+    SetOption,
+    StepImagesOption,
+    StepsOption,
+)
+
+
+def train_judge(
+    data: DataOption = Path("data/openmoji"),
+    out: Annotated[Path, typer.Option(help="File to write (.safetensors).")] = Path("judge.safetensors"),
+    reducer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Train a lenient judge: on what this checkpoint's reducer and decoder make of the scenes too, "
+            "and on blurred ones. [default: a strict judge, of real scenes only]",
+            show_default=False,
+        ),
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="A judge to start from: a file, or the bundled `strict` or `lenient`.")
+    ] = None,
+    recipe: RecipeOption = None,
+    steps: StepsOption = None,
+    batch_size: StepImagesOption = None,
+    set_: SetOption = None,
+    device: DeviceOption = None,
+    profile: ProfileOption = False,
+    change_recipe: ChangeOption = False,
+) -> None:
+    """Train a small network that reads OpenMoji scenes: an independent judge of what samplers draw.
+
+    It learns which subjects are there, how many, on which side, in which colour and setting, from real scenes,
+    and never sees a sampler's picture. Two of them are bundled; `vugen study composition` asks both.
+
+    \b
+    Examples:
+      vugen train-judge --data data/openmoji --out strict.safetensors
+      vugen train-judge --init strict.safetensors --reducer reducer.safetensors --out lenient.safetensors
+    """
+    from vugen_cli.commands.options import require_safetensors, training_recipe
+    from vugen_cli.engine.device import pick_device
+    from vugen_cli.engine.stage import RunOptions
+    from vugen_cli.nano import train_judge as nano
+    from vugen_cli.processes import join
+
+    require_safetensors(out)
+    resolved = training_recipe(recipe, "train_judge", steps, batch_size, set_)
+    options = RunOptions(profile, change_recipe)
+    scores = nano.train_judge(resolved, data, out, join(pick_device(device)), options, reducer, init)
+    typer.echo(f"wrote {out}")
+    for name, value in scores.items():
+        typer.echo(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
