@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument(
         "--decoder", type=Path, help="checkpoint whose decoder takes the place of the sampler's"
     )
+    parser.add_argument("--strict", type=Path, help="judges of `vugen train-judge`: of real scenes only, and")
+    parser.add_argument("--lenient", type=Path, help="of reconstructions too")
     parser.add_argument("--set", action="append", default=[], help="change the card's recipe: a.b=value")
     options = parser.parse_args()
     if options.vlm:
@@ -44,6 +46,9 @@ def main() -> None:
         card.data.path = "data/openmoji"  # where users have the held-out scenes it is compared with
         half = {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
         save_checkpoint(bundle("sampler.safetensors"), half, card)
+    for name, judge in (("strict", options.strict), ("lenient", options.lenient)):
+        if judge:
+            shutil.copyfile(judge, bundle(f"judge-{name}.safetensors"))
     size = sum(f.stat().st_size for f in bundle("").rglob("*") if f.is_file()) / 1e6
     print(f"{bundle('')}: {size:.1f} MB")
 

@@ -66,6 +66,15 @@ train reducer one-step.safetensors --distill decoder.safetensors --steps 700 --b
     --set train_reducer.optimizer=adamw --set train_reducer.lr=4e-4
 
 # -----------------------------------------------------------------------------
+# The judges: scenes of their own, that nothing else learns from; the lenient one looks at reconstructions too.
+
+vugen prepare --dataset openmoji --count "$COUNT" --pairs 0.4 --seed 2 --out data/judged
+vugen prepare --dataset openmoji --count "$HELD_OUT" --split val --pairs 0.4 --seed 2 --out data/judged
+train judge strict.safetensors --data data/judged
+train judge lenient.safetensors --data data/judged --init strict.safetensors --reducer one-step.safetensors \
+    --steps 700 --set train_judge.lr=1e-3
+
+# -----------------------------------------------------------------------------
 # Look at it, and measure it. benchmarks/make_bundle.py puts these files into the package.
 
 vugen sample "a bear in a forest" "two apples next to a tree" -n 4 --sampler sampler.safetensors \

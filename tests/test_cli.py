@@ -26,6 +26,7 @@ COMMANDS = [
     "compare",
     "chat",
     "train-vlm",
+    "train-judge",
     "train-vae",
     "inspect",
     "demo",

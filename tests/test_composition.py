@@ -11,6 +11,8 @@ from vugen_cli.app import app
 from vugen_cli.nano.composition import evaluation_scenes
 from vugen_cli.nano.judge import GROUPS, group_of, judge
 
+WHAT = ("seen_subject", "held_out_setting", "pair_subject", "count_count")
+
 
 def scene(kind: str, *subjects: tuple[str, int], relation: str | None = None) -> dict[str, Any]:
     entries = [{"name": name, "count": count, "color": None} for name, count in subjects]
@@ -65,9 +67,13 @@ def test_the_command_draws_judges_and_sets_the_judge_beside(
     assert result.exit_code == 0, result.exception
     report = json.loads((tmp_path / "composition.json").read_text())
     names = {entry["metric"] for entry in report["scores"]}
-    assert {"composition_seen_subject", "composition_pair_relation", "composition_count_count"} <= names
+    assert {f"composition_{who}_{what}" for who in ("strict", "lenient") for what in WHAT} <= names
+    assert {"composition_captions_seen_subject", "composition_captions_pair_relation"} <= names
     shares = [entry for entry in report["scores"] if entry["metric"].startswith("composition")]
-    assert all(0 <= e["value"] <= 100 and "judge_on_real_scenes" in e["parameters"] for e in shares)
+    assert [e["parameters"]["judge"] for e in shares] == sorted(
+        (e["parameters"]["judge"] for e in shares), key=["strict", "lenient", "captions"].index
+    )
+    assert all(0 <= (e["value"] or 0) <= 100 and "judge_on_real_scenes" in e["parameters"] for e in shares)
     assert len(list((tmp_path / "composition").glob("*.png"))) == 4 * 2 + 1
 
 

@@ -26,6 +26,7 @@ SHORT = {  # what makes a documented command finish in seconds; everything else 
     "train-reducer": ["--steps", "2", "--batch-size", "4"],
     "train-sampler": ["--steps", "2", "--batch-size", "4"],
     "train-vlm": ["--steps", "2", "--batch-size", "4"],
+    "train-judge": ["--steps", "2", "--batch-size", "4"],
 }
 
 

@@ -39,8 +39,8 @@ def reconstruct(
 
     Writes reconstruction.png, and reconstruction.json with PSNR, SSIM, LPIPS where its weights are at hand,
     and the Fréchet distance between the set and its reconstructions on the VLM's features. Of OpenMoji scenes
-    two judges (`vugen train-judge`) and the VLM's captions say how often they still show what they should. With
-    --save-images, `vugen score --fid` of `decoded` with `originals` as the reference is rFID.
+    two judges (`vugen train-judge`) and the VLM's captions say how often they still show what they should.
+    With --save-images, `vugen score --fid` of `decoded` with `originals` as the reference is rFID.
 
     \b
     Examples:

@@ -23,8 +23,8 @@ def train_judge(
     reducer: Annotated[
         Path | None,
         typer.Option(
-            help="Train a lenient judge: on what this checkpoint's reducer and decoder make of the scenes too, "
-            "and on blurred ones. [default: a strict judge, of real scenes only]",
+            help="Train a lenient judge: on what this checkpoint's reducer and decoder make of the scenes "
+            "too, and on blurred ones. [default: a strict judge, of real scenes only]",
             show_default=False,
         ),
     ] = None,
@@ -41,8 +41,8 @@ def train_judge(
 ) -> None:
     """Train a small network that reads OpenMoji scenes: an independent judge of what samplers draw.
 
-    It learns which subjects are there, how many, on which side, in which colour and setting, from real scenes,
-    and never sees a sampler's picture. Two of them are bundled; `vugen study composition` asks both.
+    It learns which subjects are there, how many, on which side, in which colour and setting, from real
+    scenes, and never sees a sampler's picture. Two of them are bundled; `vugen study composition` asks both.
 
     \b
     Examples:

@@ -1,9 +1,9 @@
 """Composition on OpenMoji scenes: do pictures show the subject, setting, relation and number asked for?
 
-Two small networks judge that never saw a sampler's picture (`reader`), and beside them the VLM of the sampler,
-which captions each picture. No picture can be judged better than a real one, so each judge's own share on
-real scenes of the same prompts stands beside every share. The pictures as a set are compared with those real
-scenes too, and another set of real scenes beside them: no sampler can come closer.
+Two small networks judge that never saw a sampler's picture (`reader`), and beside them the VLM of the
+sampler, which captions each picture. No picture can be judged better than a real one, so each judge's own
+share on real scenes of the same prompts stands beside every share. The pictures as a set are compared with
+those real scenes too, and another set of real scenes beside them: no sampler can come closer.
 """
 
 from pathlib import Path

@@ -25,7 +25,9 @@ from vugen_cli.nano.vocabulary import Scene
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.frozen import FrozenVLM
 
-Judge = Callable[[Tensor, Sequence[Scene]], list[dict[str, bool]]]  # uint8 [N, 3, S, S] and what each should show
+Judge = Callable[
+    [Tensor, Sequence[Scene]], list[dict[str, bool]]
+]  # uint8 [N, 3, S, S] and what each should show
 SAID = {**{name: f"by the {name} judge" for name in JUDGES}, "captions": "by the VLM's captions"}
 
 
@@ -97,7 +99,7 @@ def _warning(count: int, real: float) -> str | None:
     return None
 
 
-def reconstruction_judge(images: Path) -> Callable[[FrozenVLM, Tensor, Tensor, list[int]], list[Score]] | None:
+def reconstruction_judge(images: Path) -> OfReconstructions | None:
     """What judges reconstructions of OpenMoji scenes; None where the images do not say what they show.
 
     Args:

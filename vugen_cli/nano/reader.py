@@ -61,12 +61,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.GroupNorm(8, width),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-        )
+        first, second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        nn.init.zeros_(second.weight)
+        self.layers = nn.Sequential(nn.GroupNorm(8, width), first, nn.ReLU(), second)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, h, w] -> [B, c, h, w]."""
@@ -94,10 +91,8 @@ class SceneReader(nn.Module):
         self.subject = nn.Conv2d(coarse, len(SUBJECT_NAMES), 1)
         self.colour = nn.Conv2d(coarse, len(COLORS), 1)
         self.setting = nn.Linear(coarse, len(SETTING_NAMES))
+        assert self.amount.bias is not None
         nn.init.constant_(self.amount.bias, -4.0)  # one or two subjects on 64 places
-        for block in self.trunk:
-            if isinstance(block, Block):
-                nn.init.zeros_(block.layers[-1].weight)
 
     def forward(self, images: Tensor) -> Reading:
         """uint8 [B, 3, H, W] -> Reading."""
@@ -123,7 +118,9 @@ def save_reader(reader: SceneReader, path: Path, about: str) -> None:
         path: of the safetensors file.
         about: JSON for the file's header: what it was trained on.
     """
-    save_tensors(path, {name: weight.half() for name, weight in reader.state_dict().items()}, {"judge": about})
+    save_tensors(
+        path, {name: weight.half() for name, weight in reader.state_dict().items()}, {"judge": about}
+    )
 
 
 def load_reader(path: str | Path) -> SceneReader:

@@ -134,7 +134,7 @@ def swapped(scene: Scene) -> Scene | None:
 
 
 def swapped_caption(caption: str, scene: Scene) -> str | None:
-    """A caption with the two subjects' noun phrases exchanged, every word the same; None as `swapped` says."""
+    """A caption with the two subjects' noun phrases exchanged, or None as `swapped` says."""
     if not (other := swapped(scene)):
         return None
     for inverted in (False, True):

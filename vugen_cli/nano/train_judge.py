@@ -1,4 +1,4 @@
-"""`vugen train-judge`: a network that reads scenes, trained on real ones, and never on a sampler's pictures."""
+"""`vugen train-judge`: a network that reads scenes, trained on real ones and on no sampler's pictures."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,8 @@ from vugen_cli.vlm.frozen import vlm_of
 SHIFT = 2  # pixels that a batch is moved by, at most, each way
 BLURRED = 0.25  # shares of a batch that the lenient reader sees blurred and with noise,
 RECONSTRUCTED = 0.125  # and reconstructed
-Damage = Callable[[Tensor, torch.Generator], Tensor]
+NOISE = 25.0  # largest standard deviation, of 255
+Reconstruct = Callable[[Tensor, Tensor], Tensor]  # images, 0 to 255, and noise as large: the same through z̃
 
 
 def reading_loss(reading: Reading, scenes: list[Scene]) -> dict[str, Tensor]:
@@ -71,17 +72,22 @@ def varied(images: Tensor, generator: torch.Generator) -> Tensor:
     return (padded[..., down : down + size, right : right + size] * gain).clamp(0, 255)
 
 
-def blurred(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Scenes with up to two pixels of blur and up to a tenth of noise, float [B, 3, S, S], 0 to 255."""
+def blurred(images: Tensor, share: Tensor, grain: Tensor) -> Tensor:
+    """Scenes blurred, and with noise.
+
+    Args:
+        images: float [B, 3, S, S], 0 to 255.
+        share: of the blur of two pixels, and of the largest noise, [B, 2] from 0 to 1.
+        grain: standard normal noise, shaped as the images.
+    """
     size = images.shape[-1]
     far = functional.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
     far = functional.interpolate(far, size=(size, size), mode="bilinear")
-    share, noise = random_rows(torch.rand, (len(images), 2, 1, 1, 1), generator).unbind(1)
-    grain = random_rows(torch.randn, images.shape, generator)
-    return (torch.lerp(images, far, share) + 25 * noise * grain).clamp(0, 255)
+    blur, noise = share[..., None, None, None].unbind(1)
+    return (torch.lerp(images, far, blur) + NOISE * noise * grain).clamp(0, 255)
 
 
-def reconstructing(reducer: Path, device: torch.device) -> Damage:
+def reconstructing(reducer: Path, device: torch.device) -> Reconstruct:
     """What passes pictures through a checkpoint's VLM, reducer and decoder.
 
     Args:
@@ -92,9 +98,8 @@ def reconstructing(reducer: Path, device: torch.device) -> Damage:
     vlm = vlm_of(card, reducer, None, device, False)
 
     @torch.no_grad()
-    def through(images: Tensor, generator: torch.Generator) -> Tensor:
+    def through(images: Tensor, noise: Tensor) -> Tensor:
         latents = autoencoder.encode(vlm, images.to(torch.uint8))
-        noise = random_rows(torch.randn, images.shape, generator)
         return autoencoder.decode(latents, noise).to(images)
 
     return through
@@ -108,7 +113,7 @@ class JudgeTraining(nn.Module):
         reconstruct: makes it lenient: a part of each batch is reconstructed, another blurred. None: strict.
     """
 
-    def __init__(self, reader: SceneReader, reconstruct: Damage | None):
+    def __init__(self, reader: SceneReader, reconstruct: Reconstruct | None):
         super().__init__()
         self.reader, self.reconstruct = reader, reconstruct
 
@@ -116,10 +121,12 @@ class JudgeTraining(nn.Module):
         """The sum of `reading_loss`, on the scenes as the judge shall know them."""
         images = varied(batch.images, generator)
         if self.reconstruct:
+            grain = random_rows(torch.randn, images.shape, generator)
+            share = random_rows(torch.rand, (len(images), 2), generator)
             first = max(1, round(RECONSTRUCTED * len(images)))
-            second = first + round(BLURRED * len(images))
-            parts = images.split([first, second - first, len(images) - second])
-            images = torch.cat([self.reconstruct(parts[0], generator), blurred(parts[1], generator), parts[2]])
+            last = first + round(BLURRED * len(images))
+            soft = blurred(images[first:last], share[first:last], grain[first:last])
+            images = torch.cat([self.reconstruct(images[:first], grain[:first]), soft, images[last:]])
         values = reading_loss(self.reader(images), [meta["scene"] for meta in batch.meta])
         return torch.stack(list(values.values())).sum(), values
 
@@ -171,7 +178,8 @@ def train_judge(
     images = ShardedImages(data)
     if not all(meta.get("scene") for _, meta in images.in_order(1)):
         raise VugenError(
-            f"{data} does not say what its pictures show: a judge learns from `vugen prepare --dataset openmoji`"
+            f"{data} does not say what its pictures show: a judge learns from what "
+            "`vugen prepare --dataset openmoji` writes"
         )
     torch.manual_seed(recipe.seed)
     reader = (load_reader(init) if init else SceneReader()).train().to(device)

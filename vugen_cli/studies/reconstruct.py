@@ -50,7 +50,9 @@ class Reconstruction(Fidelity):
     steps: int = Field(description="of the decoder")
     seed: int = Field(description="of the decoder's noise")
     size: int = Field(description="pixels a side")
-    judges: list[Score] = Field([], description="of OpenMoji scenes: how often they still show what they should")
+    judges: list[Score] = Field(
+        [], description="of OpenMoji scenes: how often they still show what they should"
+    )
 
 
 def reconstruct(
