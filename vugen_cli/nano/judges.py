@@ -25,9 +25,10 @@ from vugen_cli.nano.vocabulary import Scene
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.frozen import FrozenVLM
 
-Judge = Callable[
-    [Tensor, Sequence[Scene]], list[dict[str, bool]]
-]  # uint8 [N, 3, S, S] and what each should show
+# Pictures uint8 [N, 3, S, S] and the scenes that they should show -> what each gets right.
+Judge = Callable[[Tensor, Sequence[Scene]], list[dict[str, bool]]]
+# The VLM, originals, reconstructions, and their numbers in their set -> `shares`.
+OfReconstructions = Callable[[FrozenVLM, Tensor, Tensor, list[int]], list[Score]]
 SAID = {**{name: f"by the {name} judge" for name in JUDGES}, "captions": "by the VLM's captions"}
 
 
@@ -104,9 +105,6 @@ def reconstruction_judge(images: Path) -> OfReconstructions | None:
 
     Args:
         images: any set of images.
-
-    Returns:
-        (VLM, originals, reconstructions, their numbers in the set) -> `shares`.
     """
     if not (images / "dataset.json").is_file() or dataset_card(images).dataset != "openmoji":
         return None
