@@ -33,7 +33,7 @@ Reconstruct = Callable[[Tensor, Tensor], Tensor]  # images, 0 to 255, and noise 
 def reading_loss(reading: Reading, scenes: list[Scene]) -> dict[str, Tensor]:
     """How far a reading of B pictures is from what they show, by what is read.
 
-    Numbers are compared by Poisson's likelihood, which makes an absent subject cheap and a missed one dear.
+    Poisson's likelihood makes a missed subject dear, but hardly tells two from three: squares do.
     """
     device = reading.counts.device
     counts, settings = torch.zeros_like(reading.counts), []
@@ -50,7 +50,7 @@ def reading_loss(reading: Reading, scenes: list[Scene]) -> dict[str, Tensor]:
             pairs.append([row, *subjects, SIDES.index(scene["relation"])])
     losses = {
         "counts": (reading.counts - counts * reading.counts.clamp_min(1e-4).log()).sum(1).mean(),
-        "number": (reading.counts.sum(1) - counts.sum(1)).square().mean(),
+        "number": 3 * (reading.counts - counts).square().sum(1).mean(),
         "setting": functional.cross_entropy(reading.settings, torch.tensor(settings, device=device)),
     }
     if pairs:
