@@ -37,8 +37,8 @@ def composition(
     """Whether pictures show the subject, setting, relation and number asked for, in OpenMoji scenes.
 
     Draws held-out prompts and asks two judges that never saw a sampler's picture (`vugen train-judge`), then
-    the VLM's captions, about the pictures and about real scenes of the same prompts. The strict judge takes
-    grain and smears for what they are, the lenient one looks through them. The pictures stay in the folder
+    the VLM's captions, about the pictures and about real scenes of the same prompts. The strict judge
+    learned from real scenes only, the lenient one from reconstructions too. The pictures stay in the folder
     `composition` beside the result.
 
     \b

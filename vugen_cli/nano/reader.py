@@ -5,9 +5,9 @@ sampler's picture. A picture is read at 64 px as 8 x 8 places. At each place the
 a subject begins there and which one it is; the sums of those maps are the numbers of the subjects, and their
 centres of mass say where the subjects stand.
 
-Two are bundled. The strict one was trained on real scenes only: grain and smears that no real scene has
-confuse it, and count. The lenient one was trained on reconstructions and on blurred and noisy scenes too: it
-asks what is shown, not how cleanly.
+Two are bundled. The strict one was trained on real scenes only: what no real scene has may confuse it. The
+lenient one was trained on reconstructions and on blurred and noisy scenes too: it asks what is shown, not
+how cleanly.
 """
 
 from collections.abc import Sequence
