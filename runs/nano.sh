@@ -72,7 +72,7 @@ vugen prepare --dataset openmoji --count "$COUNT" --pairs 0.4 --seed 2 --out dat
 vugen prepare --dataset openmoji --count "$HELD_OUT" --split val --pairs 0.4 --seed 2 --out data/judged
 train judge strict.safetensors --data data/judged
 train judge lenient.safetensors --data data/judged --init strict.safetensors --reducer one-step.safetensors \
-    --steps 700 --set train_judge.lr=1e-3
+    --steps 500 --set train_judge.lr=1e-3 --set train_judge.cooldown=0.7
 
 # -----------------------------------------------------------------------------
 # Look at it, and measure it. benchmarks/make_bundle.py puts these files into the package.

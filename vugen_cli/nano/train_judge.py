@@ -198,7 +198,7 @@ def train_judge(
     resolved = {
         "recipe": recipe.model_dump(mode="json", include={"seed", "train_judge"}),
         "data": dataset_card(data).model_dump(mode="json"),
-        "reducer": str(reducer or ""),
+        "reducer": reducer.name if reducer else "",
         "init": init or "",
     }
     stage = Stage("judge", training, training.loss, preview, resolved, partial=True)
