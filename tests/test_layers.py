@@ -35,6 +35,7 @@ LAYERS = (
     "seeds",
     "moments",
     "files",
+    "progress",
     "processes",
     "torchvision_repair",
     "errors",

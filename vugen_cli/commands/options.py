@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from vugen_cli.card import Card
     from vugen_cli.recipe import Recipe
 
+# What a command returns: a pydantic model, which `vugen --json` prints; None where another process answers.
+# No import, since that would be a heavy one, and typer reads annotations.
+Answer = object
+
 DataOption = Annotated[Path, typer.Option(help="Data set written by `vugen prepare`.")]
 RecipeOption = Annotated[
     str | None, typer.Option(help="Recipe: a YAML file or the name of a shipped one. [default: nano]")

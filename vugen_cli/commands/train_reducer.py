@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vugen_cli.commands.options import (
+    Answer,
     ChangeOption,
     DeviceOption,
     ProfileOption,
@@ -43,7 +44,7 @@ def train_reducer(
     device: DeviceOption = None,
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
-) -> None:
+) -> Answer:
     """Stage 1: train the reducer and the pixel decoder together, on the frozen VLM's latents.
 
     Metrics, curves and previews (originals above, decoded below) go to a .run folder beside the checkpoint.
@@ -58,6 +59,7 @@ def train_reducer(
       vugen train-reducer --distill reducer.safetensors --set decoder.steps=8 --out one-step.safetensors
     """
     from vugen_cli.checkpoint import read_card
+    from vugen_cli.commands.answers import Trained
     from vugen_cli.commands.options import data_of, require_safetensors, sampler_recipe, training_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
@@ -90,3 +92,4 @@ def train_reducer(
         typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler SAMPLER --decoder {out}')
     else:
         typer.echo(f"wrote {out}; next: vugen train-sampler --reducer {out}")
+    return Trained(out=str(out), run=str(out.with_suffix(".run")), steps=resolved.train_reducer.steps)

@@ -7,6 +7,7 @@ import typer
 
 from vugen_cli.commands.options import (
     AllowMismatchOption,
+    Answer,
     ChangeOption,
     DeviceOption,
     ProfileOption,
@@ -42,7 +43,7 @@ def train_sampler(
     device: DeviceOption = None,
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
-) -> None:
+) -> Answer:
     """Stage 2: train the generation expert to sample the reduced latents for a prompt.
 
     VLM, data and recipe come from the reducer's card unless given. Metrics, curves and sample grids go to a
@@ -55,6 +56,7 @@ def train_sampler(
       vugen train-sampler --init sampler.safetensors --data data/mine --out mine.safetensors --steps 2000
     """
     from vugen_cli.checkpoint import read_card
+    from vugen_cli.commands.answers import Trained
     from vugen_cli.commands.options import data_of, require_safetensors, sampler_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
@@ -81,3 +83,4 @@ def train_sampler(
         options=RunOptions(profile, change_recipe),
     )
     typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler {out}')
+    return Trained(out=str(out), run=str(out.with_suffix(".run")), steps=resolved.train_sampler.steps)

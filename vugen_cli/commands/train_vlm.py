@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vugen_cli.commands.options import (
+    Answer,
     ChangeOption,
     DataOption,
     DeviceOption,
@@ -34,7 +35,7 @@ def train_vlm(
     device: DeviceOption = None,
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
-) -> None:
+) -> Answer:
     """Train the small embedded vision-language model, from scratch or further.
 
     It learns captions, questions and matching from captioned shards, and is saved as a Hugging Face directory
@@ -46,6 +47,7 @@ def train_vlm(
       vugen train-vlm --data data/mine --out my-vlm --steps 2000 --set nano_vlm.width=384
       vugen train-vlm --init nano --data data/openmoji --out better --steps 4000
     """
+    from vugen_cli.commands.answers import Trained
     from vugen_cli.commands.options import training_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
@@ -58,3 +60,4 @@ def train_vlm(
     typer.echo(f"wrote {out}")
     for name, value in scores.items():
         typer.echo(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
+    return Trained(out=str(out), run=f"{out}.run", steps=resolved.train_vlm.steps, scores=scores)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from vugen_cli.data.loader import Batch, DamageLimit
 from vugen_cli.engine.curves import plot_curves
@@ -36,6 +35,7 @@ from vugen_cli.engine.state import StateWriter, resume, run_lock, save_state
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.files import write_json
 from vugen_cli.processes import all_gather, is_first, rank, world_size
+from vugen_cli.progress import progress_bar
 from vugen_cli.recipe import Recipe, Training
 from vugen_cli.seeds import BatchGenerator
 
@@ -84,7 +84,11 @@ def train(
         # Who watches it: logs, a progress bar, a profile, signals, and the thread that writes states.
         log = open_log(run, begin, recipe, stage, closing)
         profile = watched(options, settings, begin, run, device)
-        progress = closing.enter_context(progress_bar(stage.name, begin, settings.steps))
+        progress = closing.enter_context(
+            progress_bar(
+                desc=f"train {stage.name}", unit="step", total=settings.steps, initial=begin, smoothing=0.05
+            )
+        )
         stop = closing.enter_context(StopSignals())
         writer = closing.enter_context(StateWriter(run))
 
@@ -294,13 +298,6 @@ def open_log(
     if not is_first():
         return None
     return closing.enter_context(MetricsLog(run, begin, recipe.log, stage.resolved))
-
-
-def progress_bar(name: str, begin: int, steps: int) -> Any:
-    """Steps with their rate and the time left, on the first process."""
-    return tqdm(
-        total=steps, initial=begin, desc=f"train {name}", unit="step", smoothing=0.05, disable=not is_first()
-    )
 
 
 def not_finite(scalars: dict[str, float], step: int, parts: list[list[str]], run: Path) -> str:
