@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from vugen_cli.card import Card, DataCard, Distilled, LatentsCard, StateCard, VAECard, VLMCard
 from vugen_cli.commands.answers import Asked, Compared, Demonstrated, Drawn, Prepared, Trained
 from vugen_cli.data.manifest import CaptionOrigin, Captions, Latents, Manifest, Split
+from vugen_cli.doctor import Check, Diagnosis
 from vugen_cli.metrics.report import PromptsRecord, Report, Score, SetRecord
 from vugen_cli.metrics.samples import DrawnImage
 from vugen_cli.studies.over_training import OverTraining, Point
@@ -27,6 +28,7 @@ SCORES = (Report, Score, SetRecord, PromptsRecord)
 STUDIES = (OverTraining, Point, UnderstandingReport, Understanding, Fidelity, Reconstruction)
 DATA = (Manifest, Split, Captions, CaptionOrigin, Latents)
 PLAN = (Plan, Machine, StagePlan, Memory, PassPlan)
+HERE = (Diagnosis, Check)
 ANSWERS: dict[str, tuple[Any, ...]] = {  # what every command gives back, which --json prints
     "prepare": (Prepared,),
     "train-reducer": (Trained,),
@@ -46,9 +48,10 @@ ANSWERS: dict[str, tuple[Any, ...]] = {  # what every command gives back, which 
     "inspect": (Card, StateCard, Manifest),
     "plan": (Plan,),
     "demo": (Demonstrated,),
+    "doctor": (Diagnosis,),
 }
 OWN = dict.fromkeys(model for models in ANSWERS.values() for model in models)
-MODELS = tuple(dict.fromkeys([*DATA, *CARDS, DrawnImage, *SCORES, *STUDIES, *PLAN, *OWN]))
+MODELS = tuple(dict.fromkeys([*DATA, *CARDS, DrawnImage, *SCORES, *STUDIES, *PLAN, *HERE, *OWN]))
 
 PAGE = Path("docs/formats.md")
 HOW = "python docs/write_formats.py"

@@ -29,6 +29,7 @@ COMMANDS = [
     "train-vae",
     "inspect",
     "demo",
+    "doctor",
 ]
 
 

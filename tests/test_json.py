@@ -40,6 +40,7 @@ COMMANDS = {  # each as short as it can be; {names} are those of `place`
     "inspect": "sampler.safetensors",
     "plan": "--vlm {vlm} --gpus 1",
     "demo": "--out demo",
+    "doctor": "--bug-report",
 }
 WRITES = {  # the file whose keys an answer has
     "score": "scores.json",

@@ -15,6 +15,7 @@ ROOT = Path(vugen_cli.__file__).parent
 LAYERS = (
     "app",
     "commands",
+    "doctor",
     "nano",
     "studies",
     "stages",

@@ -17,6 +17,7 @@ from vugen_cli.commands.caption import caption
 from vugen_cli.commands.chat import chat
 from vugen_cli.commands.compare import compare
 from vugen_cli.commands.demo import demo
+from vugen_cli.commands.doctor import doctor
 from vugen_cli.commands.inspect import inspect
 from vugen_cli.commands.plan import plan
 from vugen_cli.commands.prepare import prepare
@@ -84,6 +85,7 @@ COMMANDS: dict[str, Callable[..., object] | typer.Typer] = {
     "inspect": inspect,
     "plan": plan,
     "demo": demo,
+    "doctor": doctor,
 }
 for name, command in COMMANDS.items():
     if isinstance(command, typer.Typer):
