@@ -12,23 +12,25 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vugen_cli.card import Card, DataCard, Distilled, LatentsCard, StateCard, VAECard, VLMCard
+from vugen_cli.card import Card, DataCard, Distilled, LatentsCard, RunCard, StateCard, VAECard, VLMCard
 from vugen_cli.commands.answers import Asked, Compared, Demonstrated, Drawn, Prepared, Trained
 from vugen_cli.data.manifest import CaptionOrigin, Captions, Latents, Manifest, Split
 from vugen_cli.doctor import Check, Diagnosis
 from vugen_cli.metrics.report import PromptsRecord, Report, Score, SetRecord
 from vugen_cli.metrics.samples import DrawnImage
+from vugen_cli.recipe import ResolvedRecipe
+from vugen_cli.runs import Run, Runs
 from vugen_cli.studies.over_training import OverTraining, Point
 from vugen_cli.studies.plan import Machine, Memory, PassPlan, Plan, StagePlan
 from vugen_cli.studies.reconstruct import Fidelity, Reconstruction
 from vugen_cli.studies.understanding import Understanding, UnderstandingReport
 
-CARDS = (Card, VLMCard, DataCard, LatentsCard, VAECard, Distilled, StateCard)
+CARDS = (Card, VLMCard, DataCard, LatentsCard, VAECard, Distilled, RunCard, StateCard)
 SCORES = (Report, Score, SetRecord, PromptsRecord)
 STUDIES = (OverTraining, Point, UnderstandingReport, Understanding, Fidelity, Reconstruction)
 DATA = (Manifest, Split, Captions, CaptionOrigin, Latents)
 PLAN = (Plan, Machine, StagePlan, Memory, PassPlan)
-HERE = (Diagnosis, Check)
+HERE = (Diagnosis, Check, Runs, Run)
 ANSWERS: dict[str, tuple[Any, ...]] = {  # what every command gives back, which --json prints
     "prepare": (Prepared,),
     "train-reducer": (Trained,),
@@ -46,6 +48,8 @@ ANSWERS: dict[str, tuple[Any, ...]] = {  # what every command gives back, which 
     "train-vlm": (Trained,),
     "train-vae": (Trained,),
     "inspect": (Card, StateCard, Manifest),
+    "config": (ResolvedRecipe,),
+    "runs": (Runs,),
     "plan": (Plan,),
     "demo": (Demonstrated,),
     "doctor": (Diagnosis,),

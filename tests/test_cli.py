@@ -28,6 +28,8 @@ COMMANDS = [
     "train-vlm",
     "train-vae",
     "inspect",
+    "config",
+    "runs",
     "demo",
     "doctor",
 ]

@@ -38,6 +38,8 @@ COMMANDS = {  # each as short as it can be; {names} are those of `place`
     "train-vlm": f"--data {{scenes}} {SHORT} --out v {{tiny}}",
     "train-vae": f"--data {{scenes}} {SHORT} --out a --set vae.widths=[8,8]",
     "inspect": "sampler.safetensors",
+    "config": "--set decoder.preset=B",
+    "runs": "",
     "plan": "--vlm {vlm} --gpus 1",
     "demo": "--out demo",
     "doctor": "--bug-report",

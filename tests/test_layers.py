@@ -16,6 +16,7 @@ LAYERS = (
     "app",
     "commands",
     "doctor",
+    "runs",
     "nano",
     "studies",
     "stages",

@@ -16,12 +16,14 @@ from vugen_cli.commands import score, study
 from vugen_cli.commands.caption import caption
 from vugen_cli.commands.chat import chat
 from vugen_cli.commands.compare import compare
+from vugen_cli.commands.config import config
 from vugen_cli.commands.demo import demo
 from vugen_cli.commands.doctor import doctor
 from vugen_cli.commands.inspect import inspect
 from vugen_cli.commands.plan import plan
 from vugen_cli.commands.prepare import prepare
 from vugen_cli.commands.reconstruct import reconstruct
+from vugen_cli.commands.runs import runs
 from vugen_cli.commands.sample import sample
 from vugen_cli.commands.train_reducer import train_reducer
 from vugen_cli.commands.train_sampler import train_sampler
@@ -83,6 +85,8 @@ COMMANDS: dict[str, Callable[..., object] | typer.Typer] = {
     "train-vlm": train_vlm,
     "train-vae": train_vae,
     "inspect": inspect,
+    "config": config,
+    "runs": runs,
     "plan": plan,
     "demo": demo,
     "doctor": doctor,

@@ -297,7 +297,7 @@ def _extras() -> Found:
     except importlib.metadata.PackageNotFoundError:
         return
     needed = [Requirement(line) for line in about.get_all("Requires-Dist") or []]
-    here, missing = [], []
+    here, missing = list[str](), list[str]()
     for extra in about.get_all("Provides-Extra") or []:
         names = [each.name for each in needed if each.marker and each.marker.evaluate({"extra": extra})]
         if extra not in ("dev", "docs"):

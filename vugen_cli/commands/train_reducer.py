@@ -9,6 +9,7 @@ from vugen_cli.commands.options import (
     Answer,
     ChangeOption,
     DeviceOption,
+    LogOption,
     ProfileOption,
     RecipeOption,
     SetOption,
@@ -44,6 +45,7 @@ def train_reducer(
     device: DeviceOption = None,
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
+    log: LogOption = None,
 ) -> Answer:
     """Stage 1: train the reducer and the pixel decoder together, on the frozen VLM's latents.
 
@@ -74,10 +76,12 @@ def train_reducer(
     if given:
         card = read_card(given)
         kept = ("reducer", "decoder") if distill else ("reducer",)
-        resolved = sampler_recipe(card, given, recipe, steps, batch_size, set_, vlm, "train_reducer", kept)
+        resolved = sampler_recipe(
+            card, given, recipe, steps, batch_size, set_, vlm, "train_reducer", kept, log
+        )
         source = data_of(resolved, data, card, recipe is not None)
     else:
-        resolved = training_recipe(recipe, "train_reducer", steps, batch_size, set_, vlm)
+        resolved = training_recipe(recipe, "train_reducer", steps, batch_size, set_, vlm, log)
         source = data_of(resolved, data)
     where, options = join(pick_device(device)), RunOptions(profile, change_recipe)
     if distill:

@@ -10,6 +10,7 @@ from vugen_cli.commands.options import (
     Answer,
     ChangeOption,
     DeviceOption,
+    LogOption,
     ProfileOption,
     RecipeOption,
     SetOption,
@@ -43,6 +44,7 @@ def train_sampler(
     device: DeviceOption = None,
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
+    log: LogOption = None,
 ) -> Answer:
     """Stage 2: train the generation expert to sample the reduced latents for a prompt.
 
@@ -71,7 +73,7 @@ def train_sampler(
         raise VugenError(f"--out {out} is the checkpoint to start from: give the new one another name")
     card = read_card(start)
     kept = ("reducer", "decoder", "expert") if init else ("reducer", "decoder")
-    resolved = sampler_recipe(card, start, recipe, steps, batch_size, set_, vlm, "train_sampler", kept)
+    resolved = sampler_recipe(card, start, recipe, steps, batch_size, set_, vlm, "train_sampler", kept, log)
     run(
         resolved,
         start,

@@ -10,6 +10,7 @@ from vugen_cli.commands.options import (
     ChangeOption,
     DataOption,
     DeviceOption,
+    LogOption,
     ProfileOption,
     RecipeOption,
     SetOption,
@@ -28,6 +29,7 @@ def train_vae(
     device: DeviceOption = None,
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
+    log: LogOption = None,
 ) -> Answer:
     """Train a small AutoencoderKL from scratch, where no pretrained one can be had.
 
@@ -46,7 +48,7 @@ def train_vae(
     from vugen_cli.processes import join
     from vugen_cli.stages.train_vae import train_vae as run
 
-    resolved = training_recipe(recipe, "train_vae", steps, batch_size, set_)
+    resolved = training_recipe(recipe, "train_vae", steps, batch_size, set_, log=log)
     run(resolved, data, out, join(pick_device(device)), RunOptions(profile, change_recipe))
     typer.echo(f"wrote {out}; next: vugen train-reducer --set decoder.kind=ldm --set decoder.vae={out}")
     return Trained(out=str(out), run=f"{out}.run", steps=resolved.train_vae.steps)

@@ -10,6 +10,7 @@ from vugen_cli.commands.options import (
     ChangeOption,
     DataOption,
     DeviceOption,
+    LogOption,
     ProfileOption,
     RecipeOption,
     SetOption,
@@ -35,6 +36,7 @@ def train_vlm(
     device: DeviceOption = None,
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
+    log: LogOption = None,
 ) -> Answer:
     """Train the small embedded vision-language model, from scratch or further.
 
@@ -54,7 +56,7 @@ def train_vlm(
     from vugen_cli.nano import train_vlm as nano
     from vugen_cli.processes import join
 
-    resolved = training_recipe(recipe, "train_vlm", steps, batch_size, set_)
+    resolved = training_recipe(recipe, "train_vlm", steps, batch_size, set_, log=log)
     options = RunOptions(profile, change_recipe)
     scores = nano.train_vlm(resolved, data, out, join(pick_device(device)), options, init)
     typer.echo(f"wrote {out}")
