@@ -13,11 +13,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from vugen_cli.card import Card, DataCard, Distilled, LatentsCard, RunCard, StateCard, VAECard, VLMCard
-from vugen_cli.commands.answers import Asked, Compared, Demonstrated, Drawn, Prepared, Trained
+from vugen_cli.commands.answers import Asked, Compared, Drawn, Prepared, Trained
 from vugen_cli.data.manifest import CaptionOrigin, Captions, Latents, Manifest, Split
 from vugen_cli.doctor import Check, Diagnosis
 from vugen_cli.metrics.report import PromptsRecord, Report, Score, SetRecord
 from vugen_cli.metrics.samples import DrawnImage
+from vugen_cli.nano.demo import Demonstrated
 from vugen_cli.recipe import ResolvedRecipe
 from vugen_cli.runs import Run, Runs
 from vugen_cli.studies.over_training import OverTraining, Point

@@ -5,9 +5,8 @@ The keys are in docs/formats.md, where `docs/write_formats.py` lists which comma
 
 from pydantic import Field
 
-from vugen_cli.metrics.report import Record, Report
+from vugen_cli.metrics.report import Record
 from vugen_cli.metrics.samples import DrawnImage
-from vugen_cli.studies.reconstruct import Reconstruction
 
 
 class Prepared(Record):
@@ -53,12 +52,3 @@ class Asked(Record):
     question: str = Field(description="what was asked")
     answer: str = Field(description="what the VLM said")
     vlm: str = Field(description="its name")
-
-
-class Demonstrated(Record):
-    """Of `vugen demo`; beside `page`, what `scores.json` holds."""
-
-    page: str = Field(description="the page to open")
-    untrained: Report = Field(description="of pictures before training")
-    samples: Report = Field(description="of pictures after it")
-    reconstruction: Reconstruction = Field(description="of held-out scenes")

@@ -23,9 +23,8 @@ def demo(
     """
     import json
 
-    from vugen_cli.commands.answers import Demonstrated
     from vugen_cli.engine.device import pick_device
-    from vugen_cli.nano.demo import run_demo
+    from vugen_cli.nano.demo import Demonstrated, run_demo
 
     page, scores = run_demo(out, pick_device(device)), out / "scores.json"
     typer.echo(f"open {page} for the pictures; the figures are in {scores}")

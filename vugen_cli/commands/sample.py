@@ -1,5 +1,6 @@
 """`vugen sample`."""
 
+import gc
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -71,15 +72,19 @@ def sample(
       vugen sample "a cat on a beach" "two apples in the snow" --guidance 4 --seed 7
       vugen sample --prompts prompts.txt --sampler sampler.safetensors --out drawn
     """
-    from vugen_cli.commands.answers import Drawn
-    from vugen_cli.engine.device import pick_device
-    from vugen_cli.metrics.samples import read_samples
-    from vugen_cli.processes import is_first, join
-    from vugen_cli.sampling.draw import collect_prompts, draw, pick_sampler
-    from vugen_cli.sampling.trained import load_sampler
+    gc.disable()  # imports and loading make 700,000 objects: looking for garbage among them takes a fifth of it
+    try:
+        from vugen_cli.commands.answers import Drawn
+        from vugen_cli.engine.device import pick_device
+        from vugen_cli.metrics.samples import read_samples
+        from vugen_cli.processes import is_first, join
+        from vugen_cli.sampling.draw import collect_prompts, draw, pick_sampler
+        from vugen_cli.sampling.trained import load_sampler
 
-    texts = collect_prompts(prompts or [], prompts_file)
-    loaded = load_sampler(pick_sampler(sampler), vlm, join(pick_device(device)), allow_vlm_mismatch, decoder)
+        texts, where = collect_prompts(prompts or [], prompts_file), join(pick_device(device))
+        loaded = load_sampler(pick_sampler(sampler), vlm, where, allow_vlm_mismatch, decoder)
+    finally:
+        gc.enable()
     unknown = list(dict.fromkeys(word for text in texts for word in loaded.vlm.unknown_words(text)))
     if unknown and is_first():
         typer.echo(f"words that {loaded.vlm.name} never saw: {', '.join(unknown)}")
