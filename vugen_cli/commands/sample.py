@@ -72,7 +72,7 @@ def sample(
       vugen sample "a cat on a beach" "two apples in the snow" --guidance 4 --seed 7
       vugen sample --prompts prompts.txt --sampler sampler.safetensors --out drawn
     """
-    gc.disable()  # imports and loading make 700,000 objects: looking for garbage among them takes a fifth of it
+    gc.disable()  # imports and loading make 700,000 objects: looking for garbage there takes a fifth longer
     try:
         from vugen_cli.commands.answers import Drawn
         from vugen_cli.engine.device import pick_device
