@@ -34,6 +34,7 @@ PLAN = (Plan, Machine, StagePlan, Memory, PassPlan)
 HERE = (Diagnosis, Check, Runs, Run)
 ANSWERS: dict[str, tuple[Any, ...]] = {  # what every command gives back, which --json prints
     "prepare": (Prepared,),
+    "caption": (Manifest,),
     "train-reducer": (Trained,),
     "train-sampler": (Trained,),
     "sample": (Drawn,),

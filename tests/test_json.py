@@ -13,16 +13,18 @@ from pydantic import TypeAdapter
 from typer.main import get_command
 
 from vugen_cli.app import app
+from vugen_cli.data.manifest import read_manifest
 from vugen_cli.files import write_json
 from vugen_cli.nano import demo, train_vlm
 from vugen_cli.recipe import Recipe
-from vugen_cli.stages import train_vae
+from vugen_cli.stages import caption, train_vae
 from vugen_cli.studies import plan
 
 ANSWERS = runpy.run_path(str(Path(__file__).parent.parent / "docs/write_formats.py"))["ANSWERS"]
 SHORT = "--steps 1 --batch-size 2"
 COMMANDS = {  # each as short as it can be; {names} are those of `place`
     "prepare": "--dataset openmoji --count 2 --workers 1 --out new",
+    "caption": "--data {scenes} --out captioned",
     "train-reducer": f"--data {{scenes}} {SHORT} --out r.safetensors {{tiny}}",
     "train-sampler": f"--reducer reducer.safetensors {SHORT} --out s.safetensors",
     "sample": "a-bear -n 2 --sampler sampler.safetensors --out drawn",
@@ -76,6 +78,7 @@ def fake_plan(recipe: Recipe, machine: plan.Machine, _images: int | None) -> pla
 
 # What takes seconds is run by tests of its own; here only what the command makes of it.
 INSTEAD: dict[str, tuple[Any, str, Any]] = {
+    "caption": (caption, "write_captions", lambda data, *_: read_manifest(data)),
     "demo": (demo, "run_demo", fake_demo),
     "plan": (plan, "make_plan", fake_plan),
     "train-vlm": (train_vlm, "train_vlm", lambda *_: {"caption_accuracy": 0.5}),
