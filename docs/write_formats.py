@@ -1,6 +1,7 @@
 """The tables of docs/formats.md, written from the models that the files are written and read through.
 
-`python docs/write_formats.py` writes them anew, each between `<!-- keys of NAME -->` and `<!-- end -->`.
+`python docs/write_formats.py` writes them anew, each between `<!-- keys of NAME -->` and `<!-- end -->`;
+NAME is a model's, or ANSWERS for the list of what every command answers with `--json`.
 """
 
 import re
@@ -11,18 +12,53 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vugen_cli.card import Card, DataCard, Distilled, LatentsCard, StateCard, VAECard, VLMCard
+from vugen_cli.card import Card, DataCard, Distilled, LatentsCard, RunCard, StateCard, VAECard, VLMCard
+from vugen_cli.commands.answers import Asked, Compared, Drawn, Prepared, Trained
 from vugen_cli.data.manifest import CaptionOrigin, Captions, Latents, Manifest, Split
+from vugen_cli.doctor import Check, Diagnosis
 from vugen_cli.metrics.report import PromptsRecord, Report, Score, SetRecord
 from vugen_cli.metrics.samples import DrawnImage
-from vugen_cli.studies.over_training import Point
+from vugen_cli.nano.demo import Demonstrated
+from vugen_cli.recipe import ResolvedRecipe
+from vugen_cli.runs import Run, Runs
+from vugen_cli.studies.over_training import OverTraining, Point
+from vugen_cli.studies.plan import Machine, Memory, PassPlan, Plan, StagePlan
 from vugen_cli.studies.reconstruct import Fidelity, Reconstruction
-from vugen_cli.studies.understanding import Understanding
+from vugen_cli.studies.understanding import Understanding, UnderstandingReport
 
-CARDS = (Card, VLMCard, DataCard, LatentsCard, VAECard, Distilled, StateCard)
-REPORTS = (Report, Score, SetRecord, PromptsRecord, Point, Understanding, Fidelity, Reconstruction)
+CARDS = (Card, VLMCard, DataCard, LatentsCard, VAECard, Distilled, RunCard, StateCard)
+SCORES = (Report, Score, SetRecord, PromptsRecord)
+STUDIES = (OverTraining, Point, UnderstandingReport, Understanding, Fidelity, Reconstruction)
 DATA = (Manifest, Split, Captions, CaptionOrigin, Latents)
-MODELS = (*DATA, *CARDS, DrawnImage, *REPORTS)
+PLAN = (Plan, Machine, StagePlan, Memory, PassPlan)
+HERE = (Diagnosis, Check, Runs, Run)
+ANSWERS: dict[str, tuple[Any, ...]] = {  # what every command gives back, which --json prints
+    "prepare": (Prepared,),
+    "caption": (Manifest,),
+    "train-reducer": (Trained,),
+    "train-sampler": (Trained,),
+    "sample": (Drawn,),
+    "score": (Report,),
+    "score prompts": (Report,),
+    "study composition": (Report,),
+    "study understanding": (UnderstandingReport,),
+    "study training": (OverTraining,),
+    "study diversity": (Report,),
+    "reconstruct": (Reconstruction,),
+    "compare": (Compared,),
+    "chat": (Asked,),
+    "train-vlm": (Trained,),
+    "train-vae": (Trained,),
+    "train-judge": (Trained,),
+    "inspect": (Card, StateCard, Manifest),
+    "config": (ResolvedRecipe,),
+    "runs": (Runs,),
+    "plan": (Plan,),
+    "demo": (Demonstrated,),
+    "doctor": (Diagnosis,),
+}
+OWN = dict.fromkeys(model for models in ANSWERS.values() for model in models)
+MODELS = tuple(dict.fromkeys([*DATA, *CARDS, DrawnImage, *SCORES, *STUDIES, *PLAN, *HERE, *OWN]))
 
 PAGE = Path("docs/formats.md")
 HOW = "python docs/write_formats.py"
@@ -42,7 +78,7 @@ def with_tables(page: str) -> str:
     Raises:
         KeyError: a mark names no model, or a model has no mark.
     """
-    tables = {model.__name__: _table(model) for model in MODELS}
+    tables = {model.__name__: _table(model) for model in MODELS} | {"ANSWERS": _answers()}
 
     def replaced(mark: re.Match[str]) -> str:
         return f"{mark[1]}\n{tables.pop(mark[2])}\n{mark[3]}"
@@ -53,15 +89,25 @@ def with_tables(page: str) -> str:
     return page
 
 
+def _answers() -> str:
+    """A line for each command, with links to the tables of what it answers."""
+    links = {model: f"[{model.__name__}](#{model.__name__.lower()})" for model in OWN}
+    rows = [
+        f"| `vugen {name}` | {' or '.join(links[m] for m in models)} |" for name, models in ANSWERS.items()
+    ]
+    return "\n".join(["", "| command | its object |", "|---|---|", *rows, ""])
+
+
 def _table(model: type[BaseModel]) -> str:
     """A line for each key; those of a class that it builds on stand in that class's table."""
-    above = {name for base in model.__mro__[1:] for name in getattr(base, "model_fields", ())}
+    above = {name for base in model.__mro__[1:] for name in getattr(base, "__pydantic_fields__", ())}
     rows = [
         f"| `{name}` | {_value(field.annotation)} | {(field.description or '').replace('|', chr(92) + '|')} |"
-        for name, field in model.model_fields.items()
+        for name, field in model.__pydantic_fields__.items()
         if name not in above
     ]
-    return "\n".join(["", "| key | value | meaning |", "|---|---|---|", *rows, ""])
+    anchor = f'<a id="{model.__name__.lower()}"></a>'
+    return "\n".join(["", anchor, "", "| key | value | meaning |", "|---|---|---|", *rows, ""])
 
 
 def _value(kind: Any) -> str:

@@ -25,14 +25,16 @@ def test_the_demo_leaves_a_page_whose_pictures_are_there_and_repeats_no_training
     monkeypatch.setattr(demo, "GALLERY", 1)
     monkeypatch.setattr(demo, "PER_PROMPT", 2)
     out = tmp_path / "demo"
-    result = CliRunner().invoke(app, ["demo", "--out", str(out)])
+    result = CliRunner().invoke(app, ["demo", "--out", str(out), "--json"])
     assert result.exit_code == 0, result.exception
+    answer = json.loads(result.stdout)
     page = (out / "report.html").read_text()
     pictures = re.findall(r"<img src='([^']+)'", page)
     assert len(pictures) >= 6 and all((out / picture).is_file() for picture in pictures)
     assert not re.search(r"(src|href)=.?https?:", page) and "$" not in re.sub(r"<style>.*?</style>", "", page)
     assert "singular" in page  # four pictures say little, and the page says so
     scores = json.loads((out / "scores.json").read_text())
+    assert answer == {"page": str(out / "report.html"), **scores}
     assert scores["samples"]["images"]["count"] == 4 and scores["reconstruction"]["psnr"] > 0
     log = (out / "sampler.run/metrics.jsonl").read_text()
     assert CliRunner().invoke(app, ["demo", "--out", str(out)]).exit_code == 0

@@ -15,6 +15,8 @@ ROOT = Path(vugen_cli.__file__).parent
 LAYERS = (
     "app",
     "commands",
+    "doctor",
+    "runs",
     "nano",
     "studies",
     "stages",
@@ -35,6 +37,7 @@ LAYERS = (
     "seeds",
     "moments",
     "files",
+    "progress",
     "processes",
     "torchvision_repair",
     "errors",

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_overrides
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -27,6 +28,7 @@ from vugen_cli.studies.plan import (
     GPUS,
     RESERVED,
     Machine,
+    Plan,
     as_lines,
     call_times,
     data_of,
@@ -280,7 +282,8 @@ def test_call_times_are_those_of_the_solver() -> None:
 def test_every_shipped_recipe_can_be_planned(name: str) -> None:
     result = CliRunner().invoke(app, ["plan", name, "--gpus", "8", "--json"])
     assert result.exit_code == 0, result.output
-    plan = json.loads(result.output)
+    plan = json.loads(result.stdout)
+    assert TypeAdapter(Plan).dump_python(TypeAdapter(Plan).validate_python(plan), mode="json") == plan
     assert plan["problems"] == [] and plan["machine"]["gpus"] == 8
     assert {stage["name"] for stage in plan["stages"]} > {"train-reducer", "train-sampler"}
 

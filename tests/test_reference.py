@@ -27,7 +27,7 @@ def test_every_key_of_a_record_has_its_meaning_in_formats() -> None:
     writer = runpy.run_path(str(ROOT / "docs/write_formats.py"))
     page = (ROOT / "docs/formats.md").read_text()
     for model in writer["MODELS"]:
-        for name, field in model.model_fields.items():
+        for name, field in model.__pydantic_fields__.items():
             assert field.description and f"| `{name}` |" in page
 
 

@@ -1,17 +1,21 @@
 """What one sees of a run: its profile, and the logs beside `metrics.jsonl`."""
 
 import gzip
+import io
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_overrides, vugen_here
 from test_training import changed, metrics
 
-from vugen_cli.engine import profiling
+from vugen_cli import progress
+from vugen_cli.engine import curves, profiling
+from vugen_cli.engine.curves import LiveCurves
 from vugen_cli.engine.stage import RunOptions
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe
@@ -94,6 +98,58 @@ def test_a_log_gets_what_the_file_gets_and_a_resumed_run_goes_on_in_it(
     first, second = service.begun
     assert first["name"] == second["name"] == "r" and first.get("id") == second.get("id")
     assert second["resume"] == "allow" and first["config"]["recipe"]["seed"] == 0
+
+
+def test_curves_are_there_while_a_run_goes_on_and_take_little_of_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, plotted = [0.0], []
+
+    def plot(_run: Path) -> None:
+        plotted.append(clock[0])
+        clock[0] += 3  # seconds that it takes
+
+    monkeypatch.setattr(curves, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(curves, "plot_curves", plot)
+    live = LiveCurves(tmp_path)
+    while clock[0] < 400:
+        clock[0] += 1
+        live.update()
+    assert plotted == [15, 15 + 3 + 150, 15 + 2 * (3 + 150)]
+    assert live.update(at_once=True)
+
+
+def test_curves_of_a_run_that_has_logged_nothing_are_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    curves.plot_curves(tmp_path)
+    assert not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("terminal", "quiet", "seen"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_bars_are_for_terminals_and_quiet_hides_them(
+    terminal: bool, quiet: bool, seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(progress, "quiet", quiet)
+    assert list(progress.progress_bar(range(3), desc="count", unit="step", total=3)) == [0, 1, 2]
+    assert ("count" in screen.getvalue()) == seen
+
+
+def test_one_word_logs_elsewhere(
+    scenes: Path, vlm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Recorder("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", service)
+    tiny = [word for override in tiny_overrides(vlm_path) for word in ("--set", override)]
+    words = ["train-reducer", "--data", scenes, "--steps", "1", "--log", "trackio", "--quiet", *tiny]
+    result = vugen_here(*words, cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert [step for step, _ in service.rows] == [0]
+    assert vugen_here("train-vae", "--log", "paper", cwd=tmp_path).returncode == 1
 
 
 def test_tensorboard_gets_every_number(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:

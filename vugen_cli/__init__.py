@@ -18,7 +18,7 @@ packages tell it, and every import runs down this list (`tests/test_layers.py`):
     data           sources, mixtures, remote sets; a shard is written in `writer.py`, read in `loader.py`
     a file each    checkpoint (safetensors), card (what its header says), key_map (names of old files),
                    pictures, recipe (every key), hub, flow (path, loss, solvers), seeds, moments, files,
-                   processes, torchvision_repair, errors, version
+                   progress, processes, torchvision_repair, errors, version
 """
 
 from typing import TYPE_CHECKING, Any

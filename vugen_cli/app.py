@@ -1,5 +1,6 @@
 """The `vugen` command: wires the subcommands and turns errors into one line. Imports nothing heavy."""
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -10,16 +11,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vugen_cli import processes
+from vugen_cli import processes, progress
 from vugen_cli.commands import score, study
 from vugen_cli.commands.caption import caption
 from vugen_cli.commands.chat import chat
 from vugen_cli.commands.compare import compare
+from vugen_cli.commands.config import config
 from vugen_cli.commands.demo import demo
+from vugen_cli.commands.doctor import doctor
 from vugen_cli.commands.inspect import inspect
 from vugen_cli.commands.plan import plan
 from vugen_cli.commands.prepare import prepare
 from vugen_cli.commands.reconstruct import reconstruct
+from vugen_cli.commands.runs import runs
 from vugen_cli.commands.sample import sample
 from vugen_cli.commands.train_judge import train_judge
 from vugen_cli.commands.train_reducer import train_reducer
@@ -29,24 +33,46 @@ from vugen_cli.commands.train_vlm import train_vlm
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.version import __version__
 
+EVERYWHERE = ("--debug", "--json", "--quiet")  # options of `vugen` that may also stand after the command
 
-class InOrder(TyperGroup):
-    """Lists commands, and groups of commands among them, in the order in which one needs them."""
+
+class Vugen(TyperGroup):
+    """The group of all commands, in the order in which one needs them; prints what they answer as JSON."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names of `COMMANDS`."""
         return list(COMMANDS)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The words of the command line, with `EVERYWHERE` brought before the command."""
+        end = args.index("--") if "--" in args else len(args)
+        ours = [word for word in args[:end] if word in EVERYWHERE]
+        others = [word for word in args[:end] if word not in EVERYWHERE]
+        return super().parse_args(ctx, [*ours, *others, *args[end:]])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. With --json its answer is all that goes to standard output; the rest to error."""
+        wanted = ctx.params["json"]
+        with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+            answer = super().invoke(ctx)
+        if wanted and answer is not None and processes.is_first():
+            from pydantic import TypeAdapter
+
+            print(TypeAdapter(type(answer)).dump_json(answer, exclude_unset=True).decode(), flush=True)
+        if status := getattr(answer, "status", 0):
+            raise typer.Exit(status)
+        return answer
+
 
 app = typer.Typer(
     name="vugen",
-    cls=InOrder,
+    cls=Vugen,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
+COMMANDS: dict[str, Callable[..., object] | typer.Typer] = {
     "prepare": prepare,
     "caption": caption,
     "train-reducer": train_reducer,
@@ -61,8 +87,11 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "train-judge": train_judge,
     "train-vae": train_vae,
     "inspect": inspect,
+    "config": config,
+    "runs": runs,
     "plan": plan,
     "demo": demo,
+    "doctor": doctor,
 }
 for name, command in COMMANDS.items():
     if isinstance(command, typer.Typer):
@@ -99,6 +128,11 @@ def vugen(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON object on standard output, all else on standard error."),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Turn a vision-language model into an image generator (VUGEN).
 
@@ -109,7 +143,10 @@ def vugen(
       vugen train-sampler --reducer reducer.safetensors
       vugen sample "a bear in a forest" -n 8
       vugen score --fid
+
+    --debug, --json and --quiet may also stand after the command.
     """
+    progress.quiet = quiet
     if context.invoked_subcommand not in SPREAD and not processes.is_first():
         raise typer.Exit  # the first process of the job does it alone
 
@@ -117,9 +154,12 @@ def vugen(
 def main() -> None:
     """Run the command; a failure the user can act on ends in one line on stderr and a non-zero status."""
     debug = "--debug" in sys.argv or bool(os.environ.get("VUGEN_DEBUG"))
-    sys.argv[1:] = [a for a in sys.argv[1:] if a != "--debug"]  # accepted before and after the subcommand
     try:
         app()
+    except SystemExit as end:
+        if end.code in (2, 130):  # typer and `prepare` have said more on standard error
+            _print_error("interrupted" if end.code == 130 else "the command line is not understood")
+        raise
     except Stopped as stopped:
         _end(str(stopped), 130)
     except VugenError as error:
@@ -143,10 +183,19 @@ def main() -> None:
         _end(f"error: {type(error).__name__}: {line}; run again with --debug for the traceback", 1)
 
 
+def _print_error(message: str) -> None:
+    """What stands on standard output in place of an answer, where that was to be JSON."""
+    if "--json" in sys.argv:
+        from json import dumps
+
+        print(dumps({"error": message}, ensure_ascii=False), flush=True)
+
+
 def _end(line: str, status: int) -> None:
     sys.stdout.flush()
     if processes.has_the_last_word():
         print(line, file=sys.stderr, flush=True)
+        _print_error(line.removeprefix("error: "))
     if processes.world_size() > 1:
         for child in multiprocessing.active_children():
             child.terminate()  # a loader's workers would outlive an exit that tells nobody

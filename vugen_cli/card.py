@@ -92,6 +92,15 @@ class Card(BaseModel):
         return self.model_dump(mode="json", include=set(keys))
 
 
+class RunCard(BaseModel):
+    """`run.json`: what a run sets out to do, written at each of its starts."""
+
+    stage: str = Field(description="`vlm`, `vae`, `reducer`, `decoder` or `sampler`")
+    steps: int = Field(description="optimiser steps of the whole run")
+    batch_size: int = Field(description="images a step")
+    version: str = Field("", description="of the tool")
+
+
 class StateCard(BaseModel):
     """A state that a killed run goes on from."""
 

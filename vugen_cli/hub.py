@@ -16,19 +16,27 @@ def reach_hub(name: str, what: str, seconds: float = 5.0) -> bool:
     Raises:
         VugenError: the hub does not answer and the model was not downloaded before.
     """
+    from huggingface_hub import try_to_load_from_cache
+
+    problem = hub_problem(seconds)
+    if problem and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise VugenError(
+            f"{what} {name} is not a local directory and the hub cannot be reached ({problem}): "
+            "download it elsewhere and pass its directory, or check the network"
+        )
+    return not problem
+
+
+def hub_problem(seconds: float = 5.0) -> str:
+    """Why the hub does not answer; empty if it does."""
     from urllib.request import Request, urlopen
 
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
     try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
         urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
     except OSError as error:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return False
-        raise VugenError(
-            f"{what} {name} is not a local directory and the hub cannot be reached ({first_line(error)}): "
-            "download it elsewhere and pass its directory, or check the network"
-        ) from error
-    return True
+        return str(getattr(error, "reason", None) or first_line(error))
+    return ""

@@ -5,6 +5,7 @@ Every number that shapes a run lives here; the resolved recipe is stored in ever
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -446,13 +447,55 @@ def load_recipe(path: str | Path | None = None, overrides: list[str] | None = No
             value does not fit.
     """
     file = find_recipe(path or "nano")
+    return parse_recipe(_read_yaml(file), str(file), overrides)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise VugenError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise VugenError(f"{file} is not a recipe: expected `key: value` lines at the top level")
-    return parse_recipe(values, str(file), overrides)
+    return values
+
+
+class ResolvedRecipe(BaseModel):
+    """A recipe with every value, and where each comes from."""
+
+    recipe: dict[str, Any] = Field(description="every value, as checkpoints keep it")
+    origins: dict[str, str] = Field(
+        description="of each value, by its key: `default`, `--set`, `decoder.preset`, or the file"
+    )
+
+
+def resolve_recipe(path: str | Path | None = None, overrides: list[str] | None = None) -> ResolvedRecipe:
+    """As `load_recipe`, with where each value comes from."""
+    file = find_recipe(path or "nano")
+    given = _read_yaml(file)
+    recipe = parse_recipe(given, str(file), overrides)  # adds the overrides to `given`
+    said, shipped = {key for key, _ in leaves(given)}, file.parent == RECIPES
+    overridden = tuple(override.partition("=")[0].strip() for override in overrides or [])
+
+    def origin(key: str) -> str:
+        if any(key == each or key.startswith(f"{each}.") for each in overridden):
+            return "--set"
+        if any(key == each or key.startswith(f"{each}.") for each in said):
+            return file.name if shipped else str(file)
+        of_preset = recipe.decoder.preset and key in [f"decoder.{size}" for size in PRESETS["nano"]]
+        return "decoder.preset" if of_preset else "default"
+
+    values = recipe.model_dump(mode="json")
+    return ResolvedRecipe(recipe=values, origins={key: origin(key) for key, _ in leaves(values)})
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested sections, each with its key as `--set` takes it."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def find_recipe(path: str | Path) -> Path:

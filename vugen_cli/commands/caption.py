@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import DeviceOption, SetOption
+from vugen_cli.commands.options import Answer, DeviceOption, SetOption
 
 
 def caption(
@@ -21,7 +21,7 @@ def caption(
         int | None, typer.Option(min=0, help="Reading processes.", show_default="all cores")
     ] = None,
     device: DeviceOption = None,
-) -> None:
+) -> Answer:
     """Write a data set again with captions by a VLM beside its own.
 
     Asks for a caption by each of the recipe's instructions. Pictures stay byte for byte; a sample's
@@ -56,3 +56,4 @@ def caption(
             f", {split.skipped_count} skipped (listed in skipped-{name}.jsonl)" if split.skipped_count else ""
         )
         typer.echo(f"{out}: {name}, {split.captions.count} captions of {split.count} images{bad}")
+    return manifest

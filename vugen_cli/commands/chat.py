@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import DeviceOption
+from vugen_cli.commands.options import Answer, DeviceOption
 from vugen_cli.errors import VugenError
 
 
@@ -21,7 +21,7 @@ def chat(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     device: DeviceOption = None,
-) -> None:
+) -> Answer:
     """Ask the VLM about a picture: it understands as it did before it learned to draw.
 
     \b
@@ -34,6 +34,7 @@ def chat(
 
     import torch
 
+    from vugen_cli.commands.answers import Asked
     from vugen_cli.data.images import decode
     from vugen_cli.engine.device import pick_device
     from vugen_cli.sampling.trained import load_sampler
@@ -46,4 +47,6 @@ def chat(
         raise VugenError(f"{image}: {error}") from error
     where = pick_device(device)
     model = load_sampler(sampler, vlm, where).vlm if sampler else load_vlm(vlm or "nano", where)
-    typer.echo(ask(model.model, model.processor, pixels[None], question, tokens)[0])
+    answer = ask(model.model, model.processor, pixels[None], question, tokens)[0]
+    typer.echo(answer)
+    return Asked(image=str(image), question=question, answer=answer, vlm=model.name)

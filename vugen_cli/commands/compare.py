@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import DeviceOption
+from vugen_cli.commands.options import Answer, DeviceOption
 from vugen_cli.errors import VugenError
 
 
@@ -22,7 +22,7 @@ def compare(
     ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
     device: DeviceOption = None,
-) -> None:
+) -> Answer:
     """Set several samplers side by side on one page: the same prompts, the same seeds.
 
     The page holds its pictures and needs no network. Samplers draw into a folder beside it; folders are shown
@@ -33,6 +33,7 @@ def compare(
       vugen compare sampler.safetensors baseline.safetensors --prompt "a bear in a forest"
       vugen compare samples-monday samples-tuesday --out week.html
     """
+    from vugen_cli.commands.answers import Compared
     from vugen_cli.engine.device import pick_device
     from vugen_cli.sampling.draw import collect_prompts, draw
     from vugen_cli.sampling.trained import load_sampler
@@ -56,3 +57,4 @@ def compare(
         shown[name] = read_shown(samples)
     count = write_comparison(shown, out)
     typer.echo(f"wrote {out}: {len(shown)} side by side, {count} prompts")
+    return Compared(out=str(out), sources=list(shown), prompts=count)

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import DeviceOption
+from vugen_cli.commands.options import Answer, DeviceOption
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo"),
     device: DeviceOption = None,
-) -> None:
+) -> Answer:
     """Run every stage for real on the embedded default, in a few minutes on two CPU cores.
 
     Prepares scenes, trains a reducer and a sampler briefly, draws, reconstructs, scores, and leaves pictures,
@@ -21,8 +21,11 @@ def demo(
     Example:
       vugen demo
     """
-    from vugen_cli.engine.device import pick_device
-    from vugen_cli.nano.demo import run_demo
+    import json
 
-    report = run_demo(out, pick_device(device))
-    typer.echo(f"open {report} for the pictures; the figures are in {out / 'scores.json'}")
+    from vugen_cli.engine.device import pick_device
+    from vugen_cli.nano.demo import Demonstrated, run_demo
+
+    page, scores = run_demo(out, pick_device(device)), out / "scores.json"
+    typer.echo(f"open {page} for the pictures; the figures are in {scores}")
+    return Demonstrated(page=str(page), **json.loads(scores.read_text()))

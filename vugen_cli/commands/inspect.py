@@ -1,14 +1,16 @@
 """`vugen inspect`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from vugen_cli.commands.options import Answer
 
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="A .safetensors checkpoint or a data set folder.")],
-) -> None:
+) -> Answer:
     """Show the card of a checkpoint, or the manifest of a data set.
 
     \b
@@ -16,20 +18,14 @@ def inspect(
       vugen inspect sampler.safetensors
       vugen inspect data/openmoji
     """
+    import yaml
+
     from vugen_cli.checkpoint import read_header
     from vugen_cli.data.manifest import read_manifest
 
-    if not file.is_dir():
-        _show(read_header(file).model_dump(mode="json", exclude_none=True))
-        return
-    manifest = read_manifest(file)
-    shown = manifest.plain()
-    for split in shown["splits"].values():
+    found = read_manifest(file) if file.is_dir() else read_header(file)
+    shown = found.model_dump(mode="json", exclude_unset=True)
+    for split in shown.get("splits", {}).values():
         split["shards"] = f"{len(split['shards'])} files"
-    _show(shown)
-
-
-def _show(values: dict[str, Any]) -> None:
-    import yaml
-
-    typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100).rstrip())
+    typer.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100).rstrip())
+    return found

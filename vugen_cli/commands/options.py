@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from vugen_cli.card import Card
     from vugen_cli.recipe import Recipe
 
+# What a command returns: a pydantic model, which `vugen --json` prints; None where another process answers.
+# No import, since that would be a heavy one, and typer reads annotations.
+Answer = object
+
 DataOption = Annotated[Path, typer.Option(help="Data set written by `vugen prepare`.")]
 RecipeOption = Annotated[
     str | None, typer.Option(help="Recipe: a YAML file or the name of a shipped one. [default: nano]")
@@ -27,6 +31,10 @@ DeviceOption = Annotated[
 ProfileOption = Annotated[
     bool,
     typer.Option("--profile", help="Watch a few steps: print where their time goes and write a trace."),
+]
+LogOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Log to tensorboard, wandb or trackio too (an extra each). Repeatable."),
 ]
 ChangeOption = Annotated[
     bool,
@@ -66,11 +74,12 @@ def training_recipe(
     batch_size: int | None,
     overrides: list[str] | None,
     vlm: str | None = None,
+    log: list[str] | None = None,
 ) -> "Recipe":
     """The recipe of a training command, with its options applied over `--set`."""
     from vugen_cli.recipe import load_recipe
 
-    return load_recipe(recipe, _overrides(stage, steps, batch_size, overrides, vlm))
+    return load_recipe(recipe, _overrides(stage, steps, batch_size, overrides, vlm, log))
 
 
 def sampler_recipe(
@@ -83,6 +92,7 @@ def sampler_recipe(
     vlm: str | None,
     stage: str = "train_sampler",
     kept: tuple[str, ...] = ("reducer", "decoder"),
+    log: list[str] | None = None,
 ) -> "Recipe":
     """The recipe of a stage that starts from a checkpoint: the given one or the checkpoint's, with the
     `kept` networks and the VLM of that checkpoint.
@@ -92,9 +102,8 @@ def sampler_recipe(
     stored = card.recipe
     values = load_recipe(recipe).model_dump() if recipe else stored
     fixed = {key: stored[key] for key in (*kept, "vlm", "latents", "vlm_size") if key in stored}
-    return parse_recipe(
-        {**values, **fixed}, str(reducer), _overrides(stage, steps, batch_size, overrides, vlm)
-    )
+    given = _overrides(stage, steps, batch_size, overrides, vlm, log)
+    return parse_recipe({**values, **fixed}, str(reducer), given)
 
 
 def data_of(
@@ -140,9 +149,14 @@ def refuse_address(path: str) -> None:
 
 
 def _overrides(
-    stage: str, steps: int | None, batch_size: int | None, overrides: list[str] | None, vlm: str | None
+    stage: str,
+    steps: int | None,
+    batch_size: int | None,
+    overrides: list[str] | None,
+    vlm: str | None,
+    log: list[str] | None,
 ) -> list[str]:
-    given = {f"{stage}.steps": steps, f"{stage}.batch_size": batch_size, "vlm": vlm}
+    given = {f"{stage}.steps": steps, f"{stage}.batch_size": batch_size, "vlm": vlm, "log": log or None}
     return [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
 
 

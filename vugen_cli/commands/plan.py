@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import SetOption
+from vugen_cli.commands.options import Answer, SetOption
 
 Vlm = Annotated[
     str | None, typer.Option(help="VLM: `nano`, a directory with a config.json, that file, or a hub id.")
@@ -34,8 +34,7 @@ def plan(
         typer.Option(min=1, help="Images of the data set. [default: of the mixture, if it is here]"),
     ] = None,
     set_: SetOption = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object, in bytes and FLOPs.")] = False,
-) -> None:
+) -> Answer:
     """Say what a recipe would take on given GPUs, before they are paid for.
 
     Parameters, memory, FLOPs, time and disk of each stage, and what will not work, from configs alone: no
@@ -46,12 +45,10 @@ def plan(
       vugen plan imagenet-256 --vlm google/gemma-3-4b-it --gpus 64 --gpu h100
       vugen plan my.yaml --vlm my-model/config.json --gpus 8 --set engine.accumulate=4 --json
     """
-    import dataclasses
-    from json import dumps
-
     from vugen_cli.recipe import load_recipe
     from vugen_cli.studies.plan import Machine, as_lines, make_plan
 
     resolved = load_recipe(recipe, [*(set_ or []), *([f"vlm={vlm}"] if vlm else [])])
     made = make_plan(resolved, Machine(gpu, gpus, nodes or -(-gpus // 8), mfu), images)
-    typer.echo(dumps(dataclasses.asdict(made)) if json else "\n".join(as_lines(made)))
+    typer.echo("\n".join(as_lines(made)))
+    return made

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vugen_cli.commands.options import DeviceOption, VlmOption, refuse_address
+from vugen_cli.commands.options import Answer, DeviceOption, VlmOption, refuse_address
 from vugen_cli.errors import VugenError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def prepare(
     flip: FlipOption = None,
     vlm: VlmOption = None,
     device: DeviceOption = None,
-) -> None:
+) -> Answer:
     """Turn images and captions into webdataset shards with a manifest.
 
     Resizes and crops to squares, keeps every caption, shuffles, and writes train-000000.tar, ... and
@@ -125,7 +125,7 @@ def prepare(
     out = out or Path("data") / dataset.value
     size = size or (64 if dataset is Dataset.openmoji else 256)
     opened = partial(open_source, dataset, source, split.value, size, count, seed, pairs)
-    prepare_images(opened, out, split.value, size, shard_size, workers, seed, count, strict)
+    return prepare_images(opened, out, split.value, size, shard_size, workers, seed, count, strict)
 
 
 def prepare_images(
@@ -138,8 +138,9 @@ def prepare_images(
     seed: int,
     count: int | None,
     strict: bool,
-) -> None:
+) -> Answer:
     """Write one split of a data set and say what it holds; arguments as of `write_dataset`."""
+    from vugen_cli.commands.answers import Prepared
     from vugen_cli.data.shards import cores
     from vugen_cli.data.writer import write_dataset
     from vugen_cli.processes import local_world_size, meet
@@ -159,6 +160,14 @@ def prepare_images(
     listed = f"skipped-{split}.jsonl"
     skipped = f", {entry.skipped_count} skipped (listed in {listed})" if entry.skipped_count else ""
     typer.echo(f"{out}: {split}, {entry.count} images of {size} px in {len(entry.shards)} shards{skipped}")
+    return Prepared(
+        out=str(out),
+        split=split,
+        count=entry.count,
+        size=size,
+        shards=len(entry.shards),
+        skipped_count=entry.skipped_count,
+    )
 
 
 def prepare_latents(
@@ -169,9 +178,10 @@ def prepare_latents(
     device: str | None,
     flip: bool | None,
     workers: int | None,
-) -> None:
+) -> Answer:
     """Write the latent cache of a data set."""
     from vugen_cli.checkpoint import read_card
+    from vugen_cli.commands.answers import Prepared
     from vugen_cli.data.shards import cores
     from vugen_cli.engine.device import pick_device
     from vugen_cli.processes import local_world_size, meet
@@ -197,6 +207,8 @@ def prepare_latents(
     typer.echo(
         f"{out}: latents of {count} images; next: vugen train-sampler --reducer {checkpoint} --data {out}"
     )
+    shards = sum(len(entry.shards) for entry in manifest.splits.values())
+    return Prepared(out=str(out), count=count, size=manifest.size, shards=shards)
 
 
 def open_source(

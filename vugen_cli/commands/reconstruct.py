@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vugen_cli.commands.options import AllowMismatchOption, DeviceOption
+from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption
 
 if TYPE_CHECKING:
     from vugen_cli.studies.reconstruct import Fidelity
@@ -34,7 +34,7 @@ def reconstruct(
         bool, typer.Option("--save-images", help="Also write every original and its reconstruction as PNG.")
     ] = False,
     device: DeviceOption = None,
-) -> None:
+) -> Answer:
     """Show what survives the reducer: originals above what is decoded from their latents, full and reduced.
 
     Writes reconstruction.png, and reconstruction.json with PSNR, SSIM, LPIPS where its weights are at hand,
@@ -59,7 +59,7 @@ def reconstruct(
         reducer, images, out, count, steps, seed, vlm, where, allow_vlm_mismatch, save_images, full, judge
     )
     if not is_first():
-        return
+        return None
     for name, found in (("from all of z", report.full), ("from reduced z", report)):
         if found:
             typer.echo(f"{name}: {summary(found)}")
@@ -71,6 +71,7 @@ def reconstruct(
     )
     if bad := report.images.bad:
         typer.echo(f"{len(bad)} images could not be read; they are listed in reconstruction.json")
+    return report
 
 
 def summary(found: "Fidelity") -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vugen_cli.commands.options import (
+    Answer,
     BatchOption,
     DeviceOption,
     ImagesOption,
@@ -72,7 +73,7 @@ def score(
     no_cache: NoCacheOption = False,
     out: OutOption = Path("scores.json"),
     device: DeviceOption = None,
-) -> None:
+) -> Answer:
     """Score a set of images: any of the metrics together, over features that are extracted once.
 
     Prints a table and writes the numbers, with how they were obtained, as JSON. `vugen score prompts` scores
@@ -89,7 +90,8 @@ def score(
       vugen score --fid --psnr --ssim --images rec/decoded --reference rec/originals
     """
     if context.invoked_subcommand:
-        return _refuse_options_before(context)
+        _refuse_options_before(context)
+        return None
     of_sets = {"fid": fid, "kid": kid, "cmmd": cmmd, "is": inception_score, "sfid": sfid, "pr": pr, "dc": dc}
     metrics, pair_metrics = _wanted(of_sets, {"psnr": psnr, "ssim": ssim, "lpips": lpips})
     from vugen_cli.engine.device import pick_device
@@ -110,7 +112,7 @@ def score(
         cache = None if no_cache else cache_folder()
         report = compare_over(ours, theirs, features, metrics, where, batch_size, save_stats, cache)
         reports.insert(0, report)
-    finish(joined(reports), out)
+    return finish(joined(reports), out)
 
 
 def _refuse_options_before(context: typer.Context) -> None:
@@ -169,7 +171,7 @@ def prompts(
     count: CountOption = None,
     out: OutOption = Path("prompt-scores.json"),
     device: DeviceOption = None,
-) -> None:
+) -> Answer:
     """Score images against the prompts they were drawn for.
 
     \b
@@ -203,4 +205,4 @@ def prompts(
         grid=grid,
         device=where,
     )
-    finish(report, out)
+    return finish(report, out)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vugen_cli.commands.options import (
+    Answer,
     BatchOption,
     DeviceOption,
     FeaturesOption,
@@ -33,7 +34,7 @@ def composition(
     vlm: VlmOption = None,
     out: OutOption = Path("composition.json"),
     device: DeviceOption = None,
-) -> None:
+) -> Answer:
     """Whether pictures show the subject, setting, relation and number asked for, in OpenMoji scenes.
 
     Draws held-out prompts and asks two judges that never saw a sampler's picture (`vugen train-judge`), then
@@ -53,7 +54,7 @@ def composition(
     from vugen_cli.sampling.trained import load_sampler
 
     loaded = load_sampler(pick_sampler(sampler), vlm, join(pick_device(device)))
-    finish(score_composition(loaded, count, out.parent / "composition"), out)
+    return finish(score_composition(loaded, count, out.parent / "composition"), out)
 
 
 @app.command()
@@ -66,7 +67,7 @@ def understanding(
     vlm: VlmOption = None,
     out: OutOption = Path("understanding.json"),
     device: DeviceOption = None,
-) -> None:
+) -> Answer:
     """Whether the VLM still answers bit for bit as it did before there was a sampler beside it.
 
     \b
@@ -77,17 +78,19 @@ def understanding(
     from vugen_cli.engine.device import pick_device
     from vugen_cli.files import write_json
     from vugen_cli.sampling.draw import pick_sampler
-    from vugen_cli.studies.understanding import score_understanding
+    from vugen_cli.studies.understanding import UnderstandingReport, score_understanding
 
     where = join(pick_device(device))
     if not is_first():  # two answers to a question are no work to share out
-        return
+        return None
     result = score_understanding(pick_sampler(sampler), _pictures(images, count), vlm, where)
     _tell(result)
-    write_json(out, {"scores": [result.written()]})
+    report = UnderstandingReport(scores=[result])
+    write_json(out, report.written())
     typer.echo(f"Written to {out}.")
     if not result.preserved:
         raise VugenError(f"{result.vlm} does not answer as it did: its weights were changed on disk or here")
+    return report
 
 
 def _pictures(images: Path | None, count: int) -> "list[torch.Tensor]":
@@ -126,7 +129,7 @@ def training(
     count: Annotated[int, typer.Option(min=2, help="Prompts, one sample of each.")] = 256,
     out: OutOption = Path("training.json"),
     device: DeviceOption = None,
-) -> None:
+) -> Answer:
     """How soon samples get good: the Fréchet distance of every checkpoint that runs have kept.
 
     Checkpoints are kept by `--set train_sampler.keep_every=1000`; each is scored once. Beside the result
@@ -142,7 +145,12 @@ def training(
     from vugen_cli.files import write_json
     from vugen_cli.metrics.encoders import load_extractor
     from vugen_cli.metrics.features import cache_folder
-    from vugen_cli.studies.over_training import kept_checkpoints, plot_over_training, score_over_training
+    from vugen_cli.studies.over_training import (
+        OverTraining,
+        kept_checkpoints,
+        plot_over_training,
+        score_over_training,
+    )
 
     where = join(pick_device(device))
     kept = [kept_checkpoints(run) for run in runs]  # what is missing is told before a network is loaded
@@ -151,11 +159,12 @@ def training(
         runs, extractor, reference=reference, count=count, device=where, cache=cache_folder()
     )
     if not is_first():
-        return
-    written = {run: [point.written() for point in curve] for run, curve in curves.items()}
-    write_json(out, {"over_training": written})
+        return None
+    report = OverTraining(over_training=curves)
+    write_json(out, report.written())
     plot_over_training(curves, out.with_suffix(".png"))
     _tell_curves(curves, out)
+    return report
 
 
 def _tell_curves(curves: "dict[str, list[Point]]", out: Path) -> None:
@@ -178,7 +187,7 @@ def diversity(
     batch_size: BatchOption = None,
     out: OutOption = Path("diversity.json"),
     device: DeviceOption = None,
-) -> None:
+) -> Answer:
     """How much the pictures of one prompt differ, over its seeds.
 
     Beside the result stands a picture of the prompt with the most images.
@@ -208,4 +217,4 @@ def diversity(
         cache=cache_folder(),
         picture=out.with_suffix(".png"),
     )
-    finish(report, out)
+    return finish(report, out)

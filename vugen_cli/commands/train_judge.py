@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vugen_cli.commands.options import (
+    Answer,
     ChangeOption,
     DataOption,
     DeviceOption,
@@ -38,7 +39,7 @@ def train_judge(
     device: DeviceOption = None,
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
-) -> None:
+) -> Answer:
     """Train a small network that reads OpenMoji scenes: an independent judge of what samplers draw.
 
     It learns which subjects are there, how many, on which side, in which colour and setting, from real
@@ -49,6 +50,7 @@ def train_judge(
       vugen train-judge --data data/openmoji --out strict.safetensors
       vugen train-judge --init strict.safetensors --reducer reducer.safetensors --out lenient.safetensors
     """
+    from vugen_cli.commands.answers import Trained
     from vugen_cli.commands.options import require_safetensors, training_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
@@ -62,3 +64,5 @@ def train_judge(
     typer.echo(f"wrote {out}")
     for name, value in scores.items():
         typer.echo(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
+    run = str(out.with_suffix(".run"))
+    return Trained(out=str(out), run=run, steps=resolved.train_judge.steps, scores=scores)

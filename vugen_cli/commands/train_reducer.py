@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 
 from vugen_cli.commands.options import (
+    Answer,
     ChangeOption,
     DeviceOption,
+    LogOption,
     ProfileOption,
     RecipeOption,
     SetOption,
@@ -43,7 +45,8 @@ def train_reducer(
     device: DeviceOption = None,
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
-) -> None:
+    log: LogOption = None,
+) -> Answer:
     """Stage 1: train the reducer and the pixel decoder together, on the frozen VLM's latents.
 
     Metrics, curves and previews (originals above, decoded below) go to a .run folder beside the checkpoint.
@@ -58,6 +61,7 @@ def train_reducer(
       vugen train-reducer --distill reducer.safetensors --set decoder.steps=8 --out one-step.safetensors
     """
     from vugen_cli.checkpoint import read_card
+    from vugen_cli.commands.answers import Trained
     from vugen_cli.commands.options import data_of, require_safetensors, sampler_recipe, training_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
@@ -72,10 +76,12 @@ def train_reducer(
     if given:
         card = read_card(given)
         kept = ("reducer", "decoder") if distill else ("reducer",)
-        resolved = sampler_recipe(card, given, recipe, steps, batch_size, set_, vlm, "train_reducer", kept)
+        resolved = sampler_recipe(
+            card, given, recipe, steps, batch_size, set_, vlm, "train_reducer", kept, log
+        )
         source = data_of(resolved, data, card, recipe is not None)
     else:
-        resolved = training_recipe(recipe, "train_reducer", steps, batch_size, set_, vlm)
+        resolved = training_recipe(recipe, "train_reducer", steps, batch_size, set_, vlm, log)
         source = data_of(resolved, data)
     where, options = join(pick_device(device)), RunOptions(profile, change_recipe)
     if distill:
@@ -90,3 +96,4 @@ def train_reducer(
         typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler SAMPLER --decoder {out}')
     else:
         typer.echo(f"wrote {out}; next: vugen train-sampler --reducer {out}")
+    return Trained(out=str(out), run=str(out.with_suffix(".run")), steps=resolved.train_reducer.steps)

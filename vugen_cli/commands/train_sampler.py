@@ -7,8 +7,10 @@ import typer
 
 from vugen_cli.commands.options import (
     AllowMismatchOption,
+    Answer,
     ChangeOption,
     DeviceOption,
+    LogOption,
     ProfileOption,
     RecipeOption,
     SetOption,
@@ -42,7 +44,8 @@ def train_sampler(
     device: DeviceOption = None,
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
-) -> None:
+    log: LogOption = None,
+) -> Answer:
     """Stage 2: train the generation expert to sample the reduced latents for a prompt.
 
     VLM, data and recipe come from the reducer's card unless given. Metrics, curves and sample grids go to a
@@ -55,6 +58,7 @@ def train_sampler(
       vugen train-sampler --init sampler.safetensors --data data/mine --out mine.safetensors --steps 2000
     """
     from vugen_cli.checkpoint import read_card
+    from vugen_cli.commands.answers import Trained
     from vugen_cli.commands.options import data_of, require_safetensors, sampler_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
@@ -69,7 +73,7 @@ def train_sampler(
         raise VugenError(f"--out {out} is the checkpoint to start from: give the new one another name")
     card = read_card(start)
     kept = ("reducer", "decoder", "expert") if init else ("reducer", "decoder")
-    resolved = sampler_recipe(card, start, recipe, steps, batch_size, set_, vlm, "train_sampler", kept)
+    resolved = sampler_recipe(card, start, recipe, steps, batch_size, set_, vlm, "train_sampler", kept, log)
     run(
         resolved,
         start,
@@ -81,3 +85,4 @@ def train_sampler(
         options=RunOptions(profile, change_recipe),
     )
     typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler {out}')
+    return Trained(out=str(out), run=str(out.with_suffix(".run")), steps=resolved.train_sampler.steps)

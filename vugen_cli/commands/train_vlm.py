@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from vugen_cli.commands.options import (
+    Answer,
     ChangeOption,
     DataOption,
     DeviceOption,
+    LogOption,
     ProfileOption,
     RecipeOption,
     SetOption,
@@ -34,7 +36,8 @@ def train_vlm(
     device: DeviceOption = None,
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
-) -> None:
+    log: LogOption = None,
+) -> Answer:
     """Train the small embedded vision-language model, from scratch or further.
 
     It learns captions, questions and matching from captioned shards, and is saved as a Hugging Face directory
@@ -46,15 +49,17 @@ def train_vlm(
       vugen train-vlm --data data/mine --out my-vlm --steps 2000 --set nano_vlm.width=384
       vugen train-vlm --init nano --data data/openmoji --out better --steps 4000
     """
+    from vugen_cli.commands.answers import Trained
     from vugen_cli.commands.options import training_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
     from vugen_cli.nano import train_vlm as nano
     from vugen_cli.processes import join
 
-    resolved = training_recipe(recipe, "train_vlm", steps, batch_size, set_)
+    resolved = training_recipe(recipe, "train_vlm", steps, batch_size, set_, log=log)
     options = RunOptions(profile, change_recipe)
     scores = nano.train_vlm(resolved, data, out, join(pick_device(device)), options, init)
     typer.echo(f"wrote {out}")
     for name, value in scores.items():
         typer.echo(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
+    return Trained(out=str(out), run=f"{out}.run", steps=resolved.train_vlm.steps, scores=scores)

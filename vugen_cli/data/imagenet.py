@@ -11,6 +11,7 @@ from vugen_cli.data.folder import IMAGE_SUFFIXES, given_source
 from vugen_cli.data.sample import Sample, hash_of
 from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError
+from vugen_cli.progress import progress_bar
 
 _WNID = re.compile(r"n\d{8}")
 _DOWNLOAD = (
@@ -175,14 +176,12 @@ def _class_tar(wnid: str, members: Iterable[tuple[str, int, int]], file: int) ->
 
 def _in_tar(path: Path, split: str, files: list[str]) -> list[_Entry]:
     """The pictures of a tar of class tars, of a tar of class folders, or of the flat val tar."""
-    from tqdm import tqdm
-
     files.append(str(path))
     entries: list[_Entry] = []
     flat: list[tuple[str, int, int]] = []
     splits: set[str] = set()
     number = len(files) - 1
-    for name, offset, size in tqdm(
+    for name, offset, size in progress_bar(
         tar_members(path), desc=f"listing {path.name}", unit="", leave=False, delay=2
     ):
         *folders, base = name.removeprefix("./").split("/")

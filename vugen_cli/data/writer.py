@@ -52,6 +52,7 @@ from vugen_cli.data.shuffle import Shuffled
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import locked, whole_file, write_json
 from vugen_cli.processes import barrier, is_first, rank, world_size
+from vugen_cli.progress import progress_bar
 
 LOSSLESS_UP_TO = 128
 """Pictures from lossless files stay lossless up to this size; above it JPEG costs nothing one can see."""
@@ -340,18 +341,16 @@ def _write_shard_in_worker(shard: int) -> None:
 
 def _write_shards(job: _Job, workers: int, progress: bool) -> None:
     """Write those of this process's shards that are not finished: every `world_size`-th of the plan."""
-    from tqdm import tqdm
-
     mine = range(rank(), _shard_count(job), world_size())
     todo = [shard for shard in mine if _finished(job, shard) is None]
     items = {s: min(job.shard_size, len(job.order) - s * job.shard_size) for s in mine}
     workers = min(workers, len(todo))
-    bar = tqdm(
+    bar = progress_bar(
         total=sum(items.values()),
         initial=sum(items.values()) - sum(items[s] for s in todo),
         unit="img",
         desc=f"{job.out}: {job.split}",
-        disable=None if progress else True,  # None: only where a terminal shows it
+        disable=not progress,
         smoothing=0.05,
     )
     with bar:

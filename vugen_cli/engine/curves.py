@@ -1,25 +1,56 @@
 """Loss curves of a run as a picture."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 
 from vugen_cli.files import whole_file
 
+FIRST = 15.0  # seconds after which a run has curves to look at
+EVERY = 60.0
+SHARE = 0.02  # of a run's time that its curves may take
+
+
+class LiveCurves:
+    """The curves of a run that goes on: plotted anew every minute, less often where that takes long.
+
+    Args:
+        run: its folder.
+    """
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.next = time.perf_counter() + FIRST
+
+    def update(self, at_once: bool = False) -> bool:
+        """Plot them if it is time to, or at once; whether that was done."""
+        begun = time.perf_counter()
+        if begun < self.next and not at_once:
+            return False
+        plot_curves(self.run)
+        now = time.perf_counter()
+        self.next = now + max(EVERY, (now - begun) / SHARE)
+        return True
+
 
 def plot_curves(run: Path) -> None:
     """Plot every loss that a run has logged against the step, raw and smoothed, into its `curves.png`.
 
+    Where it has logged nothing yet, nothing is written.
+
     Args:
         run: its folder, with a `metrics.jsonl`.
     """
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if not log:
+        return
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     hidden = {"step", "corrupt", "captions_cut", "data_wait", "memory_gb"}
     names = [k for k in log[0] if k not in hidden]
     figure, axes = plt.subplots(

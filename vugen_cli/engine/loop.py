@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
+from vugen_cli.card import RunCard
 from vugen_cli.data.loader import Batch, DamageLimit
-from vugen_cli.engine.curves import plot_curves
+from vugen_cli.engine.curves import LiveCurves
 from vugen_cli.engine.device import memory, read_later
 from vugen_cli.engine.distributed import DataParallel, all_reduce, shards_vlm
 from vugen_cli.engine.ema import EMA
@@ -36,8 +36,10 @@ from vugen_cli.engine.state import StateWriter, resume, run_lock, save_state
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.files import write_json
 from vugen_cli.processes import all_gather, is_first, rank, world_size
+from vugen_cli.progress import progress_bar
 from vugen_cli.recipe import Recipe, Training
 from vugen_cli.seeds import BatchGenerator
+from vugen_cli.version import __version__
 
 
 def train(
@@ -59,7 +61,7 @@ def train(
         batches_from: step -> this process's stream from there, `engine.accumulate` batches a step.
         settings: the stage's part of the recipe.
         recipe: for its seed and engine.
-        run: a directory for states, `metrics.jsonl`, `curves.png` and previews.
+        run: a directory for states, `metrics.jsonl`, `run.json`, `curves.png` and previews.
         device: where the module lives.
         options: of the command line.
 
@@ -82,9 +84,14 @@ def train(
         begin = resume(run, stage, ema, optimizer, options.change_recipe)
 
         # Who watches it: logs, a progress bar, a profile, signals, and the thread that writes states.
-        log = open_log(run, begin, recipe, stage, closing)
+        log = open_log(run, begin, settings, recipe, stage, closing)
+        curves = LiveCurves(run)
         profile = watched(options, settings, begin, run, device)
-        progress = closing.enter_context(progress_bar(stage.name, begin, settings.steps))
+        progress = closing.enter_context(
+            progress_bar(
+                desc=f"train {stage.name}", unit="step", total=settings.steps, initial=begin, smoothing=0.05
+            )
+        )
         stop = closing.enter_context(StopSignals())
         writer = closing.enter_context(StateWriter(run))
 
@@ -131,8 +138,7 @@ def train(
             if "state" in due or stopping:
                 with stop.saving():
                     save_state(writer, stage, ema, optimizer, done)
-            if is_first() and ("preview" in due or stopping):
-                plot_curves(run)
+            drawn = is_first() and curves.update("preview" in due or stopping)
             if stopping and done < settings.steps:
                 with stop.saving():
                     writer.wait()
@@ -144,7 +150,7 @@ def train(
                 with ema.in_place(), autocast() if parallel.sharded else contextlib.nullcontext():
                     module.eval()
                     preview(stage, run / f"preview-{done:07d}.png", parallel.sharded or shards_vlm(engine))
-            if due:
+            if due or drawn:
                 started = time.perf_counter()  # saving and drawing are no part of the next step
         if profile:
             profile.next_step()
@@ -288,19 +294,16 @@ def watched(
 
 
 def open_log(
-    run: Path, begin: int, recipe: Recipe, stage: Stage, closing: contextlib.ExitStack
+    run: Path, begin: int, settings: Training, recipe: Recipe, stage: Stage, closing: contextlib.ExitStack
 ) -> MetricsLog | None:
-    """The run's log, on the first process."""
+    """The run's log, and its card beside it, on the first process."""
     if not is_first():
         return None
-    return closing.enter_context(MetricsLog(run, begin, recipe.log, stage.resolved))
-
-
-def progress_bar(name: str, begin: int, steps: int) -> Any:
-    """Steps with their rate and the time left, on the first process."""
-    return tqdm(
-        total=steps, initial=begin, desc=f"train {name}", unit="step", smoothing=0.05, disable=not is_first()
+    card = RunCard(
+        stage=stage.name, steps=settings.steps, batch_size=settings.batch_size, version=__version__
     )
+    write_json(run / "run.json", card.model_dump())
+    return closing.enter_context(MetricsLog(run, begin, recipe.log, stage.resolved))
 
 
 def not_finite(scalars: dict[str, float], step: int, parts: list[list[str]], run: Path) -> str:

@@ -23,6 +23,7 @@ from vugen_cli.files import user_cache, whole_file
 from vugen_cli.metrics.image_sets import ImageSet, image_batches
 from vugen_cli.metrics.report import SetRecord
 from vugen_cli.processes import broadcast, gather, is_first, world_size
+from vugen_cli.progress import progress_bar
 
 CACHE_FORMAT = 2
 
@@ -108,7 +109,7 @@ def _extract(
 ) -> dict[str, np.ndarray]:
     indices: list[int] = []
     parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
-    bar = tqdm(total=images.total, desc=role, unit="img", disable=None if progress and is_first() else True)
+    bar = progress_bar(total=images.total, desc=role, unit="img", disable=not progress)
     with bar, torch.inference_mode(), _full_float32():
         for of_batch, batch in image_batches(images, batch_size):
             outputs = extractor.features(torch.from_numpy(batch))

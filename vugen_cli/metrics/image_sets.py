@@ -19,7 +19,6 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 import numpy as np
-from tqdm import tqdm
 
 from vugen_cli.data.folder import IMAGE_SUFFIXES, image_paths
 from vugen_cli.data.images import MAX_PIXELS, decode
@@ -31,6 +30,7 @@ from vugen_cli.metrics.mjhq import META
 from vugen_cli.metrics.report import SetRecord
 from vugen_cli.metrics.samples import DrawnImage, read_samples
 from vugen_cli.processes import all_gather, rank, world_size
+from vugen_cli.progress import progress_bar
 
 MAX_FILE_BYTES = 256 << 20  # one encoded image; a zip member may claim to unpack to anything
 
@@ -149,8 +149,8 @@ class ImageSet:
             VugenError: as iterating does.
         """
         sha = hashlib.sha256(repr(self.shape).encode())
-        bar = tqdm(
-            self._limited(), "hash", self.total, unit="img", delay=2, disable=None if progress else True
+        bar = progress_bar(
+            self._limited(), desc="hash", total=self.total, unit="img", delay=2, disable=not progress
         )
         for name, read in bar:
             try:

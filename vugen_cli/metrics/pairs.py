@@ -7,13 +7,13 @@ from pathlib import PurePosixPath
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.bootstrap import RESAMPLES, SEED, bootstrap_interval
 from vugen_cli.metrics.image_sets import ImageSet, Read
 from vugen_cli.metrics.report import Report, Score, versions
-from vugen_cli.processes import in_order, is_first
+from vugen_cli.processes import in_order
+from vugen_cli.progress import progress_bar
 
 SSIM_WINDOW = 11  # Gaussian window of the paper: 11x11, sigma 1.5
 SSIM_SIGMA = 1.5
@@ -104,7 +104,7 @@ def score_pairs(
         measures["lpips"], hashes = load_lpips(device)
     found: list[tuple[int, dict[str, float]]] = []
     pairs = zip_longest(ours.read(BLOCK), theirs.read(BLOCK))
-    bar = tqdm(pairs, "pairs", ours.total, unit="pair", disable=None if progress and is_first() else True)
+    bar = progress_bar(pairs, desc="pairs", total=ours.total, unit="pair", disable=not progress)
     for a, b in bar:
         _check_partners(ours, theirs, a, b)
         (index, ours_name, one), (_, theirs_name, other) = a, b

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError
@@ -16,7 +15,8 @@ from vugen_cli.files import read_jsonl
 from vugen_cli.metrics.bootstrap import RESAMPLES, SEED
 from vugen_cli.metrics.image_sets import ImageSet, is_image
 from vugen_cli.metrics.report import PromptsRecord, Score
-from vugen_cli.processes import in_order, is_first, world_size
+from vugen_cli.processes import in_order, world_size
+from vugen_cli.progress import progress_bar
 
 Prompted = tuple[str, str, torch.Tensor]  # an image's name, its prompt, and uint8 RGB [3, H, W]
 Verdict = TypeVar("Verdict")
@@ -59,9 +59,7 @@ class PromptedImages:
             VugenError: as reading the set does; a grid has an odd side; no image is readable.
         """
         found: list[tuple[int, list[tuple[str, str, Verdict]]]] = []
-        bar = tqdm(
-            total=self.images.total, desc=task, unit="img", disable=None if progress and is_first() else True
-        )
+        bar = progress_bar(total=self.images.total, desc=task, unit="img", disable=not progress)
         of_processes = itertools.groupby(self.images.read(batch_size), lambda item: item[0] // batch_size)
         for place, items in of_processes:
             batch = [

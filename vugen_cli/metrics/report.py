@@ -117,13 +117,18 @@ def versions() -> dict[str, str]:
     return {"vugen-cli": __version__, **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def finish(report: Report, out: Path) -> None:
-    """Print a report, then write it: an unwritable file should not cost an hour's result."""
+def finish(report: Report, out: Path) -> Report | None:
+    """Print a report, then write it: an unwritable file should not cost an hour's result.
+
+    Returns:
+        The report, on the first process of a job.
+    """
     if not is_first():
-        return
+        return None
     _print(report)
     write_json(out, report.written())
     typer.echo(f"Written to {out}.")
+    return report
 
 
 def _print(report: Report) -> None:

@@ -9,12 +9,13 @@ from string import Template
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from vugen_cli.data.manifest import read_manifest
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.files import bundle, whole_file, write_json
 from vugen_cli.metrics.encoders import vlm_extractor
-from vugen_cli.metrics.report import Score
+from vugen_cli.metrics.report import Record, Report, Score
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.recipe import Expert, load_recipe
@@ -55,6 +56,15 @@ SETTINGS = [
     "train_sampler.preview_every=160",
     "sampling.steps=10",
 ]
+
+
+class Demonstrated(Record):
+    """What `vugen demo` leaves; beside `page`, what `scores.json` holds."""
+
+    page: str = Field(description="the page to open")
+    untrained: Report = Field(description="of pictures before training")
+    samples: Report = Field(description="of pictures after it")
+    reconstruction: Reconstruction = Field(description="of held-out scenes")
 
 
 def run_demo(out: Path, device: torch.device) -> Path:

@@ -157,7 +157,7 @@ def train_judge(
     reducer: Path | None = None,
     init: str | None = None,
 ) -> dict[str, float]:
-    """Train a reader of scenes and save it; its run is kept in `<out>.run`.
+    """Train a reader of scenes and save it; its run is kept in `<out without suffix>.run`.
 
     Args:
         recipe: its `train_judge` section.
@@ -202,7 +202,7 @@ def train_judge(
         "init": init or "",
     }
     stage = Stage("judge", training, training.loss, preview, resolved, partial=True)
-    train(stage, stream, recipe.train_judge, recipe, Path(f"{out}.run"), device, options)
+    train(stage, stream, recipe.train_judge, recipe, out.with_suffix(".run"), device, options)
     if is_first():
         save_reader(reader, out, json.dumps(resolved, sort_keys=True))
     held_out = "val" in images.manifest.splits and is_first()

@@ -119,6 +119,9 @@ def save_vlm(model: Any, processor: Any, path: str | Path) -> None:
     """Write a Hugging Face directory in half precision."""
     import copy
 
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     copy.deepcopy(model).half().save_pretrained(path)
     processor.save_pretrained(path)
 

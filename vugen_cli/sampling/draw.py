@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from vugen_cli.checkpoint import read_card
 from vugen_cli.errors import VugenError
@@ -18,6 +17,7 @@ from vugen_cli.files import bundle, whole_file
 from vugen_cli.flow import Solver
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import all_gather, barrier, is_first, rank, world_size
+from vugen_cli.progress import progress_bar
 from vugen_cli.sampling.sampler import Sampler
 
 GRID_IMAGES = 64  # more would not be looked at
@@ -110,12 +110,11 @@ def draw(
     shown: dict[tuple[int, int], torch.Tensor] = {}
     mine = range(rank(), len(prompts), world_size())
     images = sampler.sample([prompts[p] for p in mine], n, seed, steps, guidance, solver)
-    for p, i, image in tqdm(
+    for p, i, image in progress_bar(
         ((mine[p], i, image) for p, i, image in images),
         total=n * len(mine),
         desc="sample",
-        unit="image",
-        disable=not is_first(),
+        unit="img",
     ):
         name = f"{file_stem(prompts[p])}-{i:04d}.png"
         rows[p, i] = {"file": name, "prompt": prompts[p], "index": i, **about}

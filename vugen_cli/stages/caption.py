@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.loader import Chunk, Damaged, ShardedImages, StoredChunks, batches
@@ -34,6 +33,7 @@ from vugen_cli.data.writer import add_member, finished_shard, held, shard_file
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import write_json
 from vugen_cli.processes import barrier, is_first, rank, world_size
+from vugen_cli.progress import progress_bar
 from vugen_cli.recipe import Captioning
 from vugen_cli.stages.latent_cache import claim
 from vugen_cli.vlm.chat import CHAT_BATCH, ask, asking
@@ -121,7 +121,7 @@ def _write_missing(
     missing = [which for which in mine if finished_shard(out, notes[which]) is None]
     chunks = batches(StoredChunks(missing, CHAT_BATCH), workers)
     total = sum(int(images.counts[shard]) for images, shard in missing)
-    with tqdm(total=total, unit="img", desc=f"{out}", disable=None if is_first() else True) as bar:
+    with progress_bar(total=total, unit="img", desc=f"{out}") as bar:
         for images, shard in missing:
             record = _write_shard(out, images, shard, chunks, describe, known, bar)
             write_json(notes[images, shard], record.model_dump())

@@ -31,6 +31,12 @@ class Point(Record):
     value: float = Field(description="the score")
 
 
+class OverTraining(Record):
+    """What `vugen study training` writes."""
+
+    over_training: dict[str, list[Point]] = Field(description="by run: its kept checkpoints in order of step")
+
+
 def kept_checkpoints(run: Path) -> list[Path]:
     """The sampler checkpoints that `train_sampler.keep_every` left in a run's folder, in order of step.
 

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import pydantic.dataclasses
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from vugen_cli.data.manifest import read_manifest
@@ -46,14 +48,14 @@ STATE_BYTES = 16  # of a trained weight: itself, its average and two moments, in
 TAR_BLOCK = 512
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Machine:
-    """The GPUs of a plan: their kind (of GPUS), how many, over how many nodes, and the MFU assumed."""
+    """The GPUs of a plan."""
 
-    gpu: str
-    gpus: int
-    nodes: int
-    mfu: float
+    gpu: str = Field(description="their kind")
+    gpus: int = Field(description="how many")
+    nodes: int = Field(description="on how many machines")
+    mfu: float = Field(description="share of their peak that training is taken to reach")
 
     @property
     def memory(self) -> float:
@@ -92,82 +94,67 @@ class Work:
     layers: list[nn.Module] = field(default_factory=list)
 
 
-@dataclass
+@pydantic.dataclasses.dataclass
 class Memory:
-    """Bytes of a GPU while a stage trains.
+    """Bytes of a GPU while a stage trains."""
 
-    Attributes:
-        weights, gradients, optimiser, average: of what is trained, or of this GPU's share.
-        frozen: the VLM, and in stage 2 reducer and decoder.
-        in_flight: layers gathered just before they are used.
-        activations: what a micro-batch holds at its worst moment, temporaries and autocast's copies included.
-        total: their sum.
-        largest: the largest micro-batch that fits; 0 if none does.
-    """
-
-    weights: float
-    gradients: float
-    optimiser: float
-    average: float
-    frozen: float
-    in_flight: float
-    activations: float
-    total: float
-    largest: int
+    weights: float = Field(description="what is trained, or this GPU's share of it")
+    gradients: float = Field(description="of those")
+    optimiser: float = Field(description="of those")
+    average: float = Field(description="of those")
+    frozen: float = Field(description="the VLM, and in stage 2 reducer and decoder")
+    in_flight: float = Field(description="layers gathered just before they are used")
+    activations: float = Field(
+        description="what a micro-batch holds at its worst moment, temporaries and autocast's copies included"
+    )
+    total: float = Field(description="their sum")
+    largest: int = Field(description="the largest micro-batch that fits; 0 if none does")
 
 
-@dataclass
+@pydantic.dataclasses.dataclass
 class StagePlan:
-    """What a stage takes.
+    """What a stage takes."""
 
-    Attributes:
-        parameters: that it trains.
-        micro_batch: images a GPU at a time.
-        flops: of an image: forward, backward, and the frozen networks.
-        memory: by strategy, at the micro-batch.
-        checkpoint_bytes: on disk: two states and the checkpoints that stay.
-    """
-
-    name: str
-    parameters: int
-    steps: int
-    batch_size: int
-    micro_batch: int
-    flops: float
-    memory: dict[str, Memory]
-    images_per_s: float
-    days: float
-    gpu_hours: float
-    checkpoint_bytes: float
+    name: str = Field(description="the command")
+    parameters: int = Field(description="that it trains")
+    steps: int = Field(description="as in the recipe")
+    batch_size: int = Field(description="as in the recipe")
+    micro_batch: int = Field(description="images a GPU at a time")
+    flops: float = Field(description="of an image: forward, backward, and the frozen networks")
+    memory: dict[str, Memory] = Field(description="by strategy (`ddp`, `fsdp`, `hsdp`), at the micro-batch")
+    images_per_s: float = Field(description="of all GPUs together")
+    days: float = Field(description="of all its steps")
+    gpu_hours: float = Field(description="of all its steps")
+    checkpoint_bytes: float = Field(description="on disk: two states and the checkpoints that stay")
 
 
-@dataclass
+@pydantic.dataclasses.dataclass
 class PassPlan:
     """What something takes that trains nothing; on all GPUs, each with its own images."""
 
-    name: str
-    flops: float
-    images_per_s: float
+    name: str = Field(description="what is done")
+    flops: float = Field(description="of an image")
+    images_per_s: float = Field(description="of all GPUs together")
 
 
-@dataclass
+@pydantic.dataclasses.dataclass
 class Plan:
     """All that `vugen plan` says: plain values, in bytes, FLOPs and seconds."""
 
-    recipe: str
-    vlm: str
-    machine: Machine
-    image_size: int
-    z: list[int]
-    latents: list[int]
-    prompt_tokens: int
-    images: int | None
-    parameters: dict[str, int]
-    stages: list[StagePlan]
-    passes: list[PassPlan]
-    disk: dict[str, float]
-    problems: list[str]
-    notes: list[str]
+    recipe: str = Field(description="its name")
+    vlm: str = Field(description="its name")
+    machine: Machine = Field(description="the GPUs")
+    image_size: int = Field(description="pixels a side")
+    z: list[int] = Field(description="its shape: height, width, channels")
+    latents: list[int] = Field(description="that of z̃")
+    prompt_tokens: int = Field(description="the longest prompt")
+    images: int | None = Field(description="of the data set; null where that is not known")
+    parameters: dict[str, int] = Field(description="by network")
+    stages: list[StagePlan] = Field(description="one object a stage")
+    passes: list[PassPlan] = Field(description="one object for each thing that trains nothing")
+    disk: dict[str, float] = Field(description="bytes, by what is stored")
+    problems: list[str] = Field(description="what will not work")
+    notes: list[str] = Field(description="what is worth knowing")
 
 
 def make_plan(recipe: Recipe, machine: Machine, images: int | None = None) -> Plan:

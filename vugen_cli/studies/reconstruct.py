@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
 
 from vugen_cli.data.images import adm_crop
 from vugen_cli.errors import VugenError
@@ -23,6 +22,7 @@ from vugen_cli.metrics.report import Record, Score, SetRecord
 from vugen_cli.moments import Moments
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import broadcast, gather, is_first, world_size
+from vugen_cli.progress import progress_bar
 from vugen_cli.sampling.trained import decode_images, load_autoencoder
 from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
 
@@ -122,7 +122,7 @@ def reconstruct(
     quality: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ways}  # by image
     shown: dict[str, dict[int, Tensor]] = {name: {} for name in ("original", *ways)}
     judged: dict[int, tuple[Tensor, Tensor]] = {}
-    bar = tqdm(total=source.total, desc="reconstruct", unit="image", disable=not is_first())
+    bar = progress_bar(total=source.total, desc="reconstruct", unit="img")
     with bar as progress, torch.no_grad():
         for indices, chunk in image_batches(source, DECODE_BATCH):
             squares = [adm_crop(i.transpose(1, 2, 0), size).copy() for i in chunk]

@@ -32,6 +32,12 @@ class Understanding(Record):
     answers_after: list[list[str]] = Field(description="the same, after the sampler has drawn")
 
 
+class UnderstandingReport(Record):
+    """What `vugen study understanding` writes."""
+
+    scores: list[Understanding] = Field(description="one object")
+
+
 def score_understanding(
     sampler: Path,
     images: list[Tensor],

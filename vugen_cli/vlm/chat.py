@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vugen_cli.errors import VugenError
+from vugen_cli.progress import progress_bar
 
 CHAT_BATCH = 64  # images asked about together
 
@@ -63,7 +63,7 @@ def ask(
         task: what a progress bar says; None: no bar.
     """
     answers: list[str] = []
-    for batch in tqdm(images.split(CHAT_BATCH), desc=task, unit="batch", disable=task is None):
+    for batch in progress_bar(images.split(CHAT_BATCH), desc=task or "", unit="batch", disable=task is None):
         inputs = question_inputs(model, processor, batch, question)
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         answers += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,54 @@
+"""What commands answer with `--json` that write no report of their own: the models that are printed.
+
+The keys are in docs/formats.md, where `docs/write_formats.py` lists which command answers what.
+"""
+
+from pydantic import Field
+
+from vugen_cli.metrics.report import Record
+from vugen_cli.metrics.samples import DrawnImage
+
+
+class Prepared(Record):
+    """Of `vugen prepare`; `dataset.json` says more."""
+
+    out: str = Field(description="the folder")
+    split: str | None = Field(None, description="which part; not of a latent cache, which has all")
+    count: int = Field(description="images")
+    size: int = Field(description="pixels a side")
+    shards: int = Field(description="how many tars")
+    skipped_count: int = Field(0, description="pictures that could not be used")
+
+
+class Trained(Record):
+    """Of the `train` commands."""
+
+    out: str = Field(description="the checkpoint, or the directory, that was written")
+    run: str = Field(description="the folder of its run: metrics, curves, previews, states")
+    steps: int = Field(description="optimiser steps, those of earlier starts included")
+    scores: dict[str, float] = Field({}, description="what a VLM or a judge can do, by name")
+
+
+class Drawn(Record):
+    """Of `vugen sample`."""
+
+    out: str = Field(description="the folder")
+    images: list[DrawnImage] = Field(description="the lines of its `samples.jsonl`")
+    unknown_words: list[str] = Field(description="words of the prompts that the VLM never saw")
+
+
+class Compared(Record):
+    """Of `vugen compare`."""
+
+    out: str = Field(description="the page")
+    sources: list[str] = Field(description="names of what stands side by side")
+    prompts: int = Field(description="that all of them drew")
+
+
+class Asked(Record):
+    """Of `vugen chat`."""
+
+    image: str = Field(description="the picture")
+    question: str = Field(description="what was asked")
+    answer: str = Field(description="what the VLM said")
+    vlm: str = Field(description="its name")
