@@ -17,6 +17,7 @@ from vugen_cli.commands.chat import chat
 from vugen_cli.commands.compare import compare
 from vugen_cli.commands.demo import demo
 from vugen_cli.commands.inspect import inspect
+from vugen_cli.commands.merge import merge
 from vugen_cli.commands.plan import plan
 from vugen_cli.commands.prepare import prepare
 from vugen_cli.commands.reconstruct import reconstruct
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "train-reducer": train_reducer,
     "train-sampler": train_sampler,
     "sample": sample,
+    "merge": merge,
     "score": score.app,
     "study": study.app,
     "reconstruct": reconstruct,

@@ -28,6 +28,10 @@ DecoderOption = Annotated[
     Path | None,
     typer.Option(help="Draw with the decoder of this checkpoint, as `train-reducer --distill` makes it."),
 ]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Adapter of `train-sampler --adapter`, as FILE or FILE:WEIGHT. Repeatable."),
+]
 
 
 def sample(
@@ -41,6 +45,7 @@ def sample(
         ),
     ] = None,
     decoder: DecoderOption = None,
+    adapter: AdapterOption = None,
     vlm: Annotated[
         str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
     ] = None,
@@ -77,7 +82,8 @@ def sample(
     from vugen_cli.sampling.trained import load_sampler
 
     texts = collect_prompts(prompts or [], prompts_file)
-    loaded = load_sampler(pick_sampler(sampler), vlm, join(pick_device(device)), allow_vlm_mismatch, decoder)
+    where = join(pick_device(device))
+    loaded = load_sampler(pick_sampler(sampler), vlm, where, allow_vlm_mismatch, decoder, adapter or ())
     unknown = list(dict.fromkeys(word for text in texts for word in loaded.vlm.unknown_words(text)))
     if unknown and is_first():
         typer.echo(f"words that {loaded.vlm.name} never saw: {', '.join(unknown)}")

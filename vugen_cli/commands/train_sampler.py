@@ -21,6 +21,14 @@ from vugen_cli.errors import VugenError
 InitOption = Annotated[
     Path | None, typer.Option(help="Instead: a sampler to train further, on other images for example.")
 ]
+AdapterOption = Annotated[
+    int | None,
+    typer.Option(
+        "--adapter",
+        min=1,
+        help="Train an adapter of this rank on --init instead, for a new subject or style; 16 is plenty.",
+    ),
+]
 
 
 def train_sampler(
@@ -29,6 +37,7 @@ def train_sampler(
         typer.Option(help="Checkpoint of `vugen train-reducer`.", show_default="reducer.safetensors"),
     ] = None,
     init: InitOption = None,
+    adapter: AdapterOption = None,
     data: Annotated[
         str | None, typer.Option(help="Data set. [default: the one the checkpoint was trained on]")
     ] = None,
@@ -43,7 +52,7 @@ def train_sampler(
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
 ) -> None:
-    """Stage 2: train the generation expert to sample the reduced latents for a prompt.
+    """Stage 2: train the generation expert to sample the reduced latents for a prompt, or an adapter to it.
 
     VLM, data and recipe come from the reducer's card unless given. Metrics, curves and sample grids go to a
     .run folder beside the checkpoint. Stopped or killed, the same command goes on where it was.
@@ -53,23 +62,32 @@ def train_sampler(
       vugen train-sampler --reducer ckpt.safetensors
       vugen train-sampler --reducer ckpt.safetensors --data data/coco --out coco.safetensors --steps 20000
       vugen train-sampler --init sampler.safetensors --data data/mine --out mine.safetensors --steps 2000
+      vugen train-sampler --adapter 16 --data data/mine --out mine.safetensors
     """
     from vugen_cli.checkpoint import read_card
     from vugen_cli.commands.options import data_of, require_safetensors, sampler_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
     from vugen_cli.processes import join
+    from vugen_cli.recipe import ADAPTER_TRAINING
+    from vugen_cli.sampling.draw import pick_sampler
     from vugen_cli.stages.train_sampler import train_sampler as run
 
     require_safetensors(out)
     if init and reducer:
         raise VugenError("--init and --reducer both name the checkpoint to start from: give one of them")
+    if adapter and reducer:
+        raise VugenError("--adapter is trained on a sampler: give --init SAMPLER instead of --reducer")
+    init = pick_sampler(init) if adapter else init
     start = init or reducer or Path("reducer.safetensors")
     if start.resolve() == out.resolve():
         raise VugenError(f"--out {out} is the checkpoint to start from: give the new one another name")
     card = read_card(start)
     kept = ("reducer", "decoder", "expert") if init else ("reducer", "decoder")
-    resolved = sampler_recipe(card, start, recipe, steps, batch_size, set_, vlm, "train_sampler", kept)
+    training = ADAPTER_TRAINING if adapter else None
+    resolved = sampler_recipe(
+        card, start, recipe, steps, batch_size, set_, vlm, "train_sampler", kept, training
+    )
     run(
         resolved,
         start,
@@ -79,5 +97,7 @@ def train_sampler(
         allow_vlm_mismatch,
         further=init is not None,
         options=RunOptions(profile, change_recipe),
+        rank=adapter,
     )
-    typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler {out}')
+    how = f"--adapter {out}" if adapter else f"--sampler {out}"
+    typer.echo(f'wrote {out}; next: vugen sample "a prompt" {how}')

@@ -18,6 +18,7 @@ from vugen_cli.models.dit_expert import DiTExpert, spread
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import Expert, parse_recipe
+from vugen_cli.sampling.adapters import with_adapters
 from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.seeds import seeded_noise
 from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
@@ -125,6 +126,7 @@ def load_sampler(
     device: torch.device | str = "cpu",
     allow_vlm_mismatch: bool = False,
     decoder: str | Path | None = None,
+    adapters: Sequence[str] = (),
 ) -> Sampler:
     """Load a sampler checkpoint and the VLM it was trained on.
 
@@ -134,12 +136,17 @@ def load_sampler(
         device: where to sample.
         allow_vlm_mismatch: take a VLM of other weights than it was trained on.
         decoder: a checkpoint whose decoder is to draw instead: a distilled one of the same reducer.
+        adapters: added to the expert, each a file or `file:weight`; see `with_adapters`.
 
     Raises:
-        VugenError: not a sampler, damaged, another VLM, or a decoder of another reducer.
+        VugenError: not a sampler, damaged, another VLM, a decoder of another reducer, or another sampler's
+            adapter.
     """
     path = bundle("sampler.safetensors") if path is None else path
     autoencoder, tensors, card = load_autoencoder(path, torch.device(device), "sampler")
+    if adapters:
+        tensors = with_adapters(tensors, adapters, path)
+        card = card.model_copy(update={"adapters": [*(card.adapters or []), *adapters]})
     if decoder:
         autoencoder, other = load_decoder(decoder, autoencoder, torch.device(device))
         drawing = {"recipe": {**card.recipe, "decoder": other.recipe["decoder"]}, "decoder": str(decoder)}
