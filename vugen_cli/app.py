@@ -16,10 +16,12 @@ from vugen_cli.commands.caption import caption
 from vugen_cli.commands.chat import chat
 from vugen_cli.commands.compare import compare
 from vugen_cli.commands.demo import demo
+from vugen_cli.commands.export import export
 from vugen_cli.commands.inspect import inspect
 from vugen_cli.commands.merge import merge
 from vugen_cli.commands.plan import plan
 from vugen_cli.commands.prepare import prepare
+from vugen_cli.commands.push import push
 from vugen_cli.commands.reconstruct import reconstruct
 from vugen_cli.commands.sample import sample
 from vugen_cli.commands.train_reducer import train_reducer
@@ -53,6 +55,8 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "train-sampler": train_sampler,
     "sample": sample,
     "merge": merge,
+    "export": export,
+    "push": push,
     "score": score.app,
     "study": study.app,
     "reconstruct": reconstruct,

@@ -92,8 +92,8 @@ def with_adapters(tensors: dict[str, Tensor], given: Sequence[str], path: str | 
             )
         parts = load_tensors(file)
         for name, a in parts.items():
-            matrix, _, kind = name.rpartition(".lora_A.")
-            if not kind:
+            matrix, found, _ = name.rpartition(".lora_A.")
+            if not found:
                 continue
             try:
                 b = parts[f"{matrix}.lora_B.weight"].float()
