@@ -105,8 +105,11 @@ def read_card(path: str | Path, stage: str | None = None) -> Card:
     card = read_header(path)
     if not isinstance(card, Card):
         wanted = f"a {stage}" if stage else "a reducer or sampler"
-        hint = f"; draw with it by --adapter {path}" if isinstance(card, AdapterCard) else ""
-        raise VugenError(f"{path} is a {card.stage} checkpoint: {wanted} is needed here{hint}")
+        if isinstance(card, AdapterCard):
+            raise VugenError(
+                f"{path} is an adapter: {wanted} is needed here; draw with it by --adapter {path}"
+            )
+        raise VugenError(f"{path} is a {card.stage} checkpoint: {wanted} is needed here")
     if stage and card.stage != stage:
         raise VugenError(
             f"{path} is a {card.stage} checkpoint, but a {stage} is needed here: "

@@ -350,7 +350,7 @@ class Captioning(Section):
 
 # Instead of the sampler's own, where an adapter is trained on tens of pictures: minutes on two cores.
 ADAPTER_TRAINING = {
-    "steps": 400,
+    "steps": 300,
     "batch_size": 16,
     "optimizer": "adamw",
     "lr": 2e-3,
@@ -359,7 +359,7 @@ ADAPTER_TRAINING = {
     "weight_decay": 0.0,
     "ema": 0.98,
     "checkpoint_every": 100,
-    "preview_every": 200,
+    "preview_every": 150,
     "keep_every": 0,
 }
 

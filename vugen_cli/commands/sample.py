@@ -17,6 +17,12 @@ class SolverName(StrEnum):
     midpoint = "midpoint"
 
 
+class Bits(StrEnum):
+    """What weights are kept in while drawing."""
+
+    int8 = "int8"
+
+
 PromptsArgument = Annotated[
     list[str] | None, typer.Argument(help="What to draw; each argument is one prompt.")
 ]
@@ -64,6 +70,10 @@ def sample(
         bool,
         typer.Option("--compile", help="Compile the expert first: a minute that pays for many pictures."),
     ] = False,
+    quantize: Annotated[
+        Bits | None,
+        typer.Option(help="Keep the weights of expert and VLM in 8 bits: less memory, other pictures."),
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
     """Draw pictures for prompts.
@@ -87,6 +97,8 @@ def sample(
     unknown = list(dict.fromkeys(word for text in texts for word in loaded.vlm.unknown_words(text)))
     if unknown and is_first():
         typer.echo(f"words that {loaded.vlm.name} never saw: {', '.join(unknown)}")
+    if quantize:
+        loaded.quantize()
     if compile_:
         loaded.compile()
     folder = draw(loaded, texts, n, out, seed, steps, guidance, solver.value if solver else None)

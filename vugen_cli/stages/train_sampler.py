@@ -94,6 +94,7 @@ def train_sampler(
             recipe=recipe.model_dump(mode="json"),
             data=images.card(),
         )
+        torch.manual_seed(recipe.seed)
         inject(expert, rank)
         begun["adapter"] = str(rank)
     if device.type == "cpu" and isinstance(expert, GenerationExpert):
