@@ -21,6 +21,7 @@ packages tell it, and every import runs down this list (`tests/test_layers.py`):
                    processes, torchvision_repair, errors, version
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vugen_cli.version import __version__
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from vugen_cli.sampling.pipeline import VugenPipeline
     from vugen_cli.sampling.trained import load_sampler
     from vugen_cli.studies.reconstruct import reconstruct
+
+# Where torchao is installed, transformers imports it, and it tells of its kernels for other machines.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 __all__ = ["VugenPipeline", "__version__", "load_sampler", "reconstruct", "sample", "score"]
 
