@@ -38,7 +38,6 @@ def reach_hub(name: str, what: str, seconds: float = 5.0) -> bool:
 
 def no_answer(seconds: float = 5.0) -> OSError | None:
     """Why the hub cannot be asked; None where it answers."""
-    from urllib.error import HTTPError
     from urllib.request import Request, urlopen
 
     from huggingface_hub import constants
@@ -47,8 +46,6 @@ def no_answer(seconds: float = 5.0) -> OSError | None:
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
-    except HTTPError:  # it does answer
-        return None
     except OSError as error:
         return error
     return None
