@@ -11,7 +11,17 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vugen_cli.card import Card, DataCard, Distilled, LatentsCard, StateCard, VAECard, VLMCard
+from vugen_cli.card import (
+    AdapterCard,
+    BaseCard,
+    Card,
+    DataCard,
+    Distilled,
+    LatentsCard,
+    StateCard,
+    VAECard,
+    VLMCard,
+)
 from vugen_cli.data.manifest import CaptionOrigin, Captions, Latents, Manifest, Split
 from vugen_cli.metrics.report import PromptsRecord, Report, Score, SetRecord
 from vugen_cli.metrics.samples import DrawnImage
@@ -19,7 +29,7 @@ from vugen_cli.studies.over_training import Point
 from vugen_cli.studies.reconstruct import Fidelity, Reconstruction
 from vugen_cli.studies.understanding import Understanding
 
-CARDS = (Card, VLMCard, DataCard, LatentsCard, VAECard, Distilled, StateCard)
+CARDS = (Card, VLMCard, DataCard, LatentsCard, VAECard, Distilled, AdapterCard, BaseCard, StateCard)
 REPORTS = (Report, Score, SetRecord, PromptsRecord, Point, Understanding, Fidelity, Reconstruction)
 DATA = (Manifest, Split, Captions, CaptionOrigin, Latents)
 MODELS = (*DATA, *CARDS, DrawnImage, *REPORTS)

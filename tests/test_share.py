@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import vugen_here
 from huggingface_hub import constants
 
@@ -87,6 +90,17 @@ def test_the_model_card_says_what_is_known(exported: Path) -> None:
         assert fact in text
     assert "| Fréchet distance | 48.25 (38.9 to 57.8) | 8 | VLM features |" in text
     assert (exported / "pictures.png").is_file()
+
+
+def test_the_comfyui_node_of_the_docs_draws(exported: Path) -> None:
+    page = Path(hub.__file__).parent.parent / "docs/sharing.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    node = names["NODE_CLASS_MAPPINGS"]["Vugen"]
+    given = {key: options[1].get("default") for key, options in node.INPUT_TYPES()["required"].items()}
+    (drawn,) = node().draw(**{**given, "folder": str(exported), "prompt": PROMPTS[0], "steps": 1, "count": 2})
+    assert drawn.shape == (2, 64, 64, 3) and drawn.dtype == torch.float32
 
 
 def test_what_holds_no_scores_is_refused(trained: Path, tmp_path: Path) -> None:

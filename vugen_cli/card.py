@@ -5,7 +5,7 @@ passed over.
 """
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, Field, field_validator
 
@@ -105,7 +105,7 @@ class AdapterCard(BaseModel):
 
     format: int = Field(FORMAT, description="as of a checkpoint")
     version: str = Field("", description="of the tool that wrote it")
-    stage: Literal["adapter"] = Field("adapter", description="`adapter`")
+    stage: str = Field("adapter", description="`adapter`")
     step: int = Field(description="optimiser steps taken")
     rank: int = Field(description="of each product")
     base: BaseCard = Field(description="the sampler that it was trained on, and alone fits")

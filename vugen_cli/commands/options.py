@@ -35,7 +35,10 @@ ChangeOption = Annotated[
     ),
 ]
 VlmOption = Annotated[
-    str | None, typer.Option(help="VLM: `nano` (bundled), a Hugging Face directory, or a hub id.")
+    str | None,
+    typer.Option(
+        help="VLM: `nano` (bundled), a Hugging Face directory, or a hub id, also hf:owner/name@revision."
+    ),
 ]
 AllowMismatchOption = Annotated[
     bool,

@@ -47,7 +47,7 @@ def sample(
     sampler: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint of `vugen train-sampler`. [default: the newest here, else the bundled]"
+            help="Checkpoint, exported folder or hf:user/name. [default: the newest here, else the bundled]"
         ),
     ] = None,
     decoder: DecoderOption = None,
