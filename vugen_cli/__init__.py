@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vugen_cli.sampling.trained import load_sampler
     from vugen_cli.studies.reconstruct import reconstruct
 
-# Where torchao is installed, transformers and diffusers import it, and all of them tell of what it has for others.
+# Where torchao is installed, transformers and diffusers import it and tell of what it has for others.
 _OF_TORCHAO = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 for _name in _OF_TORCHAO:
     logging.getLogger(_name).setLevel(logging.ERROR)
