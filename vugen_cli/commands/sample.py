@@ -38,6 +38,10 @@ AdapterOption = Annotated[
     list[str] | None,
     typer.Option(help="Adapter of `train-sampler --adapter`, as FILE or FILE:WEIGHT. Repeatable."),
 ]
+QuantizeOption = Annotated[
+    Bits | None,
+    typer.Option(help="Keep the weights of expert and VLM in 8 bits: less memory, other pictures."),
+]
 
 
 def sample(
@@ -70,10 +74,7 @@ def sample(
         bool,
         typer.Option("--compile", help="Compile the expert first: a minute that pays for many pictures."),
     ] = False,
-    quantize: Annotated[
-        Bits | None,
-        typer.Option(help="Keep the weights of expert and VLM in 8 bits: less memory, other pictures."),
-    ] = None,
+    quantize: QuantizeOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Draw pictures for prompts.

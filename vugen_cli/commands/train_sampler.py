@@ -18,8 +18,16 @@ from vugen_cli.commands.options import (
 )
 from vugen_cli.errors import VugenError
 
+ReducerOption = Annotated[
+    Path | None,
+    typer.Option(help="Checkpoint of `vugen train-reducer`.", show_default="reducer.safetensors"),
+]
+TrainedOnOption = Annotated[
+    str | None, typer.Option(help="Data set. [default: the one the checkpoint was trained on]")
+]
 InitOption = Annotated[
-    Path | None, typer.Option(help="Instead: a sampler to train further, on other images for example.")
+    Path | None,
+    typer.Option(help="Instead: a sampler to train further, on other images for example; also hf:user/name."),
 ]
 AdapterOption = Annotated[
     int | None,
@@ -32,15 +40,10 @@ AdapterOption = Annotated[
 
 
 def train_sampler(
-    reducer: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint of `vugen train-reducer`.", show_default="reducer.safetensors"),
-    ] = None,
+    reducer: ReducerOption = None,
     init: InitOption = None,
     adapter: AdapterOption = None,
-    data: Annotated[
-        str | None, typer.Option(help="Data set. [default: the one the checkpoint was trained on]")
-    ] = None,
+    data: TrainedOnOption = None,
     vlm: VlmOption = None,
     recipe: RecipeOption = None,
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")] = Path("sampler.safetensors"),
@@ -71,33 +74,24 @@ def train_sampler(
     from vugen_cli.processes import join
     from vugen_cli.recipe import ADAPTER_TRAINING
     from vugen_cli.sampling.draw import pick_sampler
+    from vugen_cli.sampling.trained import located
     from vugen_cli.stages.train_sampler import train_sampler as run
 
     require_safetensors(out)
-    if init and reducer:
-        raise VugenError("--init and --reducer both name the checkpoint to start from: give one of them")
-    if adapter and reducer:
-        raise VugenError("--adapter is trained on a sampler: give --init SAMPLER instead of --reducer")
+    if reducer and (init or adapter):
+        raise VugenError(
+            "--reducer begins a sampler, and --init and --adapter go on from one: give --init alone"
+        )
     init = pick_sampler(init) if adapter else init
-    start = init or reducer or Path("reducer.safetensors")
+    start, vlm = located(init or reducer or Path("reducer.safetensors"), vlm)
     if start.resolve() == out.resolve():
         raise VugenError(f"--out {out} is the checkpoint to start from: give the new one another name")
     card = read_card(start)
     kept = ("reducer", "decoder", "expert") if init else ("reducer", "decoder")
     training = ADAPTER_TRAINING if adapter else None
-    resolved = sampler_recipe(
-        card, start, recipe, steps, batch_size, set_, vlm, "train_sampler", kept, training
-    )
-    run(
-        resolved,
-        start,
-        data_of(resolved, data, card, recipe is not None),
-        out,
-        join(pick_device(device)),
-        allow_vlm_mismatch,
-        further=init is not None,
-        options=RunOptions(profile, change_recipe),
-        rank=adapter,
-    )
+    given = (recipe, steps, batch_size, set_, vlm, "train_sampler", kept, training)
+    resolved, options = sampler_recipe(card, start, *given), RunOptions(profile, change_recipe)
+    images, where = data_of(resolved, data, card, recipe is not None), join(pick_device(device))
+    run(resolved, start, images, out, where, allow_vlm_mismatch, init is not None, options, adapter)
     how = f"--adapter {out}" if adapter else f"--sampler {out}"
     typer.echo(f'wrote {out}; next: vugen sample "a prompt" {how}')
