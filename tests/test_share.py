@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -69,7 +70,8 @@ def test_a_fresh_process_elsewhere_draws_the_same_bytes(
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(exported, elsewhere / "e")
     words = [sys.executable, "-c", FRESH, str(elsewhere / "e"), *PROMPTS]
-    subprocess.run(words, cwd=elsewhere, check=True, capture_output=True)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}  # diffusers copies pipeline.py there
+    subprocess.run(words, cwd=elsewhere, check=True, capture_output=True, env=environment)
     for number in range(2):
         assert [Image.open(elsewhere / f"{number}-{i}.png").tobytes() for i in range(2)] == wanted
 
