@@ -12,8 +12,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vugen_cli.card import Card, DataCard, Distilled, LatentsCard, RunCard, StateCard, VAECard, VLMCard
-from vugen_cli.commands.answers import Asked, Compared, Drawn, Prepared, Trained
+from vugen_cli.card import (
+    AdapterCard,
+    BaseCard,
+    Card,
+    DataCard,
+    Distilled,
+    LatentsCard,
+    RunCard,
+    StateCard,
+    VAECard,
+    VLMCard,
+)
+from vugen_cli.commands.answers import Asked, Compared, Drawn, Prepared, Pushed, Trained, Written
 from vugen_cli.data.manifest import CaptionOrigin, Captions, Latents, Manifest, Split
 from vugen_cli.doctor import Check, Diagnosis
 from vugen_cli.metrics.report import PromptsRecord, Report, Score, SetRecord
@@ -26,7 +37,7 @@ from vugen_cli.studies.plan import Machine, Memory, PassPlan, Plan, StagePlan
 from vugen_cli.studies.reconstruct import Fidelity, Reconstruction
 from vugen_cli.studies.understanding import Understanding, UnderstandingReport
 
-CARDS = (Card, VLMCard, DataCard, LatentsCard, VAECard, Distilled, RunCard, StateCard)
+CARDS = (Card, VLMCard, DataCard, LatentsCard, VAECard, Distilled, AdapterCard, BaseCard, RunCard, StateCard)
 SCORES = (Report, Score, SetRecord, PromptsRecord)
 STUDIES = (OverTraining, Point, UnderstandingReport, Understanding, Fidelity, Reconstruction)
 DATA = (Manifest, Split, Captions, CaptionOrigin, Latents)
@@ -50,7 +61,10 @@ ANSWERS: dict[str, tuple[Any, ...]] = {  # what every command gives back, which 
     "train-vlm": (Trained,),
     "train-vae": (Trained,),
     "train-judge": (Trained,),
-    "inspect": (Card, StateCard, Manifest),
+    "merge": (Written,),
+    "export": (Written,),
+    "push": (Pushed,),
+    "inspect": (Card, AdapterCard, StateCard, Manifest),
     "config": (ResolvedRecipe,),
     "runs": (Runs,),
     "plan": (Plan,),

@@ -14,7 +14,7 @@ import torch
 from conftest import TINY, tiny_overrides
 from test_training import metrics, wait_for
 
-from vugen_cli.checkpoint import load_checkpoint
+from vugen_cli.checkpoint import load_checkpoint, load_tensors
 from vugen_cli.engine.sharded_state import Stored
 from vugen_cli.files import bundle
 from vugen_cli.seeds import BatchGenerator, random_rows
@@ -95,6 +95,7 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
         ["sample", "a bear", "two cats", "a tree", "-n", "2", "--sampler", "s.safetensors"],
         ["prepare", "--latents", bundled, "--data", str(scenes), "--out", "latents"],
         [*further, "--data", "latents", "--out", "c.safetensors"],
+        [*further, "--adapter", "4", "--data", str(scenes), "--out", "k.safetensors"],
         ["train-reducer", "--out", "m.safetensors", *brief, *sets(vlm_path, *mixture)],
         ["inspect", "s.safetensors"],
         ["reconstruct", "--reducer", bundled, "--images", str(scenes), "--count", "20", "--out", "rec"],
@@ -162,6 +163,14 @@ def test_a_latent_cache_and_a_mixture_are_shared_out_too(
     for stage in ("c", "m"):
         losses = [[row["loss"] for row in metrics(f / f"{stage}.run")] for f in (alone, together[0])]
         assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 3
+
+
+def test_an_adapter_beside_shared_out_weights_is_the_one_of_a_single_process(
+    alone: Path, together: tuple[Path, str, str, int]
+) -> None:
+    one, two = (load_tensors(folder / "k.safetensors") for folder in (alone, together[0]))
+    assert list(one) == list(two) and all(".lora_" in name for name in one)
+    assert all(torch.allclose(one[k], two[k], atol=1e-3) for k in one)
 
 
 def test_sharded_layers_gathered_in_bfloat16_train_and_draw(

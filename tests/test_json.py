@@ -17,6 +17,7 @@ from vugen_cli.data.manifest import read_manifest
 from vugen_cli.files import write_json
 from vugen_cli.nano import demo, train_judge, train_vlm
 from vugen_cli.recipe import Recipe
+from vugen_cli.sampling import adapters
 from vugen_cli.stages import caption, train_vae
 from vugen_cli.studies import plan
 
@@ -40,6 +41,9 @@ COMMANDS = {  # each as short as it can be; {names} are those of `place`
     "train-vlm": f"--data {{scenes}} {SHORT} --out v {{tiny}}",
     "train-vae": f"--data {{scenes}} {SHORT} --out a --set vae.widths=[8,8]",
     "train-judge": f"--data {{scenes}} {SHORT} --out j.safetensors",
+    "merge": "sampler.safetensors --adapter adapter.safetensors",
+    "export": "sampler.safetensors",
+    "push": "shared user/name --dry-run",
     "inspect": "sampler.safetensors",
     "config": "--set decoder.preset=B",
     "runs": "",
@@ -83,6 +87,7 @@ INSTEAD: dict[str, tuple[Any, str, Any]] = {
     "demo": (demo, "run_demo", fake_demo),
     "plan": (plan, "make_plan", fake_plan),
     "train-vlm": (train_vlm, "train_vlm", lambda *_: {"caption_accuracy": 0.5}),
+    "merge": (adapters, "merge", lambda *_: None),
     "train-judge": (train_judge, "train_judge", lambda *_: {"subjects": 0.5}),
     "train-vae": (train_vae, "train_vae", lambda *_: None),
 }
@@ -109,6 +114,7 @@ def place(
         shutil.copy(trained / f"{stage}.safetensors", here)
     (here / "kept.run").mkdir()
     shutil.copy(trained / "sampler.safetensors", here / "kept.run" / "step-0000004.safetensors")
+    write_json(here / "shared" / "model_index.json", {})
     drawn = vugen_here("sample", "a bear", "-n", 2, "--sampler", "sampler.safetensors", cwd=here)
     assert drawn.returncode == 0, drawn.stderr
     tiny = " ".join(f"--set {override}" for override in tiny_overrides(vlm_path))
@@ -145,7 +151,7 @@ def known_keys(model: Any, line: str) -> Any:
 
 def test_inspect_shows_a_manifest_as_it_stands_in_its_file(scenes: Path, tmp_path: Path) -> None:
     line = vugen_here("inspect", scenes, "--json", cwd=tmp_path).stdout
-    assert known_keys(ANSWERS["inspect"][2], line) == json.loads((scenes / "dataset.json").read_text())
+    assert known_keys(ANSWERS["inspect"][3], line) == json.loads((scenes / "dataset.json").read_text())
 
 
 def test_samples_are_listed_as_in_their_file(place: tuple[Path, dict[str, Any]]) -> None:

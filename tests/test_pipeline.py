@@ -70,7 +70,7 @@ def test_a_saved_pipeline_draws_the_same_pictures(pipe: VugenPipeline, tmp_path:
     first, second = (load_file(tmp_path / name / "sampler.safetensors") for name in ("pipe", "again"))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     names = {path.name for path in (tmp_path / "pipe").iterdir()}
-    assert names == {"model_index.json", "sampler.safetensors", "vlm"}
+    assert names == {"model_index.json", "pipeline.py", "sampler", "sampler.safetensors", "vlm"}
 
 
 def test_a_seed_gives_the_pictures_of_the_command(

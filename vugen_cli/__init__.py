@@ -21,6 +21,7 @@ packages tell it, and every import runs down this list (`tests/test_layers.py`):
                    progress, processes, torchvision_repair, errors, version
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vugen_cli.version import __version__
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from vugen_cli.sampling.pipeline import VugenPipeline
     from vugen_cli.sampling.trained import load_sampler
     from vugen_cli.studies.reconstruct import reconstruct
+
+# Where torchao is installed, transformers and diffusers import it and tell of what it has for others.
+_OF_TORCHAO = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+for _name in _OF_TORCHAO:
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 __all__ = ["VugenPipeline", "__version__", "load_sampler", "reconstruct", "sample", "score"]
 

@@ -19,9 +19,12 @@ from vugen_cli.commands.compare import compare
 from vugen_cli.commands.config import config
 from vugen_cli.commands.demo import demo
 from vugen_cli.commands.doctor import doctor
+from vugen_cli.commands.export import export
 from vugen_cli.commands.inspect import inspect
+from vugen_cli.commands.merge import merge
 from vugen_cli.commands.plan import plan
 from vugen_cli.commands.prepare import prepare
+from vugen_cli.commands.push import push
 from vugen_cli.commands.reconstruct import reconstruct
 from vugen_cli.commands.runs import runs
 from vugen_cli.commands.sample import sample
@@ -78,6 +81,9 @@ COMMANDS: dict[str, Callable[..., object] | typer.Typer] = {
     "train-reducer": train_reducer,
     "train-sampler": train_sampler,
     "sample": sample,
+    "merge": merge,
+    "export": export,
+    "push": push,
     "score": score.app,
     "study": study.app,
     "reconstruct": reconstruct,

@@ -71,6 +71,7 @@ class Card(BaseModel):
     vae: VAECard | None = Field(None, description="the VAE whose weights are in the file")
     distilled: Distilled | None = Field(None, description="where a distilled decoder comes from")
     decoder: str | None = Field(None, description="the file whose decoder draws instead of its own")
+    adapters: list[str] | None = Field(None, description="adapters added to its expert, as `file:weight`")
 
     @field_validator("recipe", mode="before")
     @classmethod
@@ -99,6 +100,26 @@ class RunCard(BaseModel):
     steps: int = Field(description="optimiser steps of the whole run")
     batch_size: int = Field(description="images a step")
     version: str = Field("", description="of the tool")
+
+
+class BaseCard(BaseModel):
+    """The sampler that an adapter belongs to."""
+
+    name: str = Field(description="`nano` (bundled), or its file as it was given")
+    fingerprint: str = Field(description="SHA-256 over names, shapes and values of its expert's weights")
+
+
+class AdapterCard(BaseModel):
+    """An adapter: what training added to the matrices of a sampler's expert, as products of low rank."""
+
+    format: int = Field(FORMAT, description="as of a checkpoint")
+    version: str = Field("", description="of the tool that wrote it")
+    stage: str = Field("adapter", description="`adapter`")
+    step: int = Field(description="optimiser steps taken")
+    rank: int = Field(description="of each product")
+    base: BaseCard = Field(description="the sampler that it was trained on, and alone fits")
+    recipe: dict[str, Any] = Field(description="the resolved recipe, every value")
+    data: DataCard = Field(description="the training set")
 
 
 class StateCard(BaseModel):

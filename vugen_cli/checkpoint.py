@@ -13,16 +13,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from vugen_cli.card import FORMAT, Card, StateCard
+from vugen_cli.card import FORMAT, AdapterCard, Card, StateCard
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import whole_file
 from vugen_cli.key_map import from_format_1, old_name
 from vugen_cli.version import __version__
 
+AnyCard = Card | AdapterCard | StateCard
 LARGEST_HEADER = 100 * 2**20  # bytes; what the safetensors library itself accepts
 
 
-def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], card: Card | StateCard) -> None:
+def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], card: AnyCard) -> None:
     """Write weights and card, whole or not at all.
 
     Args:
@@ -53,8 +54,8 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str,
             raise VugenError(f"cannot write {path}: {error}") from error
 
 
-def read_header(path: str | Path) -> Card | StateCard:
-    """The card of a checkpoint or of a run's state, from the header alone.
+def read_header(path: str | Path) -> AnyCard:
+    """The card of a checkpoint, of an adapter or of a run's state, from the header alone.
 
     Raises:
         VugenError: the file is missing, is not a safetensors file of this tool, or is newer than this tool.
@@ -79,7 +80,9 @@ def read_header(path: str | Path) -> Card | StateCard:
             raise VugenError(
                 f"{file} is in format {values['format']}, newer than this vugen reads: upgrade vugen-cli"
             )
-        kind = StateCard if str(values.get("stage")).endswith("-state") else Card
+        stage = str(values.get("stage"))
+        kind: type[AnyCard] = StateCard if stage.endswith("-state") else Card
+        kind = AdapterCard if stage == "adapter" else kind
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
@@ -100,8 +103,12 @@ def read_card(path: str | Path, stage: str | None = None) -> Card:
         VugenError: as `read_header`, or the file is of another stage.
     """
     card = read_header(path)
-    if isinstance(card, StateCard):
+    if not isinstance(card, Card):
         wanted = f"a {stage}" if stage else "a reducer or sampler"
+        if isinstance(card, AdapterCard):
+            raise VugenError(
+                f"{path} is an adapter: {wanted} is needed here; draw with it by --adapter {path}"
+            )
         raise VugenError(f"{path} is a {card.stage} checkpoint: {wanted} is needed here")
     if stage and card.stage != stage:
         raise VugenError(
@@ -117,15 +124,25 @@ def load_checkpoint(path: str | Path, stage: str | None = None) -> tuple[dict[st
     Raises:
         VugenError: as `read_card`, or its weights are cut short.
     """
+    card = read_card(path, stage)
+    tensors = load_tensors(path)
+    return from_format_1(tensors, card.stage) if card.format == 1 else tensors, card
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        VugenError: it is cut short.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    card = read_card(path, stage)
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise VugenError(f"{path} is damaged: {error}") from error
-    return from_format_1(tensors, card.stage) if card.format == 1 else tensors, card
+    return tensors
 
 
 def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -140,18 +157,18 @@ def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def fingerprint(model: nn.Module, within: str = "") -> str:
+def fingerprint(model: nn.Module | dict[str, Tensor], within: str = "") -> str:
     """SHA-256 over every weight's name, shape and value, the same whatever precision it is loaded in.
 
     Args:
-        model: any network.
+        model: any network, or its state dict.
         within: what one of our own is called in a checkpoint, `autoencoder.` or such: its weights are hashed
             under their names in format 1, so that caches and runs of before still know it.
     """
     return combined_digest(weight_digests(model, within))
 
 
-def weight_digests(model: nn.Module, within: str = "") -> dict[str, bytes]:
+def weight_digests(model: nn.Module | dict[str, Tensor], within: str = "") -> dict[str, bytes]:
     """SHA-256 of each weight's name, shape and value, in the order of the names; see `fingerprint`.
 
     Values are rounded to bfloat16 first; tensors are hashed in parallel threads.
@@ -166,7 +183,8 @@ def weight_digests(model: nn.Module, within: str = "") -> dict[str, bytes]:
         weights = hashlib.sha256(data).digest()  # type: ignore[arg-type]  # typed as a buffer from 3.12 on
         return hashlib.sha256(f"{name} {tuple(item[1].shape)}".encode() + weights).digest()
 
-    weights = sorted((old_name(name, within), weight) for name, weight in model.state_dict().items())
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    weights = sorted((old_name(name, within), weight) for name, weight in state.items())
     with ThreadPoolExecutor() as pool:
         return dict(zip((name for name, _ in weights), pool.map(digest, weights), strict=True))
 

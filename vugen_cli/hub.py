@@ -1,6 +1,14 @@
-"""Whether the model hub can be reached, found out in seconds."""
+"""The model hub: whether it can be reached, found out in seconds, and repositories down and up."""
+
+import re
+from functools import cache
+from pathlib import Path
 
 from vugen_cli.errors import VugenError, first_line
+
+PREFIX = "hf:"
+# What a sampler, an adapter or a VLM is made of: no pickles, no code.
+FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def reach_hub(name: str, what: str, seconds: float = 5.0) -> bool:
@@ -28,7 +36,7 @@ def reach_hub(name: str, what: str, seconds: float = 5.0) -> bool:
 
 
 def hub_problem(seconds: float = 5.0) -> str:
-    """Why the hub does not answer; empty if it does."""
+    """Why the hub cannot be asked; empty where it answers."""
     from urllib.request import Request, urlopen
 
     from huggingface_hub import constants
@@ -40,3 +48,87 @@ def hub_problem(seconds: float = 5.0) -> str:
     except OSError as error:
         return str(getattr(error, "reason", None) or first_line(error))
     return ""
+
+
+@cache  # a command may ask several times, and must get the same files
+def downloaded(given: str, what: str) -> Path:
+    """The local copy of a repository on the hub, as it is there now or, without a network, as it was.
+
+    Args:
+        given: `hf:owner/name`, or `hf:owner/name@revision` for a branch, a tag or a commit.
+        what: it is, as a message begins: `--sampler`.
+
+    Raises:
+        VugenError: it is not there, may not be read, or the hub cannot be reached and it was not downloaded
+            before.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = given.removeprefix(PREFIX).partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise VugenError(f"{what} {given}: a repository is written hf:owner/name or hf:owner/name@revision")
+    problem = hub_problem()
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision or None,
+            allow_patterns=FILES,
+            local_files_only=bool(problem),
+            endpoint=constants.ENDPOINT,
+        )
+    except LocalEntryNotFoundError as error:
+        raise VugenError(
+            f"{what} {given} was not downloaded before and the hub cannot be reached "
+            f"({problem or first_line(error)}): check the network, or pass a local copy"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise VugenError(f"{what} {given} cannot be had from the hub: {first_line(error)}") from error
+    return Path(folder)
+
+
+def push(folder: Path, name: str, private: bool = False) -> str:
+    """Put the files of `to_push` into a repository on the hub, which is made if it is not there.
+
+    Args:
+        folder: from `vugen export`.
+        name: of the repository, owner/name.
+        private: whether only its owner may see it, if it is made now.
+
+    Returns:
+        Its address.
+
+    Raises:
+        VugenError: the hub cannot be reached, or says no.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if problem := hub_problem():
+        raise VugenError(f"the hub cannot be reached ({problem}): {folder} is whole, push it later")
+    api = HfApi(endpoint=constants.ENDPOINT)
+    files = [path for path, _ in to_push(folder)]
+    try:
+        address = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=name, folder_path=folder, allow_patterns=files, commit_message="Upload by vugen push"
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise VugenError(
+            f"{name} was not pushed: {first_line(error)}; are you logged in (`hf auth login`), with a token "
+            "that may write there?"
+        ) from error
+    return str(address)
+
+
+def to_push(folder: Path) -> list[tuple[str, int]]:
+    """The files of an exported folder that are pushed, each with its bytes; none that are hidden.
+
+    Raises:
+        VugenError: it is no such folder.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise VugenError(f"{folder} is not a folder that `vugen export` wrote: it has no model_index.json")
+    inside = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    shown = [path for path in inside if not any(part.startswith(".") for part in path.parts)]
+    return [(path.as_posix(), (folder / path).stat().st_size) for path in shown]

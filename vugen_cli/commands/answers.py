@@ -29,6 +29,20 @@ class Trained(Record):
     scores: dict[str, float] = Field({}, description="what a VLM or a judge can do, by name")
 
 
+class Written(Record):
+    """Of `vugen merge` and `vugen export`."""
+
+    out: str = Field(description="the checkpoint, or the folder")
+
+
+class Pushed(Record):
+    """Of `vugen push`."""
+
+    name: str = Field(description="of the repository, user/name")
+    files: dict[str, int] = Field(description="bytes of each")
+    address: str | None = Field(None, description="where they are now; not of a dry run")
+
+
 class Drawn(Record):
     """Of `vugen sample`."""
 

@@ -1,7 +1,7 @@
 """Options that several commands share, and how they become a recipe."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,7 +43,10 @@ ChangeOption = Annotated[
     ),
 ]
 VlmOption = Annotated[
-    str | None, typer.Option(help="VLM: `nano` (bundled), a Hugging Face directory, or a hub id.")
+    str | None,
+    typer.Option(
+        help="VLM: `nano` (bundled), a Hugging Face directory, or a hub id, also hf:owner/name@revision."
+    ),
 ]
 AllowMismatchOption = Annotated[
     bool,
@@ -93,14 +96,16 @@ def sampler_recipe(
     stage: str = "train_sampler",
     kept: tuple[str, ...] = ("reducer", "decoder"),
     log: list[str] | None = None,
+    training: dict[str, Any] | None = None,
 ) -> "Recipe":
     """The recipe of a stage that starts from a checkpoint: the given one or the checkpoint's, with the
-    `kept` networks and the VLM of that checkpoint.
+    `kept` networks and the VLM of that checkpoint, and without a given one, with what is said of `training`.
     """
     from vugen_cli.recipe import load_recipe, parse_recipe
 
     stored = card.recipe
-    values = load_recipe(recipe).model_dump() if recipe else stored
+    own = {**stored, stage: {**stored.get(stage, {}), **(training or {})}}
+    values = load_recipe(recipe).model_dump() if recipe else own
     fixed = {key: stored[key] for key in (*kept, "vlm", "latents", "vlm_size") if key in stored}
     given = _overrides(stage, steps, batch_size, overrides, vlm, log)
     return parse_recipe({**values, **fixed}, str(reducer), given)

@@ -18,6 +18,12 @@ class SolverName(StrEnum):
     midpoint = "midpoint"
 
 
+class Bits(StrEnum):
+    """What weights are kept in while drawing."""
+
+    int8 = "int8"
+
+
 PromptsArgument = Annotated[
     list[str] | None, typer.Argument(help="What to draw; each argument is one prompt.")
 ]
@@ -29,6 +35,14 @@ DecoderOption = Annotated[
     Path | None,
     typer.Option(help="Draw with the decoder of this checkpoint, as `train-reducer --distill` makes it."),
 ]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Adapter of `train-sampler --adapter`, as FILE or FILE:WEIGHT. Repeatable."),
+]
+QuantizeOption = Annotated[
+    Bits | None,
+    typer.Option(help="Keep the weights of expert and VLM in 8 bits: less memory, other pictures."),
+]
 
 
 def sample(
@@ -38,10 +52,11 @@ def sample(
     sampler: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint of `vugen train-sampler`. [default: the newest here, else the bundled]"
+            help="Checkpoint, exported folder or hf:user/name. [default: the newest here, else the bundled]"
         ),
     ] = None,
     decoder: DecoderOption = None,
+    adapter: AdapterOption = None,
     vlm: Annotated[
         str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
     ] = None,
@@ -60,6 +75,7 @@ def sample(
         bool,
         typer.Option("--compile", help="Compile the expert first: a minute that pays for many pictures."),
     ] = False,
+    quantize: QuantizeOption = None,
     device: DeviceOption = None,
 ) -> Answer:
     """Draw pictures for prompts.
@@ -84,13 +100,15 @@ def sample(
         from vugen_cli.sampling.trained import load_sampler
 
         texts, where = collect_prompts(prompts or [], prompts_file), join(pick_device(device))
-        loaded = load_sampler(pick_sampler(sampler), vlm, where, allow_vlm_mismatch, decoder)
+        loaded = load_sampler(pick_sampler(sampler), vlm, where, allow_vlm_mismatch, decoder, adapter or ())
     finally:
         gc.freeze()
         gc.enable()
     unknown = list(dict.fromkeys(word for text in texts for word in loaded.vlm.unknown_words(text)))
     if unknown and is_first():
         typer.echo(f"words that {loaded.vlm.name} never saw: {', '.join(unknown)}")
+    if quantize:
+        loaded.quantize()
     if compile_:
         loaded.compile()
     folder = draw(loaded, texts, n, out, seed, steps, guidance, solver.value if solver else None)

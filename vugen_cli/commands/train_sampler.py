@@ -20,20 +20,32 @@ from vugen_cli.commands.options import (
 )
 from vugen_cli.errors import VugenError
 
+ReducerOption = Annotated[
+    Path | None,
+    typer.Option(help="Checkpoint of `vugen train-reducer`.", show_default="reducer.safetensors"),
+]
+TrainedOnOption = Annotated[
+    str | None, typer.Option(help="Data set. [default: the one the checkpoint was trained on]")
+]
 InitOption = Annotated[
-    Path | None, typer.Option(help="Instead: a sampler to train further, on other images for example.")
+    Path | None,
+    typer.Option(help="Instead: a sampler to train further, on other images for example; also hf:user/name."),
+]
+AdapterOption = Annotated[
+    int | None,
+    typer.Option(
+        "--adapter",
+        min=1,
+        help="Train an adapter of this rank on --init instead, for a new subject or style; 16 is plenty.",
+    ),
 ]
 
 
 def train_sampler(
-    reducer: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint of `vugen train-reducer`.", show_default="reducer.safetensors"),
-    ] = None,
+    reducer: ReducerOption = None,
     init: InitOption = None,
-    data: Annotated[
-        str | None, typer.Option(help="Data set. [default: the one the checkpoint was trained on]")
-    ] = None,
+    adapter: AdapterOption = None,
+    data: TrainedOnOption = None,
     vlm: VlmOption = None,
     recipe: RecipeOption = None,
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")] = Path("sampler.safetensors"),
@@ -46,7 +58,7 @@ def train_sampler(
     change_recipe: ChangeOption = False,
     log: LogOption = None,
 ) -> Answer:
-    """Stage 2: train the generation expert to sample the reduced latents for a prompt.
+    """Stage 2: train the generation expert to sample the reduced latents for a prompt, or an adapter to it.
 
     VLM, data and recipe come from the reducer's card unless given. Metrics, curves and sample grids go to a
     .run folder beside the checkpoint. Stopped or killed, the same command goes on where it was.
@@ -56,6 +68,7 @@ def train_sampler(
       vugen train-sampler --reducer ckpt.safetensors
       vugen train-sampler --reducer ckpt.safetensors --data data/coco --out coco.safetensors --steps 20000
       vugen train-sampler --init sampler.safetensors --data data/mine --out mine.safetensors --steps 2000
+      vugen train-sampler --adapter 16 --data data/mine --out mine.safetensors
     """
     from vugen_cli.checkpoint import read_card
     from vugen_cli.commands.answers import Trained
@@ -63,26 +76,27 @@ def train_sampler(
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
     from vugen_cli.processes import join
+    from vugen_cli.recipe import ADAPTER_TRAINING
+    from vugen_cli.sampling.draw import pick_sampler
+    from vugen_cli.sampling.trained import located
     from vugen_cli.stages.train_sampler import train_sampler as run
 
     require_safetensors(out)
-    if init and reducer:
-        raise VugenError("--init and --reducer both name the checkpoint to start from: give one of them")
-    start = init or reducer or Path("reducer.safetensors")
+    if reducer and (init or adapter):
+        raise VugenError(
+            "--reducer begins a sampler, and --init and --adapter go on from one: give --init alone"
+        )
+    init = pick_sampler(init) if adapter else init
+    start, vlm = located(init or reducer or Path("reducer.safetensors"), vlm)
     if start.resolve() == out.resolve():
         raise VugenError(f"--out {out} is the checkpoint to start from: give the new one another name")
     card = read_card(start)
     kept = ("reducer", "decoder", "expert") if init else ("reducer", "decoder")
-    resolved = sampler_recipe(card, start, recipe, steps, batch_size, set_, vlm, "train_sampler", kept, log)
-    run(
-        resolved,
-        start,
-        data_of(resolved, data, card, recipe is not None),
-        out,
-        join(pick_device(device)),
-        allow_vlm_mismatch,
-        further=init is not None,
-        options=RunOptions(profile, change_recipe),
-    )
-    typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler {out}')
+    training = ADAPTER_TRAINING if adapter else None
+    given = (recipe, steps, batch_size, set_, vlm, "train_sampler", kept, log, training)
+    resolved, options = sampler_recipe(card, start, *given), RunOptions(profile, change_recipe)
+    images, where = data_of(resolved, data, card, recipe is not None), join(pick_device(device))
+    run(resolved, start, images, out, where, allow_vlm_mismatch, init is not None, options, adapter)
+    how = f"--adapter {out}" if adapter else f"--sampler {out}"
+    typer.echo(f'wrote {out}; next: vugen sample "a prompt" {how}')
     return Trained(out=str(out), run=str(out.with_suffix(".run")), steps=resolved.train_sampler.steps)

@@ -14,8 +14,8 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self.module = module
-        self.weights = {n: p.detach().clone().float() for n, p in module.named_parameters()}
+        self.trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.weights = {n: p.detach().clone().float() for n, p in self.trained.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -23,14 +23,14 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(
             [local(w) for w in self.weights.values()],
-            [local(p.detach()).float() for p in self.module.parameters()],
+            [local(p.detach()).float() for p in self.trained.values()],
             1 - decay,
         )
 
     @torch.no_grad()
     def copy_into_module(self) -> None:
         """Replace the module's weights by the average."""
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.trained.items():
             parameter.copy_(self.weights[name])
 
     @contextlib.contextmanager
@@ -45,7 +45,7 @@ class EMA:
     @torch.no_grad()
     def _swap(self) -> None:
         """Exchange the module's weights and the average, one by one: both stay where they are in memory."""
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.trained.items():
             kept = parameter.detach().clone()
             parameter.copy_(self.weights[name])
             self.weights[name].copy_(kept)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from vugen_cli.card import FORMAT, Card, StateCard
+from vugen_cli.card import FORMAT, StateCard
 from vugen_cli.checkpoint import read_header, save_tensors
 from vugen_cli.engine.distributed import extent, local
 from vugen_cli.errors import VugenError, first_line
@@ -176,7 +176,7 @@ class Stored:
 def _card(path: Path) -> StateCard:
     if not path.is_dir():
         card = read_header(path)
-        if isinstance(card, Card):
+        if not isinstance(card, StateCard):
             raise VugenError(f"{path} is a {card.stage} checkpoint: the state of a run is needed here")
         return card
     try:

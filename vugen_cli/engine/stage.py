@@ -30,13 +30,14 @@ class Stage:
 
     Attributes:
         name: `vlm`, `vae`, `reducer`, `decoder` or `sampler`.
-        module: holds every trained weight, and only those.
+        module: holds every trained weight.
         loss: (batch, generator, step) -> (scalar loss, named scalars to log). Called under autocast.
         preview: path of the PNG to write -> None; called while the module has its averaged weights.
         resolved: the recipe, data and VLM of the run as plain values; a resumed run must match them.
         layers: of the module, to be sharded one by one; none: every process keeps the whole module.
         partial: whether some steps leave some weights without a gradient.
         fill: give weights to a module that was built on `meta`; called once it is sharded.
+        adapter: whether the module's other weights are those of a checkpoint, which a state need not hold.
         save: (path, step) -> None: write the stage's checkpoint; called while the module has its averaged
             weights, on every process.
     """
@@ -50,3 +51,9 @@ class Stage:
     partial: bool = False
     fill: Callable[[], None] | None = None
     save: Callable[[Path, int], None] | None = None
+    adapter: bool = False
+
+    def own(self) -> dict[str, Tensor]:
+        """The module's parameters that a state holds."""
+        named = self.module.named_parameters()
+        return {name: weight for name, weight in named if weight.requires_grad or not self.adapter}

@@ -148,7 +148,7 @@ def save_state(
 def of_state(stage: Stage, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What a state holds: `module.*`, `buffer.*`, `ema.*` and `optimizer.*`, as they are spread."""
     names = {id(p): n for n, p in stage.module.named_parameters()}
-    tensors = with_prefix(dict(stage.module.named_parameters()), "module")
+    tensors = with_prefix(stage.own(), "module")
     tensors |= with_prefix(dict(stage.module.named_buffers()), "buffer")
     tensors |= with_prefix(ema.weights, "ema")
     for parameter, moments in optimizer.state.items():
@@ -194,7 +194,7 @@ def resume(
             f"delete {run} to start over, or pass --change-recipe to go on with the new ones"
         )
     parts: dict[str, Mapping[str, Tensor]] = {
-        "module": dict(stage.module.named_parameters()),
+        "module": stage.own(),
         "buffer": dict(stage.module.named_buffers()),
         "ema": ema.weights,
     }
@@ -209,7 +209,7 @@ def resume(
     moments: dict[str, list[str]] = {}
     for name in stored.shapes:
         moments.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
-    for name, parameter in stage.module.named_parameters():
+    for name, parameter in stage.own().items():
         optimizer.state[parameter] = {
             # Where the parameter is, the count of steps too, and laid out in memory like it: the fused
             # optimiser walks all of them together.

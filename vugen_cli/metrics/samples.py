@@ -30,6 +30,7 @@ class DrawnImage(BaseModel):
     sampler: str | None = Field(None, description="the checkpoint")
     step: int | None = Field(None, description="how long that was trained")
     decoder: str | None = Field(None, description="the file whose decoder drew, if not the sampler's own")
+    adapters: list[str] | None = Field(None, description="added to it, as `file` or `file:weight`")
     vlm: str | None = Field(None, description="the VLM it was trained on")
     dataset: str | None = Field(None, description="name of the data it was trained on")
     reference: str | None = Field(None, description="where those are: what to compare with")

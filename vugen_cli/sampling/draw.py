@@ -102,6 +102,7 @@ def draw(
         "sampler": str(sampler.path),
         "step": sampler.card.step,
         **({"decoder": sampler.card.decoder} if sampler.card.decoder else {}),
+        **({"adapters": sampler.card.adapters} if sampler.card.adapters else {}),
         "vlm": sampler.card.vlm.name,
         "dataset": sampler.card.data.dataset,
         "reference": sampler.card.data.path,

@@ -12,18 +12,33 @@ from PIL import Image
 from vugen_cli.errors import VugenError
 from vugen_cli.files import write_json
 from vugen_cli.flow import Solver
+from vugen_cli.hub import PREFIX
 from vugen_cli.sampling.sampler import Sampler
-from vugen_cli.sampling.trained import load_sampler, save_sampler
+from vugen_cli.sampling.trained import VLM, WEIGHTS, load_sampler, save_sampler
 from vugen_cli.vlm.frozen import WORDS
 
-WEIGHTS = "sampler.safetensors"
+# By these diffusers' own DiffusionPipeline, told to trust remote code, finds what is installed here.
+CODE = {
+    "pipeline.py": "from vugen_cli.sampling.pipeline import VugenPipeline  # noqa: F401\n",
+    "sampler/pipeline.py": "from vugen_cli.sampling.pipeline import Component  # noqa: F401\n",
+}
+
+
+class Component:
+    """How diffusers loads the one component of a pipeline."""
+
+    @staticmethod
+    def from_pretrained(path: str) -> Sampler:
+        """The sampler of a saved pipeline's folder, whose subfolder `path` is."""
+        return load_sampler(Path(path).parent)
 
 
 class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not typed
     """Draws as `vugen sample` does; see `__call__`.
 
     A saved pipeline is a folder: `model_index.json`, `sampler.safetensors` (expert, reducer and decoder, the
-    checkpoint that every command takes) and `vlm/` (a Hugging Face directory). Loading runs no code from it.
+    checkpoint that every command takes) and `vlm/` (a Hugging Face directory). Loading runs no code from it;
+    two lines of it are for `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`.
 
     Args:
         sampler: from `load_sampler`.
@@ -53,36 +68,40 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
             raise VugenError(f"VugenPipeline.save_pretrained takes a folder alone, not {', '.join(options)}")
         folder, vlm = Path(save_directory), self.sampler.vlm
         try:
-            vlm.model.save_pretrained(folder / "vlm")
+            vlm.model.save_pretrained(folder / VLM)
             if hasattr(vlm.processor, "save_pretrained"):
-                vlm.processor.save_pretrained(folder / "vlm")
+                vlm.processor.save_pretrained(folder / VLM)
             else:  # its two parts, where the whole could not be had
-                vlm.processor.tokenizer.save_pretrained(folder / "vlm")
-                vlm.processor.image_processor.save_pretrained(folder / "vlm")
+                vlm.processor.tokenizer.save_pretrained(folder / VLM)
+                vlm.processor.image_processor.save_pretrained(folder / VLM)
+            for name, text in CODE.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(text)
         except OSError as error:
             raise VugenError(f"cannot write {folder}: {error.strerror or error}") from error
         if vlm.words is not None:
-            write_json(folder / "vlm" / WORDS, sorted(vlm.words))
+            write_json(folder / VLM / WORDS, sorted(vlm.words))
         save_sampler(self.sampler, folder / WEIGHTS)
-        write_json(folder / self.config_name, {"_class_name": type(self).__name__, **self.config})
+        index = {"_class_name": ["pipeline", "VugenPipeline"], "sampler": ["pipeline", "Component"]}
+        write_json(folder / self.config_name, {**self.config, **index})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
         """The pipeline that `save_pretrained` wrote.
 
         Args:
-            pretrained_model_name_or_path: the folder.
+            pretrained_model_name_or_path: the folder, or `hf:owner/name[@revision]`.
             options: of `load_sampler`.
 
         Raises:
             VugenError: there is no such pipeline there, or it is damaged.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not (folder / cls.config_name).is_file():
-            raise VugenError(f"no pipeline at {folder}: give the folder that save_pretrained wrote")
-        if unknown := options.keys() - {"device", "allow_vlm_mismatch", "decoder"}:
+        given = str(pretrained_model_name_or_path)
+        if not given.startswith(PREFIX) and not (Path(given) / cls.config_name).is_file():
+            raise VugenError(f"no pipeline at {given}: give the folder that save_pretrained wrote")
+        if unknown := options.keys() - {"device", "allow_vlm_mismatch", "decoder", "adapters"}:
             raise VugenError(f"VugenPipeline.from_pretrained does not take {', '.join(sorted(unknown))}")
-        return cls(load_sampler(folder / WEIGHTS, str((folder / "vlm").absolute()), **options))
+        return cls(load_sampler(given, **options))
 
     @property
     def device(self) -> torch.device:

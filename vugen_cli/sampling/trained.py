@@ -12,15 +12,18 @@ from vugen_cli.engine.precision import passes
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
 from vugen_cli.flow import Solver
-from vugen_cli.hub import reach_hub
+from vugen_cli.hub import PREFIX, downloaded, reach_hub
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.dit_expert import DiTExpert, spread
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import Expert, parse_recipe
+from vugen_cli.sampling.adapters import with_adapters
 from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.seeds import seeded_noise
 from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
+
+WEIGHTS, VLM = "sampler.safetensors", "vlm"  # in an exported folder
 
 
 def save_autoencoder(
@@ -125,21 +128,28 @@ def load_sampler(
     device: torch.device | str = "cpu",
     allow_vlm_mismatch: bool = False,
     decoder: str | Path | None = None,
+    adapters: Sequence[str] = (),
 ) -> Sampler:
     """Load a sampler checkpoint and the VLM it was trained on.
 
     Args:
-        path: written by `vugen train-sampler`; default the bundled one.
+        path: written by `vugen train-sampler`; or a folder of `vugen export`, or such a one on the hub,
+            `hf:owner/name[@revision]`; default the bundled one.
         vlm: where the VLM is now, if not where the card says.
         device: where to sample.
         allow_vlm_mismatch: take a VLM of other weights than it was trained on.
         decoder: a checkpoint whose decoder is to draw instead: a distilled one of the same reducer.
+        adapters: added to the expert, each a file or `file:weight`; see `with_adapters`.
 
     Raises:
-        VugenError: not a sampler, damaged, another VLM, or a decoder of another reducer.
+        VugenError: not a sampler, damaged, another VLM, a decoder of another reducer, or another sampler's
+            adapter.
     """
-    path = bundle("sampler.safetensors") if path is None else path
+    path, vlm = located(path, vlm)
     autoencoder, tensors, card = load_autoencoder(path, torch.device(device), "sampler")
+    if adapters:
+        tensors = with_adapters(tensors, adapters, path)
+        card = card.model_copy(update={"adapters": [*(card.adapters or []), *adapters]})
     if decoder:
         autoencoder, other = load_decoder(decoder, autoencoder, torch.device(device))
         drawing = {"recipe": {**card.recipe, "decoder": other.recipe["decoder"]}, "decoder": str(decoder)}
@@ -149,6 +159,21 @@ def load_sampler(
     expert = new_expert(frozen, card.latents, recipe)
     load_weights(expert, select(tensors, "expert"), path)
     return Sampler(frozen, expert.eval().requires_grad_(False), autoencoder, card, path)
+
+
+def located(path: str | Path | None, vlm: str | None = None) -> tuple[Path, str | None]:
+    """The checkpoint that `load_sampler` is asked for, and where its VLM is, if that is beside it.
+
+    Raises:
+        VugenError: it cannot be had from the hub.
+    """
+    if path is None:
+        return bundle("sampler.safetensors"), vlm
+    given = downloaded(str(path), "--sampler") if str(path).startswith(PREFIX) else Path(path)
+    if not given.is_dir():
+        return given, vlm
+    beside = str((given / VLM).absolute()) if (given / VLM).is_dir() else None
+    return given / WEIGHTS, vlm or beside
 
 
 def save_sampler(sampler: Sampler, path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vugen_cli.card import AdapterCard, BaseCard
 from vugen_cli.checkpoint import fingerprint, save_checkpoint, select, with_prefix
 from vugen_cli.data.loader import Batch, training_batches
 from vugen_cli.data.mixture import open_dataset
@@ -27,6 +28,7 @@ from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe
+from vugen_cli.sampling.adapters import adapter_weights, base_name, inject
 from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.sampling.trained import load_autoencoder, load_weights, new_expert, try_expert
 from vugen_cli.seeds import random_rows
@@ -45,8 +47,11 @@ def train_sampler(
     allow_vlm_mismatch: bool = False,
     further: bool = False,
     options: RunOptions = RunOptions(),
+    rank: int | None = None,
 ) -> Path:
     """Train stage 2 and write its checkpoint: expert, reducer and decoder, so that it is enough to sample.
+
+    With a rank, train an adapter beside the frozen expert instead, and write that alone.
 
     Args:
         recipe: the whole run's recipe; its reducer and decoder are those of the checkpoint.
@@ -58,6 +63,7 @@ def train_sampler(
         further: `reducer` is the checkpoint of a sampler, whose expert is trained further (on other images,
             say) instead of a new one.
         options: of the command line.
+        rank: of the adapter; with `further`.
 
     Raises:
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
@@ -79,6 +85,18 @@ def train_sampler(
     if further:
         load_weights(expert, select(stored, "expert"), reducer, assign=sharded)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
+    begun = {"expert": fingerprint(expert, "expert.")} if further else {}
+    if rank:
+        adapter = AdapterCard(
+            step=recipe.train_sampler.steps,
+            rank=rank,
+            base=BaseCard(name=base_name(reducer), fingerprint=begun["expert"]),
+            recipe=recipe.model_dump(mode="json"),
+            data=images.card(),
+        )
+        torch.manual_seed(recipe.seed)
+        inject(expert, rank)
+        begun["adapter"] = str(rank)
     if device.type == "cpu" and isinstance(expert, GenerationExpert):
         expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
     settings = recipe.train_sampler
@@ -119,7 +137,6 @@ def train_sampler(
             "data": images.card(),
         }
     )
-    begun = {"expert": fingerprint(expert, "expert.")} if further else {}
     if images.latents:  # rounded to float16: a run goes on with what it began with
         begun["cache"] = "float16"
     resolved = (
@@ -154,14 +171,21 @@ def train_sampler(
     tokenize = None if images.latents else vlm.prompts.caption_tokens
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, tokenize=tokenize)
 
+    def save_adapter(path: Path, step: int) -> None:
+        weights = gathered(adapter_weights(expert.state_dict()))
+        if is_first():
+            own = {name: tensor.half() for name, tensor in with_prefix(weights, "expert").items()}
+            save_checkpoint(path, own, adapter.model_copy(update={"step": step}))
+
     def save(path: Path, step: int) -> None:
         weights = gathered(expert.state_dict())
         if is_first():
             whole = with_prefix(weights, "expert") | stored
             save_checkpoint(path, whole, card.model_copy(update={"step": step}))
 
-    stage = Stage("sampler", expert, loss, preview, resolved, layers, save=save)
-    stage.fill = fill_from_vlm if empty else None
+    write = save_adapter if rank else save
+    stage = Stage("sampler", expert, loss, preview, resolved, layers, save=write)
+    stage.fill, stage.adapter = fill_from_vlm if empty else None, bool(rank)
     train(stage, stream, settings, recipe, run, device, options)
-    save(out, settings.steps)
+    write(out, settings.steps)
     return out

@@ -19,7 +19,7 @@ from vugen_cli.card import Card, VLMCard
 from vugen_cli.checkpoint import combined_digest, weight_digests
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
-from vugen_cli.hub import reach_hub
+from vugen_cli.hub import PREFIX, downloaded, reach_hub
 from vugen_cli.recipe import Layers, Recipe, parse_recipe
 from vugen_cli.vlm.latents import (
     Tap,
@@ -335,7 +335,7 @@ def load_vlm(name: str, device: torch.device | str | None = None, recipe: Recipe
     recipe = recipe or Recipe()
     model, processor = load_model(name, device, recipe.vlm_dtype)
     frozen = FrozenVLM(name, model, processor, recipe)
-    listing = (bundle("vlm") if name == "nano" else Path(name)) / WORDS
+    listing = local_path(name) / WORDS
     if listing.is_file():
         try:
             frozen.words = frozenset(map(str, json.loads(listing.read_text())))
@@ -357,7 +357,7 @@ def load_model(
     Raises:
         VugenError: there is no such directory, the hub cannot be reached, or it is no such model.
     """
-    path = bundle("vlm") if name == "nano" else Path(name)
+    path = local_path(name)
     local = path.is_dir()
     if not local and (name == "nano" or name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise VugenError(f"no VLM at {path}: give a Hugging Face directory, a hub id (owner/name) or `nano`")
@@ -383,6 +383,17 @@ def load_model(
             f"{name} could not be loaded as a vision-language model: {_why_not_loaded(error)}"
         ) from error
     return model.to(device or "cpu"), processor
+
+
+def local_path(name: str) -> Path:
+    """Where a VLM is, or would be: the bundled one, what `hf:owner/name[@revision]` is downloaded to, a path.
+
+    Raises:
+        VugenError: it cannot be had from the hub.
+    """
+    if name.startswith(PREFIX):
+        return downloaded(name, "the VLM")
+    return bundle("vlm") if name == "nano" else Path(name)
 
 
 def vlm_of(

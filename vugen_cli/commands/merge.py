@@ -1,0 +1,30 @@
+"""`vugen merge`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vugen_cli.commands.options import Answer
+
+
+def merge(
+    sampler: Annotated[Path, typer.Argument(help="Checkpoint of `vugen train-sampler`.")],
+    adapter: Annotated[list[str], typer.Option(help="Adapter, as FILE or FILE:WEIGHT. Repeatable.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint to write.")] = Path("merged.safetensors"),
+) -> Answer:
+    """Write a sampler with adapters added to its weights for good.
+
+    \b
+    Examples:
+      vugen merge sampler.safetensors --adapter mine.safetensors --out merged.safetensors
+      vugen merge sampler.safetensors --adapter mine.safetensors:0.6 --adapter yours.safetensors:0.4
+    """
+    from vugen_cli.commands.answers import Written
+    from vugen_cli.commands.options import require_safetensors
+    from vugen_cli.sampling.adapters import merge as run
+
+    require_safetensors(out)
+    run(sampler, adapter, out)
+    typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler {out}')
+    return Written(out=str(out))
