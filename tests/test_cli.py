@@ -17,6 +17,7 @@ COMMANDS = [
     "train-reducer",
     "train-sampler",
     "sample",
+    "serve",
     "score",
     "score prompts",
     "study composition",

@@ -25,6 +25,7 @@ from vugen_cli.commands.prepare import prepare
 from vugen_cli.commands.reconstruct import reconstruct
 from vugen_cli.commands.runs import runs
 from vugen_cli.commands.sample import sample
+from vugen_cli.commands.serve import serve
 from vugen_cli.commands.train_judge import train_judge
 from vugen_cli.commands.train_reducer import train_reducer
 from vugen_cli.commands.train_sampler import train_sampler
@@ -78,6 +79,7 @@ COMMANDS: dict[str, Callable[..., object] | typer.Typer] = {
     "train-reducer": train_reducer,
     "train-sampler": train_sampler,
     "sample": sample,
+    "serve": serve,
     "score": score.app,
     "study": study.app,
     "reconstruct": reconstruct,
