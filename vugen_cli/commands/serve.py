@@ -20,7 +20,9 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any that is free.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any that is free.")
+    ] = 8000,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together at most.")] = 8,
     queue: Annotated[
         int, typer.Option(min=10, help="Pictures that may wait; further requests are told to come back.")

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from vugen_cli.errors import VugenError, first_line
+from vugen_cli.errors import VugenError
 from vugen_cli.sampling.draw import png
 from vugen_cli.sampling.sampler import SAMPLE_BATCH, Sampler
 from vugen_cli.serve.asked import MAX_IMAGES, MAX_PROMPT, MAX_STEPS, Edit, Generation, Refusal, invalid
@@ -118,8 +118,8 @@ class Service:
             Refusal: of a model, size or prompt that there is not, or now is no time.
         """
         if asked.model not in (None, self.name):
-            raise Refusal(404, f"there is no model {asked.model[:60]!r} here: it is {self.name!r}",
-                          "model_not_found", "model")  # fmt: skip
+            said = f"there is no model {asked.model[:60]} here: it is {self.name}"
+            raise Refusal(404, said, "model_not_found", "model")
         if asked.size not in ("auto", f"{self.side}x{self.side}"):
             raise Refusal(400, f"size: this sampler draws {self.side}x{self.side}", "invalid_value", "size")
         settings = self.sampler.settings(asked.steps, asked.guidance, asked.solver)
@@ -175,7 +175,9 @@ async def answer(service: Service, asked: Generation, request: Request, event: s
     jobs = service.submit(asked)
     if asked.stream:
         stream = _events(service, asked, jobs, request, event)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return StreamingResponse(
+            stream, media_type="text/event-stream", headers={"cache-control": "no-store"}
+        )
     drawing = asyncio.gather(*(service.file(job) for job in jobs))
     leaving = asyncio.ensure_future(_left(request))
     try:
@@ -210,7 +212,7 @@ async def _events(
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, timeout=TELLING, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
+            for task in sorted(done, key=lambda task: waiting[task].index):
                 job = waiting.pop(task)
                 datum = service.datum(asked, job, task.result(), base)
                 size = f"{service.side}x{service.side}"
@@ -295,7 +297,7 @@ def make_app(service: Service, hosts: set[str] | None = None, token: str | None 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> Response:
         if name != service.name:
-            raise Refusal(404, f"there is no such model here: it is {service.name!r}", "model_not_found")
+            raise Refusal(404, f"there is no such model here: it is {service.name}", "model_not_found")
         return JSONResponse(service.model())
 
     @app.post("/v1/images/generations")
@@ -306,7 +308,7 @@ def make_app(service: Service, hosts: set[str] | None = None, token: str | None 
     async def edits(request: Request) -> Response:
         if service.drawer.stopping:
             raise _stopping(Stopping())
-        fields, pictures = await read_edit(request)
+        fields, _ = await read_edit(request)
         asked = Edit.model_validate(fields)
         if not service.reads_pictures:
             raise Refusal(400, "this sampler does not read pictures", "no_pictures", "image")

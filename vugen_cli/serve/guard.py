@@ -103,7 +103,10 @@ class Guard:
             shown.strip().encode("latin-1"), self.token.encode()
         ):
             raise Refusal(
-                401, "the token is wrong or missing", "invalid_api_key", headers={"www-authenticate": "Bearer"}
+                401,
+                "the token is wrong or missing",
+                "invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
             )
 
 

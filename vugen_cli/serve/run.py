@@ -80,9 +80,8 @@ async def _serve(
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     loop = asyncio.get_running_loop()
-    with contextlib.suppress(RuntimeError, ValueError):  # not the main thread: a test
-        for number in (signal.SIGINT, signal.SIGTERM):  # in place of uvicorn's, which would not wait
-            loop.add_signal_handler(number, asked.release)
+    for number in (signal.SIGINT, signal.SIGTERM):  # in place of uvicorn's, which would not wait
+        loop.add_signal_handler(number, asked.release)
     ready()
     await _first(serving, asked.acquire())
     drawer.stop()

@@ -1,7 +1,6 @@
 """Pictures that a client sends: read from a form, checked, decoded."""
 
 import asyncio
-from typing import Any
 
 import numpy as np
 from starlette.datastructures import UploadFile
