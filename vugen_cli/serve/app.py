@@ -178,7 +178,7 @@ async def answer(service: Service, asked: Generation, request: Request, event: s
         return StreamingResponse(
             stream, media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
-    drawing = asyncio.gather(*(service.file(job) for job in jobs))
+    drawing = asyncio.ensure_future(_files(service, jobs))
     leaving = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait((drawing, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -197,6 +197,10 @@ async def answer(service: Service, asked: Generation, request: Request, event: s
          "output_format": "png"},
         headers={"cache-control": "no-store"},
     )  # fmt: skip
+
+
+async def _files(service: Service, jobs: list[Job]) -> list[bytes]:
+    return [await service.file(job) for job in jobs]
 
 
 async def _left(request: Request) -> None:

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from vugen_cli.errors import VugenError
 from vugen_cli.serve.drawer import Drawer
 
-GRACE = 20
+GRACE = 24
 """Seconds that accepted requests have to end after a wish to stop; then they are told that it stops."""
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -64,7 +64,7 @@ def run(app: FastAPI, drawer: Drawer, listener: socket.socket, ready: Callable[[
         server_header=False,
         ws="none",
         lifespan="on",
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=3,
     )
     asyncio.run(_serve(uvicorn.Server(config), drawer, listener, ready))
     if not drawer.ended:  # in the middle of a long step: leaving in good order would wait for it
