@@ -70,10 +70,13 @@ def main() -> None:
         url = next(found[0] for line in process.stdout if (found := re.findall(r"http://\S+/", line)))
         server = Server(url, process, options.steps)
         server.one_after_another(4)  # warm
-        alone = server.one_after_another(32)
+        before = server.one_after_another(32)
         for _ in range(2):
             together = server.load(options.requests, options.clients)
-            print(f"  {together / alone:.2f} times the pictures per second of one after another")
+            after = server.one_after_another(32)
+            ratio, core = (2 * t / (b + a) for b, t, a in zip(before, together, after, strict=True))
+            print(f"against one after another: {ratio:.2f} times, {core:.2f} times for a core's work")
+            before = after
         server.end_under_load(options.clients)
     finally:
         process.kill()
@@ -107,15 +110,15 @@ class Server:
         pixels = np.asarray(image).astype(int)
         assert np.abs(self.known.setdefault(key, pixels) - pixels).max() <= 1, f"{key}: another picture"
 
-    def one_after_another(self, count: int) -> float:
-        """Pictures a second of requests that each wait for the one before."""
+    def one_after_another(self, count: int) -> tuple[float, float]:
+        """The speed (see `say`) of requests that each wait for the one before."""
         began, spent = time.monotonic(), self.processor()
         for number in range(count):
             self.check(number, self.ask(number))
         return self.say(f"{count} requests one after another", count, began, spent)
 
-    def load(self, count: int, clients: int) -> float:
-        """Pictures a second of many clients, with faults among their requests."""
+    def load(self, count: int, clients: int) -> tuple[float, float]:
+        """The speed (see `say`) with many clients, and faults among their requests."""
         faults = itertools.cycle(FAULTS)
         work: list[Any] = [next(faults) if i % 5 == 4 else i for i in range(count)]
         random.shuffle(work)
@@ -146,7 +149,7 @@ class Server:
     def fault(self, kind: str) -> str:
         """Do something wrong; returns how it was answered."""
         where, wish = f"{self.url}v1/images/generations", {"prompt": PROMPTS[0], "steps": self.steps}
-        form = {"url": f"{self.url}v1/images/edits", "data": {"prompt": "in the snow"}}
+        form: dict[str, Any] = {"url": f"{self.url}v1/images/edits", "data": {"prompt": "in the snow"}}
         if kind == "leaves":
             try:
                 self.http.post(where, json=wish, timeout=random.uniform(0.01, 0.3))
@@ -212,14 +215,14 @@ class Server:
         held, most = (int(re.findall(rf"{name}:\s+(\d+)", text)[0]) / 1000 for name in ("VmRSS", "VmHWM"))
         return held, most
 
-    def say(self, what: str, pictures: int, began: float, spent: float) -> float:
-        """Print a speed; returns it."""
+    def say(self, what: str, pictures: int, began: float, spent: float) -> tuple[float, float]:
+        """Print how many pictures a second came, and how many a second of a core's work; returns both."""
         speed = pictures / (time.monotonic() - began)
         core = pictures / (self.processor() - spent)
         print(
             f"{what}: {pictures} pictures, {speed:.2f} a second, {core:.2f} a second of one core", flush=True
         )
-        return speed
+        return speed, core
 
 
 if __name__ == "__main__":

@@ -193,6 +193,13 @@ def test_a_stream_tells_of_progress_and_then_gives_each_picture(url: str) -> Non
     assert any(event.type == "image_generation.completed" and event.b64_json for event in typed)
 
 
+def test_the_example_of_the_docs_runs(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs/serve.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(example.replace("http://127.0.0.1:8000/", url), {})
+    assert base64.b64decode(capsys.readouterr().out.strip()).startswith(b"\x89PNG")
+
+
 def test_the_model_is_listed_with_what_it_can(url: str) -> None:
     (model,) = client(url).models.list().data
     assert model.id == "sampler" and model.vugen["size"] == 64 and model.vugen["reads_pictures"] is False  # type: ignore[attr-defined]
@@ -250,7 +257,8 @@ def test_whoever_leaves_is_not_drawn_for(gated: Gated, monkeypatch: pytest.Monke
                 HTTP.stream("POST", f"{url}v1/images/generations", json=wish, timeout=0.5) as response,
             ):
                 next(response.iter_lines())  # a first event, or none within half a second
-            until(lambda: bool(taken) and all(job.future.cancelled() for job in taken.pop()))
+            until(lambda: bool(taken) and all(job.future.cancelled() for job in taken[-1]))
+            taken.clear()
         assert service.drawer.waiting == 0
         gated.gate.set()
         job.future.result(5)

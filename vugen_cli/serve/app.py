@@ -212,30 +212,35 @@ async def _events(
     service: Service, asked: Generation, jobs: list[Job], request: Request, event: str
 ) -> AsyncIterator[str]:
     """OpenAI's stream: an event for each picture, and ours on progress between them."""
-    base, waiting = str(request.base_url), {asyncio.ensure_future(service.file(job)): job for job in jobs}
+    base, size = str(request.base_url), f"{service.side}x{service.side}"
+    file = None
     try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, timeout=TELLING, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=lambda task: waiting[task].index):
-                job = waiting.pop(task)
-                datum = service.datum(asked, job, task.result(), base)
-                size = f"{service.side}x{service.side}"
-                yield _event(
-                    f"{event}.completed", **datum, index=job.index, created_at=int(time.time()), size=size,
-                    output_format="png", background="opaque", quality="auto",
-                    usage={"input_tokens": 0, "output_tokens": 0, "total_tokens": 0,
-                           "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}},
-                )  # fmt: skip
-            if await request.is_disconnected():
-                return
-            ahead = min((service.drawer.ahead(job) for job in waiting.values()), default=0)
-            part = sum(job.done for job in jobs) / len(jobs)
-            yield _event(f"{event}.progress", done=round(part, 3), ahead=ahead)
+        for job in jobs:  # which is the order in which they are drawn
+            file = asyncio.ensure_future(service.file(job))
+            while not file.done():
+                await asyncio.wait([file], timeout=TELLING)
+                if await request.is_disconnected():
+                    return
+                part = sum(job.done for job in jobs) / len(jobs)
+                yield _event(f"{event}.progress", done=round(part, 3), ahead=service.drawer.ahead(job))
+            datum = service.datum(asked, job, file.result(), base)
+            usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+            yield _event(
+                f"{event}.completed",
+                **datum,
+                index=job.index,
+                created_at=int(time.time()),
+                size=size,
+                output_format="png",
+                background="opaque",
+                quality="auto",
+                usage={**usage, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}},
+            )
     except Refusal as refusal:
         yield f"event: error\ndata: {json.dumps(refusal.body())}\n\n"
     finally:
-        for task in waiting:
-            task.cancel()
+        if file:
+            file.cancel()
         for job in jobs:
             job.leave()
 
