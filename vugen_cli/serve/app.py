@@ -172,7 +172,7 @@ def _stopping(error: Stopping) -> Refusal:
 
 async def answer(service: Service, asked: Generation, request: Request, event: str) -> Response:
     """Draw what was asked and answer, at once or as a stream of events."""
-    jobs = service.submit(asked)
+    jobs = await asyncio.to_thread(service.submit, asked)  # it may wait for prompts that are being read
     if asked.stream:
         stream = _events(service, asked, jobs, request, event)
         return StreamingResponse(

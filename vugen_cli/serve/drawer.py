@@ -97,6 +97,7 @@ class Drawer:
         self._drawing: list[Job] = []
         self._seconds = 1.0  # that an image took of late
         self._changed = threading.Condition()
+        self._reading = threading.Lock()  # prompts: a tokenizer may refuse two threads at once
         self._thread = threading.Thread(target=self._run, name="drawer", daemon=True)
         self._thread.start()
 
@@ -108,7 +109,8 @@ class Drawer:
             QueueFull: so many cannot wait now.
             Stopping: nothing is taken any more.
         """
-        kind = self.sampler.kind(prompt)
+        with self._reading:
+            kind = self.sampler.kind(prompt)
         jobs = [Job(seed, prompt, i, settings, kind) for i in range(n)]
         with self._changed:
             if self.stopping:
@@ -186,12 +188,15 @@ class Drawer:
 
         def each_step() -> None:
             nonlocal calls
+            if calls == 0:  # the prompts have been read
+                self._reading.release()
+            calls += 1
             if all(job.left for job in batch):
                 raise _NobodyWaits
             for job in batch:
-                job.done = calls / expected
-            calls += 1
+                job.done = (calls - 1) / expected
 
+        self._reading.acquire()
         try:
             keys = [(job.seed, job.prompt, job.index) for job in batch]
             images = self.sampler.draw_together(keys, settings, each_step=each_step)
@@ -210,5 +215,8 @@ class Drawer:
                 job.done = 1.0
                 job.future.set_result(image)
             return
+        finally:
+            if calls == 0:
+                self._reading.release()
         for job in batch:
             job.future.set_exception(error)
