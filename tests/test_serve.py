@@ -585,3 +585,21 @@ def test_the_page_draws_and_keeps_its_pictures_in_a_browser(browser: Any, url: s
     view.get_by_role("button", name="Draw", exact=True).click()
     view.get_by_role("alert").get_by_text("too long").wait_for()
     context.close()
+
+
+def test_the_page_asks_for_the_token_of_a_server_that_has_one(browser: Any, gated: Gated) -> None:
+    gated.gate.set()
+    with running(service_of(gated), token="open sesame") as url:
+        view = browser.new_page()
+        view.goto(url)
+        view.get_by_label("Token").wait_for()
+        assert not view.get_by_role("alert").is_visible()
+        view.get_by_label("Pictures, as a number").fill("3")
+        view.get_by_label("Prompt").fill("a bear")
+        for token, said in (("open barley", "the token is wrong"), ("open sesame", "3 pictures drawn.")):
+            view.get_by_label("Token").fill(token)
+            view.keyboard.press("Control+Enter")
+            view.get_by_text(said).wait_for()
+        assert not view.get_by_label("Token").is_visible()
+        view.close()
+    assert sum(gated.batches, []) == ["a bear"] * 3
