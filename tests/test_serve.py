@@ -421,6 +421,23 @@ def test_a_token_is_asked_for_where_there_is_something_to_draw(gated: Gated) -> 
     assert gated.batches == [["a"]]
 
 
+def test_too_many_requests_at_once_are_told_to_come_back(gated: Gated) -> None:
+    with running(service_of(gated, limit=1)) as url:
+        threads = [
+            threading.Thread(target=HTTP.post, args=(f"{url}v1/images/generations",), kwargs={"json": wish})
+            for wish in ({"prompt": "drawn"}, {"prompt": "waits"})
+        ]
+        for thread in threads:
+            thread.start()
+        # A request that is wrong, so that it takes no place in the queue.
+        until(lambda: HTTP.post(f"{url}v1/images/generations", json={}).status_code == 429)
+        assert HTTP.get(f"{url}healthz").status_code == 200, "being busy is no illness"
+        gated.gate.set()
+        for thread in threads:
+            thread.join()
+        assert HTTP.post(f"{url}v1/images/generations", json={}).status_code == 400
+
+
 def test_pages_elsewhere_reach_nothing(url: str) -> None:
     for headers in ({"host": "evil.example"}, {"host": "evil.example:80"}, {"host": ""}):
         assert HTTP.get(f"{url}v1/models", headers=headers).json()["error"]["code"] == "wrong_host"

@@ -280,7 +280,8 @@ def make_app(service: Service, hosts: set[str] | None = None, token: str | None 
         service.drawer.give_up()  # what was taken is done by now, or has had its time
 
     app = FastAPI(title="vugen", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.add_middleware(Guard, hosts=hosts, token=token, count=service.meters.request)
+    at_once = 2 * service.drawer.limit  # those that wait, and as many that are being read or answered
+    app.add_middleware(Guard, hosts=hosts, token=token, at_once=at_once, count=service.meters.request)
     _tell_errors(app)
     html, headers = page()
 

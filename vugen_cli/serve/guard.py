@@ -18,9 +18,6 @@ MAX_UPLOAD = 20 * 2**20
 MAX_BODY = 2**18
 """Bytes of any other request."""
 
-MAX_AT_ONCE = 128
-"""Requests in work; each may hold an upload."""
-
 BODY_SECONDS = 60
 """A request that is not there after so long is dropped."""
 
@@ -39,6 +36,7 @@ class Guard:
         app: the application.
         hosts: names that the Host header may hold, against DNS rebinding; None: any.
         token: that a client must show; None: none.
+        at_once: requests in work, each of which may hold an upload.
         count: called with path, status and seconds of each request.
     """
 
@@ -47,9 +45,10 @@ class Guard:
         app: ASGIApp,
         hosts: set[str] | None,
         token: str | None,
+        at_once: int,
         count: Callable[[str, int, float], None],
     ):
-        self.app, self.hosts, self.token, self.count = app, hosts, token, count
+        self.app, self.hosts, self.token, self.at_once, self.count = app, hosts, token, at_once, count
         self.in_work = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,7 +92,7 @@ class Guard:
         foreign = site not in ("same-origin", "none") if site else origin and origin.split("://")[-1] != host
         if scope["method"] != "GET" and foreign:
             raise Refusal(403, "requests from other sites' pages are not taken", "wrong_origin")
-        if self.in_work > MAX_AT_ONCE:
+        if scope["method"] != "GET" and self.in_work > self.at_once:
             raise Refusal(429, "too many requests at once", "too_many_requests", headers={"retry-after": "2"})
         if self.token is None or OPEN.fullmatch(scope["path"]):
             return
