@@ -427,8 +427,9 @@ def test_too_many_requests_at_once_are_told_to_come_back(gated: Gated) -> None:
             threading.Thread(target=HTTP.post, args=(f"{url}v1/images/generations",), kwargs={"json": wish})
             for wish in ({"prompt": "drawn"}, {"prompt": "waits"})
         ]
-        for thread in threads:
-            thread.start()
+        threads[0].start()
+        gated.drawing.wait(5)  # so that there is a place in the queue for the other
+        threads[1].start()
         # A request that is wrong, so that it takes no place in the queue.
         until(lambda: HTTP.post(f"{url}v1/images/generations", json={}).status_code == 429)
         assert HTTP.get(f"{url}healthz").status_code == 200, "being busy is no illness"
