@@ -1,5 +1,6 @@
 """`vugen serve`: OpenAI's interface by OpenAI's client, and what clients do wrong. About ten seconds."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -24,6 +25,7 @@ import torch
 import uvicorn
 from conftest import make_card
 from PIL import Image
+from starlette.responses import JSONResponse
 from torch import Tensor
 
 from vugen_cli import load_sampler
@@ -421,22 +423,37 @@ def test_a_token_is_asked_for_where_there_is_something_to_draw(gated: Gated) -> 
     assert gated.batches == [["a"]]
 
 
-def test_too_many_requests_at_once_are_told_to_come_back(gated: Gated) -> None:
-    with running(service_of(gated, limit=1)) as url:
-        threads = [
-            threading.Thread(target=HTTP.post, args=(f"{url}v1/images/generations",), kwargs={"json": wish})
-            for wish in ({"prompt": "drawn"}, {"prompt": "waits"})
-        ]
-        threads[0].start()
-        gated.drawing.wait(5)  # so that there is a place in the queue for the other
-        threads[1].start()
-        # A request that is wrong, so that it takes no place in the queue.
-        until(lambda: HTTP.post(f"{url}v1/images/generations", json={}).status_code == 429)
-        assert HTTP.get(f"{url}healthz").status_code == 200, "being busy is no illness"
-        gated.gate.set()
-        for thread in threads:
-            thread.join()
-        assert HTTP.post(f"{url}v1/images/generations", json={}).status_code == 400
+def test_too_many_requests_at_once_are_told_to_come_back() -> None:
+    async def statuses() -> list[int]:
+        free, seen = asyncio.Event(), []
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            if scope["method"] == "POST":
+                await free.wait()
+            await JSONResponse({})(scope, receive, send)
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            seen.extend([message["status"]] if "status" in message else [])
+
+        watched = guard.Guard(application, None, None, 1, lambda *_: None)
+
+        def ask(method: str) -> Any:
+            scope = {"type": "http", "method": method, "path": "/v1/images/edits", "headers": []}
+            return watched(scope, receive, send)
+
+        first = asyncio.create_task(ask("POST"))
+        await asyncio.sleep(0)
+        await ask("POST")
+        await ask("GET")  # a server that is busy is not ill
+        free.set()
+        await first
+        await ask("POST")
+        return seen
+
+    assert asyncio.run(statuses()) == [429, 200, 200, 200]
 
 
 def test_pages_elsewhere_reach_nothing(url: str) -> None:
