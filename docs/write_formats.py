@@ -24,7 +24,7 @@ from vugen_cli.card import (
     VAECard,
     VLMCard,
 )
-from vugen_cli.commands.answers import Asked, Compared, Drawn, Prepared, Pushed, Trained, Written
+from vugen_cli.commands.answers import Asked, Compared, Drawn, Prepared, Pushed, Served, Trained, Written
 from vugen_cli.data.manifest import CaptionOrigin, Captions, Latents, Manifest, Split
 from vugen_cli.doctor import Check, Diagnosis
 from vugen_cli.metrics.report import PromptsRecord, Report, Score, SetRecord
@@ -61,6 +61,7 @@ ANSWERS: dict[str, tuple[Any, ...]] = {  # what every command gives back, which 
     "train-vlm": (Trained,),
     "train-vae": (Trained,),
     "train-judge": (Trained,),
+    "serve": (Served,),
     "merge": (Written,),
     "export": (Written,),
     "push": (Pushed,),

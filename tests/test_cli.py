@@ -20,6 +20,7 @@ COMMANDS = [
     "merge",
     "export",
     "push",
+    "serve",
     "score",
     "score prompts",
     "study composition",

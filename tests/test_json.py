@@ -18,6 +18,7 @@ from vugen_cli.files import write_json
 from vugen_cli.nano import demo, train_judge, train_vlm
 from vugen_cli.recipe import Recipe
 from vugen_cli.sampling import adapters
+from vugen_cli.serve import run
 from vugen_cli.stages import caption, train_vae
 from vugen_cli.studies import plan
 
@@ -41,6 +42,7 @@ COMMANDS = {  # each as short as it can be; {names} are those of `place`
     "train-vlm": f"--data {{scenes}} {SHORT} --out v {{tiny}}",
     "train-vae": f"--data {{scenes}} {SHORT} --out a --set vae.widths=[8,8]",
     "train-judge": f"--data {{scenes}} {SHORT} --out j.safetensors",
+    "serve": "--sampler sampler.safetensors --port 0",
     "merge": "sampler.safetensors --adapter adapter.safetensors",
     "export": "sampler.safetensors",
     "push": "shared user/name --dry-run",
@@ -87,6 +89,7 @@ INSTEAD: dict[str, tuple[Any, str, Any]] = {
     "demo": (demo, "run_demo", fake_demo),
     "plan": (plan, "make_plan", fake_plan),
     "train-vlm": (train_vlm, "train_vlm", lambda *_: {"caption_accuracy": 0.5}),
+    "serve": (run, "run", lambda *_: None),
     "merge": (adapters, "merge", lambda *_: None),
     "train-judge": (train_judge, "train_judge", lambda *_: {"subjects": 0.5}),
     "train-vae": (train_vae, "train_vae", lambda *_: None),

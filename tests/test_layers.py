@@ -15,6 +15,7 @@ ROOT = Path(vugen_cli.__file__).parent
 LAYERS = (
     "app",
     "commands",
+    "serve",
     "doctor",
     "runs",
     "nano",

@@ -7,6 +7,7 @@ Image -> z -> reducer -> z̃ -> pixel decoder -> image is stage 1; noise -> z̃,
 packages tell it, and every import runs down this list (`tests/test_layers.py`):
 
     app, commands  the command line: options in, one call into the library, one summary out
+    serve          a sampler behind HTTP: what waits is drawn together; OpenAI's interface, and a page
     nano           the embedded world, a wing of its own: OpenMoji scenes, the small VLM, its judge, the demo
     studies        questions about a trained sampler: reconstructions, over training, understanding, compare
     stages         what is trained, and its losses: reducer and decoder, sampler, VAE, distillation, latents

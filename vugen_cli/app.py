@@ -28,6 +28,7 @@ from vugen_cli.commands.push import push
 from vugen_cli.commands.reconstruct import reconstruct
 from vugen_cli.commands.runs import runs
 from vugen_cli.commands.sample import sample
+from vugen_cli.commands.serve import serve
 from vugen_cli.commands.train_judge import train_judge
 from vugen_cli.commands.train_reducer import train_reducer
 from vugen_cli.commands.train_sampler import train_sampler
@@ -84,6 +85,7 @@ COMMANDS: dict[str, Callable[..., object] | typer.Typer] = {
     "merge": merge,
     "export": export,
     "push": push,
+    "serve": serve,
     "score": score.app,
     "study": study.app,
     "reconstruct": reconstruct,

@@ -43,6 +43,12 @@ class Pushed(Record):
     address: str | None = Field(None, description="where they are now; not of a dry run")
 
 
+class Served(Record):
+    """Of `vugen serve`, when it has ended."""
+
+    address: str = Field(description="where it listened")
+
+
 class Drawn(Record):
     """Of `vugen sample`."""
 

@@ -41,22 +41,22 @@ _UPRIGHT = {
 }
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image file to `uint8 [H, W, 3]`.
 
     Handles EXIF orientation, CMYK (Adobe's inverted kind too), palettes, transparency (laid on white), 16-bit
     and 32-bit greyscale, greyscale with alpha, 1-bit pictures, and the first frame of animations.
 
     Raises:
-        ValueError: the file is no image we read, is truncated or corrupt, has more than `MAX_PIXELS` pixels,
+        ValueError: the file is no image we read, is truncated or corrupt, has more than `max_pixels` pixels,
             a side below `MIN_SIDE`, or an aspect ratio above `MAX_ASPECT`. The message is short enough for a
             list.
     """
-    pixels = _decode_plain_jpeg(data) if data[:2] == b"\xff\xd8" else None
-    return _decode_with_pillow(data) if pixels is None else pixels
+    pixels = _decode_plain_jpeg(data, max_pixels) if data[:2] == b"\xff\xd8" else None
+    return _decode_with_pillow(data, max_pixels) if pixels is None else pixels
 
 
-def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
+def _decode_plain_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
     """Decode a three-channel or grey JPEG with libjpeg-turbo; None where Pillow must have a look."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -64,7 +64,7 @@ def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
         return None
     if colours in ("CMYK", "YCCK"):
         return None
-    _check_size(width, height)
+    _check_size(width, height, max_pixels)
     try:
         pixels = simplejpeg.decode_jpeg(data)
     except ValueError as err:
@@ -80,12 +80,12 @@ def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
     return pixels
 
 
-def _decode_with_pillow(data: bytes) -> np.ndarray:
+def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
     if not data:
         raise ValueError("empty file")
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            _check_size(*image.size)
+            _check_size(*image.size, max_pixels)
             orientation = _orientation(image)
             pixels = np.asarray(_to_rgb(image))
     except MemoryError:
@@ -106,8 +106,8 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _ACCEPTED if name in Image.OPEN)
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
         raise ValueError(f"too large: {width}x{height} pixels")
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"too small: {width}x{height} pixels")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,8 @@ def draw(
     ):
         name = f"{file_stem(prompts[p])}-{i:04d}.png"
         rows[p, i] = {"file": name, "prompt": prompts[p], "index": i, **about}
-        text = PngInfo()
-        for key, value in rows[p, i].items():
-            text.add_itxt(f"vugen:{key}", str(value))
         with whole_file(out / name) as temporary:
-            Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(
-                temporary, format="PNG", pnginfo=text
-            )
+            temporary.write_bytes(png(image, rows[p, i]))
         if p * n + i < GRID_IMAGES:
             shown[p, i] = image
     barrier(f"{out} drawn")
@@ -142,6 +138,17 @@ def draw(
         save_grid(torch.stack([shown[key] for key in sorted(shown)]), out / "grid.png", columns, labels)
     barrier(f"{out} listed")
     return out
+
+
+def png(image: torch.Tensor, about: dict[str, Any]) -> bytes:
+    """A picture, uint8 [3, S, S], as a PNG file that says in its text chunks (`vugen:...`) what it is."""
+    text = PngInfo()
+    for key, value in about.items():
+        text.add_itxt(f"vugen:{key}", str(value))
+    file = BytesIO()
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    Image.fromarray(pixels).save(file, format="PNG", pnginfo=text)
+    return file.getvalue()
 
 
 def file_stem(prompt: str) -> str:

@@ -1,6 +1,6 @@
 """From prompts to pictures: prompt -> prefix -> ODE in z̃ -> pixel decoder."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -140,29 +140,66 @@ class Sampler:
             prompt's images in order.
         """
         settings = self.settings(steps, guidance, solver)
-        widths = [-(-len(self.vlm.prompts.tokens(prompt)) // WIDTH) * WIDTH for prompt in prompts]
-        known: dict[int, Prefix] = {}  # of the prompts in the batch: one of many images is read once
-        for width in sorted(set(widths)):
-            jobs = iter([(p, i) for p in range(len(prompts)) if widths[p] == width for i in range(n)])
+        kinds = [self.kind(prompt) for prompt in prompts]
+        known: dict[str, Prefix] = {}  # of the prompts in the batch: one of many images is read once
+        for kind in sorted(set(kinds)):
+            jobs = iter([(p, i) for p in range(len(prompts)) if kinds[p] == kind for i in range(n)])
             while batch := list(islice(jobs, SAMPLE_BATCH)):
-                wanted = list(dict.fromkeys(p for p, _ in batch))
-                with self.passes():
-                    known = {p: known.get(p) or self._prefix(prompts[p], width) for p in wanted}
-                    rows = torch.tensor([wanted.index(p) for p, _ in batch], device=self.vlm.device)
-                    prefix = Prefix.join([known[p] for p in wanted]).rows(rows)
-                    images = self._draw([(seed, prompts[p], i) for p, i in batch], prefix, settings)
+                keys = [(seed, prompts[p], i) for p, i in batch]
+                images = self.draw_together(keys, settings, known)
                 yield from ((p, i, image) for (p, i), image in zip(batch, images, strict=True))
 
-    def _draw(self, keys: list[tuple[int, str, int]], prefix: Prefix, settings: Sampling) -> Tensor:
-        """One batch of images, uint8 [B, 3, S, S] on the CPU; a key is (seed, prompt, image number)."""
-        latents = self.latents(prefix, keys, settings)
-        size = self.card.image_size
-        noise = torch.stack([seeded_noise((3, size, size), *key, "pixels") for key in keys])
-        return self.autoencoder.decode(latents, noise.to(latents.device)).cpu()
+    def kind(self, prompt: str) -> int:
+        """Prompts of one kind can be drawn together: its tokens, rounded up to what it is padded to.
 
-    def latents(self, prefix: Prefix, keys: list[tuple[int, str, int]], settings: Sampling) -> Tensor:
+        Raises:
+            VugenError: it is too long.
+        """
+        return -(-len(self.vlm.prompts.tokens(prompt)) // WIDTH) * WIDTH
+
+    @torch.no_grad()
+    def draw_together(
+        self,
+        keys: Sequence[tuple[int, str, int]],
+        settings: Sampling,
+        known: dict[str, Prefix] | None = None,
+        each_step: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Draw one batch of images, each with a seed of its own.
+
+        Args:
+            keys: (seed, prompt, image number) each; the prompts are of one kind.
+            settings: of all of them.
+            known: prefixes of prompts that were read before; afterwards those of this batch.
+            each_step: called before each velocity; what it raises ends the drawing.
+
+        Returns:
+            uint8 [B, 3, S, S] on the CPU.
+        """
+        wanted = list(dict.fromkeys(prompt for _, prompt, _ in keys))
+        width, before = self.kind(wanted[0]), known or {}
+        with self.passes():
+            prefixes = {prompt: before.get(prompt) or self._prefix(prompt, width) for prompt in wanted}
+            rows = torch.tensor([wanted.index(prompt) for _, prompt, _ in keys], device=self.vlm.device)
+            prefix = Prefix.join(list(prefixes.values())).rows(rows)
+            latents = self.latents(prefix, keys, settings, each_step)
+            size = self.card.image_size
+            noise = torch.stack([seeded_noise((3, size, size), *key, "pixels") for key in keys])
+            images = self.autoencoder.decode(latents, noise.to(latents.device)).cpu()
+        if known is not None:
+            known.clear()
+            known.update(prefixes)
+        return images
+
+    def latents(
+        self,
+        prefix: Prefix,
+        keys: Sequence[tuple[int, str, int]],
+        settings: Sampling,
+        each_step: Callable[[], None] | None = None,
+    ) -> Tensor:
         """Sample z̃ [B, h, w, c] for a batch of prefixes, with classifier-free guidance (arXiv 2207.12598)
-        within `guidance_interval` (arXiv 2404.07724).
+        within `guidance_interval` (arXiv 2404.07724); `keys` and `each_step` as for `draw_together`.
         """
         grid, channels = self.card.latents.grid, self.card.latents.channels
         noise = torch.stack([seeded_noise((*grid, channels), *key, "latents") for key in keys]).to(
@@ -173,6 +210,8 @@ class Sampler:
         unconditional = self.unconditional.rows(first_row)
 
         def velocity(x: Tensor, t: float) -> Tensor:
+            if each_step:
+                each_step()
             conditional = self.expert(x, at(t, x), prefix)
             if scale == 1 or not first <= t < last:
                 return conditional

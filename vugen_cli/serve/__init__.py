@@ -1,0 +1,1 @@
+"""A sampler behind HTTP: what waits is drawn together, by OpenAI's image interface and on a page."""
