@@ -101,11 +101,14 @@ COMMANDS: dict[str, Callable[..., object] | typer.Typer] = {
     "demo": demo,
     "doctor": doctor,
 }
+ALSO = "Also --json, --quiet and --debug: see vugen --help."
 for name, command in COMMANDS.items():
     if isinstance(command, typer.Typer):
+        for under in command.registered_commands:
+            under.epilog = ALSO
         app.add_typer(command, name=name)
     else:
-        app.command(name)(command)
+        app.command(name, epilog=ALSO)(command)
 
 
 def _version(wanted: bool) -> None:
