@@ -52,6 +52,8 @@ ANSWERS: dict[str, tuple[Any, ...]] = {  # what every command gives back, which 
     "score": (Report,),
     "score prompts": (Report,),
     "study composition": (Report,),
+    "study edits": (Report,),
+    "study edit-benchmark": (Report,),
     "study understanding": (UnderstandingReport,),
     "study training": (OverTraining,),
     "study diversity": (Report,),

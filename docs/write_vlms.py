@@ -29,6 +29,12 @@ is no list of supported models in the code: one path serves all.
 - **The prompt** goes through the model's chat template and `instruction: "Draw {{prompt}}."`, if you give
   one. A model without a template reads the bare prompt after its start token. The empty prompt is the
   unconditional branch.
+- **Pictures in the prompt** ([edits](editing.md)) go through the model's own processor, tiling included, and
+  the whole model reads them as when it is asked about them; rotary positions after a picture are those that
+  the model itself counts. Tried on tiny models of LLaVA (CLIP, SigLIP, Pixtral), LLaVA-OneVision, InternVL,
+  Qwen2.5-VL, Qwen3-VL, PaliGemma, Gemma 3, Idefics 3, Perception LM and Mistral 3 with their processors:
+  alone and in a padded batch a prompt with pictures gives the same prefix and velocities (1e-5). SmolVLM's
+  processor wants the package num2words.
 - **The generation expert** is a copy of the decoder (`expert.init: vlm` starts from its weights, `fresh` does
   not), which reads the prompt's keys and values in every layer. Image tokens take the rotary positions after
   the prompt; with M-RoPE, rows and columns. Where layers keep none of their own (linear attention,

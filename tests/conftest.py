@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 # Two test processes share two cores: a thread each, that does not spin while it waits.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if TYPE_CHECKING:
+    from vugen_cli.sampling.sampler import Sampler
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from vugen_cli.app import main
 from vugen_cli.card import Card
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.metrics.report import Record
+from vugen_cli.nano.edits import OpenMojiEdits
 from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.nano.vlm import build, save_vlm, train_tokenizer
 from vugen_cli.recipe import NanoVLM, Recipe, load_recipe
@@ -45,6 +49,15 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scenes") / "openmoji"
     write_dataset(OpenMojiScenes(96, "train", 64), out, "train", 64, shard_size=24, progress=False)
     write_dataset(OpenMojiScenes(24, "val", 64), out, "val", 64, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared edits of scenes: 40 for training in two shards and 16 held-out ones."""
+    out = tmp_path_factory.mktemp("edits") / "openmoji-edits"
+    write_dataset(OpenMojiEdits(40), out, "train", 64, shard_size=20, progress=False)
+    write_dataset(OpenMojiEdits(16, "val"), out, "val", 64, progress=False)
     return out
 
 
@@ -103,6 +116,17 @@ def trained(scenes: Path, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPath
     reducer = train_reducer(tiny_recipe, scenes, out / "reducer.safetensors", device)
     train_sampler(tiny_recipe, reducer, scenes, out / "sampler.safetensors", device)
     return out
+
+
+@pytest.fixture(scope="session")
+def lively_sampler(trained: Path) -> "Sampler":
+    """The sampler of four steps with a last layer that is far from zero: its pictures show every change."""
+    from vugen_cli.sampling.trained import load_sampler
+
+    sampler = load_sampler(trained / "sampler.safetensors")
+    torch.manual_seed(0)
+    torch.nn.init.normal_(sampler.expert.proj_out.weight, std=0.3)
+    return sampler
 
 
 def written(record: Record) -> dict[str, Any]:

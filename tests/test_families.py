@@ -20,6 +20,7 @@ from vugen_cli.studies.understanding import weight_hash
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 from vugen_cli.vlm.latents import raster_index
+from vugen_cli.vlm.prompts import Prompt
 
 PROMPTS = ["a bear", "two apples to the left of a red car in a city at night", ""]
 # What each model's projector reads of a 64 px image: (rows, columns, width).
@@ -52,6 +53,11 @@ def name_of(vlm: FrozenVLM) -> str:
 
 def flat_images(count: int) -> torch.Tensor:
     return torch.full((count, 3, 64, 64), 127, dtype=torch.uint8)
+
+
+def noise(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=generator)
 
 
 def awake(expert: GenerationExpert) -> GenerationExpert:
@@ -101,6 +107,36 @@ def test_a_batch_of_prompts_gives_what_each_gives_alone(family: FrozenVLM) -> No
             moved = x.clone()
             moved[:, *place] += 1
             assert (expert(moved, t, batch) - together)[:, *other].abs().max() > 1e-7
+
+
+def test_pictures_in_prompts_give_alone_what_they_give_in_a_batch(family: FrozenVLM) -> None:
+    one, two, three = noise(3)
+    prompts = [
+        Prompt("put it in the snow", (one,)),
+        "a bear",
+        Prompt("two apples to the left of a red car", (two,)),
+        Prompt("{image} with the hat of {image}", (one, three)),
+        Prompt("", (three,)),
+    ]
+    if name_of(family) == "smolvlm":
+        with pytest.raises(VugenError, match="num2words"):
+            family.prefix(prompts)
+        return
+    torch.manual_seed(0)
+    expert = awake(GenerationExpert(family.decoder, 4, (4, 4)))
+    x, t = torch.randn(1, 4, 4, 4).expand(5, -1, -1, -1), torch.full((5,), 0.5)
+    batch = family.prefix(prompts)
+    with torch.no_grad():
+        together = expert(x, t, batch)
+        for i, prompt in enumerate(prompts):
+            alone = family.prefix([prompt])
+            length = int(alone.lengths)
+            assert length == family.prompt_length(prompt)
+            for mine, theirs in zip(batch.keys + batch.values, alone.keys + alone.values, strict=True):
+                assert torch.allclose(mine[i, :, :length], theirs[0], atol=1e-5)
+            assert torch.allclose(together[i], expert(x[:1], t[:1], alone)[0], atol=1e-5)
+        other = family.prefix([Prompt("put it in the snow", (three,))])
+        assert (expert(x[:1], t[:1], other)[0] - together[0]).abs().max() > 1e-6  # pictures are read
 
 
 def test_both_stages_train_and_a_sampler_draws(family: FrozenVLM, scenes: Path, tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from typer.main import get_command
 from vugen_cli.app import app
 from vugen_cli.data.manifest import read_manifest
 from vugen_cli.files import write_json
-from vugen_cli.nano import demo, train_judge, train_vlm
+from vugen_cli.metrics.report import Report, Score
+from vugen_cli.nano import demo, edit_study, train_judge, train_vlm
 from vugen_cli.recipe import Recipe
 from vugen_cli.sampling import adapters
 from vugen_cli.serve import run
 from vugen_cli.stages import caption, train_vae
-from vugen_cli.studies import plan
+from vugen_cli.studies import edit_benchmarks, plan
 
 ANSWERS = runpy.run_path(str(Path(__file__).parent.parent / "docs/write_formats.py"))["ANSWERS"]
 SHORT = "--steps 1 --batch-size 2"
@@ -33,6 +34,8 @@ COMMANDS = {  # each as short as it can be; {names} are those of `place`
     "score": "--fid --psnr --features vlm:{vlm} --images {scenes} --reference {scenes}",
     "score prompts": "--vqa-score --vlm nano",
     "study composition": "--sampler sampler.safetensors --count 2",
+    "study edits": "--sampler sampler.safetensors --count 2",
+    "study edit-benchmark": "bench --sampler sampler.safetensors",
     "study understanding": "--sampler sampler.safetensors --count 1",
     "study training": "kept.run --features vlm:{vlm} --count 2",
     "study diversity": "--images samples --features vlm:{vlm}",
@@ -57,6 +60,8 @@ WRITES = {  # the file whose keys an answer has
     "score": "scores.json",
     "score prompts": "prompt-scores.json",
     "study composition": "composition.json",
+    "study edits": "edits.json",
+    "study edit-benchmark": "edit-benchmark.json",
     "study understanding": "understanding.json",
     "study training": "training.json",
     "study diversity": "diversity.json",
@@ -74,6 +79,10 @@ def fake_demo(out: Path, _device: Any) -> Path:
     return out / "report.html"
 
 
+def fake_scores(*_: Any, **__: Any) -> Report:
+    return Report(scores=[Score(metric="edits_all", name="all", value=1.0)])
+
+
 def fake_plan(recipe: Recipe, machine: plan.Machine, _images: int | None) -> plan.Plan:
     memory = plan.Memory(1.0, 1.0, 2.0, 1.0, 4.0, 0.0, 3.0, 12.0, 64)
     stage = plan.StagePlan("train-vae", 10, 1, 4, 4, 2.0, {"ddp": memory}, 5.0, 1.0, 24.0, 8.0)
@@ -89,6 +98,8 @@ INSTEAD: dict[str, tuple[Any, str, Any]] = {
     "demo": (demo, "run_demo", fake_demo),
     "plan": (plan, "make_plan", fake_plan),
     "train-vlm": (train_vlm, "train_vlm", lambda *_: {"caption_accuracy": 0.5}),
+    "study edits": (edit_study, "score_edits", fake_scores),
+    "study edit-benchmark": (edit_benchmarks, "score_benchmark", fake_scores),
     "serve": (run, "run", lambda *_: None),
     "merge": (adapters, "merge", lambda *_: None),
     "train-judge": (train_judge, "train_judge", lambda *_: {"subjects": 0.5}),
@@ -118,6 +129,7 @@ def place(
     (here / "kept.run").mkdir()
     shutil.copy(trained / "sampler.safetensors", here / "kept.run" / "step-0000004.safetensors")
     write_json(here / "shared" / "model_index.json", {})
+    write_json(here / "bench" / "singleturn.json", {"1": {"id": "1.jpg", "prompt": "x", "edit_type": "add"}})
     drawn = vugen_here("sample", "a bear", "-n", 2, "--sampler", "sampler.safetensors", cwd=here)
     assert drawn.returncode == 0, drawn.stderr
     tiny = " ".join(f"--set {override}" for override in tiny_overrides(vlm_path))

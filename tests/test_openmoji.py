@@ -22,7 +22,7 @@ def describe(split: str, count: int, seed: int = 0) -> list[dict]:
     scenes = []
     for i in range(count):
         rng = painting.random_stream("scene", f"{seed}/{split}/{i}")
-        scene = world._describe(split, rng)
+        scene = world.describe(split, rng)
         scenes.append({"scene": scene, "captions": world._captions(scene, rng)})
         scenes[-1]["questions"] = world._questions(scene, rng)
     return scenes
@@ -65,7 +65,7 @@ def test_index_and_seed_alone_decide():
 
 @pytest.mark.parametrize("pairs", [0.0, 0.25, 0.6, 1.0])
 def test_share_of_pairs(pairs):
-    scenes = [world._describe("train", painting.random_stream("scene", f"0/{i}"), pairs) for i in range(600)]
+    scenes = [world.describe("train", painting.random_stream("scene", f"0/{i}"), pairs) for i in range(600)]
     kinds = Counter(scene["kind"] for scene in scenes)
     assert abs(kinds["pair"] / 600 - pairs) < 0.06
     assert abs(kinds["count"] / 600 - 0.2 * (1 - pairs)) < 0.06

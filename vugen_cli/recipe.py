@@ -228,6 +228,11 @@ class Expert(Section):
     adaptive_norms: bool = Field(
         False, description="of the copy: scale and shift each norm by the time; at first they change nothing"
     )
+    reference: bool | Literal["only"] = Field(
+        False,
+        description="read z̃ of a prompt's pictures too, as clean tokens beside the noised ones; `only`: and "
+        "leave the pictures out of what the VLM reads",
+    )
     width: PositiveInt | None = Field(None, description="of the DiT; default: the VLM decoder's")
     depth: PositiveInt | None = Field(None, description="blocks of the DiT; default: the decoder's layers")
     heads: PositiveInt | None = Field(None, description="of the DiT; default: one for every 64 of its width")
@@ -274,6 +279,9 @@ class Sampling(Section):
 
     steps: PositiveInt = 25
     guidance: float = Field(3.0, ge=0)
+    image_guidance: float = Field(
+        1.5, ge=0, description="by the pictures of a prompt, as guidance is by its text (arXiv 2211.09800)"
+    )
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0),
         description="times, from noise (0) to data (1), between which samples are guided (arXiv 2404.07724); "
@@ -332,6 +340,10 @@ class SamplerTraining(Training):
     prompt_dropout: float = Field(
         0.1, ge=0, lt=1, description="samples trained without a prompt, for guidance"
     )
+    text_dropout: float = Field(
+        0.05, ge=0, lt=1, description="edits trained with their pictures alone, for guidance by each"
+    )
+    picture_dropout: float = Field(0.05, ge=0, lt=1, description="edits trained with their text alone")
 
 
 class Captioning(Section):

@@ -25,6 +25,8 @@ class Dataset(StrEnum):
     folder = "folder"
     captions = "captions"
     webdataset = "webdataset"
+    edits = "edits"
+    openmoji_edits = "openmoji-edits"
     hf = "hf"
 
 
@@ -102,6 +104,8 @@ def prepare(
       captions    images with a .txt beside each, or a .csv, .tsv or .jsonl of path and caption
       webdataset  existing shards, such as img2dataset writes
       hf          a Hugging Face save_to_disk directory or parquet files
+      edits       source, instruction and target: a table of paths, webdataset shards or parquet files
+      openmoji-edits  drawn scenes and what a change makes of them; needs no --source
 
     \b
     Examples:
@@ -109,6 +113,7 @@ def prepare(
       vugen prepare --dataset imagenet --source /data/ILSVRC2012_img_train.tar --out data/imagenet
       vugen prepare --dataset coco --source /data/coco --count 10000
       vugen prepare --dataset captions --source photos.csv --size 512 --strict
+      vugen prepare --dataset edits --source pairs.jsonl --out data/edits
       vugen prepare --latents reducer.safetensors --out data/mine-latents
     """
     if (dataset is None) == (latents is None):
@@ -123,7 +128,7 @@ def prepare(
         return prepare_latents(latents, data, out, vlm, device, flip, workers)
     assert dataset is not None
     out = out or Path("data") / dataset.value
-    size = size or (64 if dataset is Dataset.openmoji else 256)
+    size = size or (64 if dataset in (Dataset.openmoji, Dataset.openmoji_edits) else 256)
     opened = partial(open_source, dataset, source, split.value, size, count, seed, pairs)
     return prepare_images(opened, out, split.value, size, shard_size, workers, seed, count, strict)
 
@@ -233,6 +238,12 @@ def open_source(
             raise VugenError("--dataset openmoji draws its own pictures: leave --source out")
         count = count or {"train": 40_000, "val": 2_000}[split]
         return OpenMojiScenes(count, split, size, seed, PAIRS if pairs is None else pairs)
+    if dataset is Dataset.openmoji_edits:
+        from vugen_cli.nano.edits import OpenMojiEdits
+
+        if source is not None:
+            raise VugenError("--dataset openmoji-edits draws its own pictures: leave --source out")
+        return OpenMojiEdits(count or {"train": 40_000, "val": 2_000}[split], split, size, seed)
     if dataset is Dataset.imagenet:
         from vugen_cli.data.imagenet import ImageNet, find_imagenet
 
@@ -255,6 +266,10 @@ def open_source(
         from vugen_cli.data.shards import WebDatasetShards
 
         return WebDatasetShards(source, split)
+    if dataset is Dataset.edits:
+        from vugen_cli.data.edits import open_edits
+
+        return open_edits(source, split)
     from vugen_cli.data.hf import HuggingFaceDataset
 
     return HuggingFaceDataset(source, split)

@@ -31,6 +31,35 @@ PromptsOption = Annotated[
     Path | None,
     typer.Option("--prompts", help="More prompts: a text file, one a line, or a folder of .txt."),
 ]
+ImageOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image", help="A picture that every prompt is about; without a prompt, vary it. Repeatable."
+    ),
+]
+SamplerOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Checkpoint, exported folder or hf:user/name. [default: the newest here, else the bundled]"
+    ),
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, help="Image i of a prompt depends only on seed, prompt and i.")
+]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="Compile the expert first: a minute that pays for many pictures.")
+]
+VlmNowOption = Annotated[
+    str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
+]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(min=0, help="Classifier-free guidance; 1 is none. [default: the checkpoint's]"),
+]
+ImageGuidanceOption = Annotated[
+    float | None,
+    typer.Option(min=0, help="The same by the pictures of a prompt. [default: the checkpoint's]"),
+]
 DecoderOption = Annotated[
     Path | None,
     typer.Option(help="Draw with the decoder of this checkpoint, as `train-reducer --distill` makes it."),
@@ -49,32 +78,19 @@ def sample(
     prompts: PromptsArgument = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Images for each prompt.")] = 1,
     prompts_file: PromptsOption = None,
-    sampler: Annotated[
-        Path | None,
-        typer.Option(
-            help="Checkpoint, exported folder or hf:user/name. [default: the newest here, else the bundled]"
-        ),
-    ] = None,
+    image: ImageOption = None,
+    sampler: SamplerOption = None,
     decoder: DecoderOption = None,
     adapter: AdapterOption = None,
-    vlm: Annotated[
-        str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
-    ] = None,
+    vlm: VlmNowOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     steps: Annotated[int | None, typer.Option(min=1, help="ODE steps. [default: the checkpoint's]")] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(min=0, help="Classifier-free guidance; 1 is none. [default: the checkpoint's]"),
-    ] = None,
+    guidance: GuidanceOption = None,
+    image_guidance: ImageGuidanceOption = None,
     solver: Annotated[SolverName | None, typer.Option(help="ODE solver. [default: the checkpoint's]")] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Image i of a prompt depends only on seed, prompt and i.")
-    ] = 0,
+    seed: SeedOption = 0,
     allow_vlm_mismatch: AllowMismatchOption = False,
-    compile_: Annotated[
-        bool,
-        typer.Option("--compile", help="Compile the expert first: a minute that pays for many pictures."),
-    ] = False,
+    compile_: CompileOption = False,
     quantize: QuantizeOption = None,
     device: DeviceOption = None,
 ) -> Answer:
@@ -87,6 +103,7 @@ def sample(
       vugen sample "a bear in a forest" -n 8
       vugen sample "a cat on a beach" "two apples in the snow" --guidance 4 --seed 7
       vugen sample --prompts prompts.txt --sampler sampler.safetensors --out drawn
+      vugen sample "put it in the snow" --image bear.png --sampler editor.safetensors
     """
     # Imports and loading make 700,000 objects that stay: looking for garbage among them, now and later, is a
     # quarter of the processor time of one picture.
@@ -97,20 +114,27 @@ def sample(
         from vugen_cli.metrics.samples import read_samples
         from vugen_cli.processes import is_first, join
         from vugen_cli.sampling.draw import collect_prompts, draw, pick_sampler
+        from vugen_cli.sampling.sampler import open_picture
         from vugen_cli.sampling.trained import load_sampler
+        from vugen_cli.vlm.prompts import Prompt
 
-        texts, where = collect_prompts(prompts or [], prompts_file), join(pick_device(device))
+        variation, where = bool(image) and not prompts and not prompts_file, join(pick_device(device))
+        texts = [""] if variation else collect_prompts(prompts or [], prompts_file)
         loaded = load_sampler(pick_sampler(sampler), vlm, where, allow_vlm_mismatch, decoder, adapter or ())
     finally:
         gc.freeze()
         gc.enable()
     unknown = list(dict.fromkeys(word for text in texts for word in loaded.vlm.unknown_words(text)))
-    if unknown and is_first():
+    if unknown and not image and is_first():  # of an instruction: it was trained to edit, not to caption
         typer.echo(f"words that {loaded.vlm.name} never saw: {', '.join(unknown)}")
     if quantize:
         loaded.quantize()
     if compile_:
         loaded.compile()
-    folder = draw(loaded, texts, n, out, seed, steps, guidance, solver.value if solver else None)
+    pictures = tuple(open_picture(path, loaded.card.data.size) for path in image or [])
+    asked = [Prompt(text, pictures) for text in texts]
+    folder = draw(
+        loaded, asked, n, out, seed, steps, guidance, solver.value if solver else None, image_guidance
+    )
     typer.echo(f"wrote {len(texts) * n} pictures, grid.png and samples.jsonl to {folder}/")
     return Drawn(out=str(folder), images=read_samples(folder), unknown_words=unknown) if is_first() else None

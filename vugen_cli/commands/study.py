@@ -58,6 +58,76 @@ def composition(
 
 
 @app.command()
+def edits(
+    sampler: SamplerOption = None,
+    count: Annotated[int, typer.Option(min=2, help="Held-out edits.")] = 500,
+    guidance: Annotated[float | None, typer.Option(min=0, help="By the instruction.")] = None,
+    image_guidance: Annotated[float | None, typer.Option(min=0, help="By the source picture.")] = None,
+    vlm: VlmOption = None,
+    out: OutOption = Path("edits.json"),
+    device: DeviceOption = None,
+) -> Answer:
+    """Whether edits of OpenMoji scenes make the change that was asked for, and keep the rest.
+
+    Beside every share stand the source left as it is and the real target. The pictures and a page of them
+    stay in the folder `edits` beside the result.
+
+    \b
+    Examples:
+      vugen study edits --sampler editor.safetensors
+      vugen study edits --sampler editor.safetensors --count 100 --guidance 4 --image-guidance 1.5
+    """
+    from vugen_cli.engine.device import pick_device
+    from vugen_cli.metrics.report import finish
+    from vugen_cli.nano.edit_study import score_edits
+    from vugen_cli.sampling.draw import pick_sampler
+    from vugen_cli.sampling.trained import load_sampler
+
+    loaded = load_sampler(pick_sampler(sampler), vlm, join(pick_device(device)))
+    drawn = out.parent / "edits"
+    report = score_edits(loaded, count, drawn, guidance=guidance, image_guidance=image_guidance)
+    return finish(report, out)
+
+
+@app.command(name="edit-benchmark")
+def edit_benchmark(
+    benchmark: Annotated[
+        Path, typer.Argument(help="ImgEdit's singleturn.json, or GEdit-Bench's parquet files.")
+    ],
+    sampler: SamplerOption = None,
+    judge: Annotated[str | None, typer.Option(help="VLM that judges. [default: the sampler's]")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Only the first edits.")] = None,
+    language: Annotated[str, typer.Option(help="Of GEdit-Bench's instructions, en or cn.")] = "en",
+    vlm: VlmOption = None,
+    out: OutOption = Path("edit-benchmark.json"),
+    device: DeviceOption = None,
+) -> Answer:
+    """Edits of photographs from ImgEdit or GEdit-Bench, judged by a VLM.
+
+    Published figures have another judge, GPT-4.1: do not set these beside them.
+
+    \b
+    Examples:
+      vugen study edit-benchmark ImgEdit/Benchmark/singleturn --judge Qwen/Qwen3-VL-8B-Instruct
+      vugen study edit-benchmark GEdit-Bench/data --judge models/judge --count 50
+    """
+    from vugen_cli.engine.device import pick_device
+    from vugen_cli.metrics.report import finish
+    from vugen_cli.sampling.draw import pick_sampler
+    from vugen_cli.sampling.trained import load_sampler
+    from vugen_cli.studies.edit_benchmarks import asks, read_benchmark, score_benchmark
+    from vugen_cli.vlm.frozen import load_model
+
+    cases = read_benchmark(benchmark, language)
+    cases.cases = cases.cases[:count]
+    where = join(pick_device(device))
+    loaded = load_sampler(pick_sampler(sampler), vlm, where)
+    ask = asks(*load_model(judge, where)) if judge else asks(loaded.vlm.model, loaded.vlm.processor)
+    folder = out.parent / "edit-benchmark"
+    return finish(score_benchmark(loaded, cases, ask, judge or loaded.vlm.name, folder), out)
+
+
+@app.command()
 def understanding(
     sampler: SamplerOption = None,
     images: Annotated[

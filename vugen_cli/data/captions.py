@@ -15,7 +15,7 @@ from vugen_cli.errors import VugenError
 PATH_COLUMNS = ("path", "file", "image", "filename", "file_name", "filepath", "image_path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description")
 
-_TABLES = (".csv", ".tsv", ".jsonl")
+TABLES = (".csv", ".tsv", ".jsonl")
 
 
 class CaptionedImages:
@@ -40,13 +40,13 @@ class CaptionedImages:
     def __init__(self, path: str | Path, split: str = "train"):
         path = Path(path)
         self.origin = str(path)
-        if path.is_file() and path.suffix.lower() in _TABLES:
+        if path.is_file() and path.suffix.lower() in TABLES:
             self._read_table(path)
         else:
             folder = split_folder(path, split)
             found = (name for name in image_paths(folder) if (folder / name).with_suffix(".txt").exists())
             beside = Listing([name, None] for name in found)
-            tables = sorted(file for file in folder.iterdir() if file.suffix.lower() in _TABLES)
+            tables = sorted(file for file in folder.iterdir() if file.suffix.lower() in TABLES)
             if len(beside):
                 self.folder, self.rows = folder, beside
             elif len(tables) == 1:
@@ -62,7 +62,8 @@ class CaptionedImages:
 
     def _read_table(self, table: Path) -> None:
         self.folder = table.parent
-        self.rows = Listing([_inside(table, line, path), found] for line, path, found in _rows(table))
+        named = ((line, *_row(table, line, row)) for line, row in table_rows(table))
+        self.rows = Listing([inside(table, line, path), found] for line, path, found in named)
         if not len(self.rows):
             raise VugenError(
                 f"{table} has no lines below its header: expected an image path and a caption on each"
@@ -82,14 +83,18 @@ class CaptionedImages:
         return Sample(key=path, image=file.read_bytes(), captions=captions)
 
 
-def _rows(table: Path) -> Iterator[tuple[int, str, list[str]]]:
-    """The lines of a table: line number, image path, captions."""
+def table_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a `.csv`, `.tsv` or `.jsonl` table: number, and values by column in lower case.
+
+    Raises:
+        VugenError: it cannot be read.
+    """
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             if table.suffix.lower() == ".jsonl":
                 for number, text in enumerate(file, start=1):
                     if text.strip():
-                        yield number, *_row(table, number, json.loads(text))
+                        yield number, _columns(json.loads(text))
             else:
                 # Captions hold stray quotation marks often enough; only CSV needs them to guard commas.
                 tabs = table.suffix.lower() == ".tsv"
@@ -99,26 +104,29 @@ def _rows(table: Path) -> Iterator[tuple[int, str, list[str]]]:
                     else csv.DictReader(file)
                 )
                 for row in reader:
-                    yield reader.line_num, *_row(table, reader.line_num, row)
+                    yield reader.line_num, _columns(row)
     except OSError as error:
         raise VugenError(f"cannot read {table}: {error.strerror or error}") from error
     except (ValueError, csv.Error) as error:
         raise VugenError(f"{table} cannot be read as UTF-8 {table.suffix[1:]}: {error}") from error
 
 
-def _row(table: Path, number: int, row: Any) -> tuple[str, list[str]]:
-    columns = {str(name).strip().lower(): name for name in row} if isinstance(row, dict) else {}
-    path = next((row[columns[name]] for name in PATH_COLUMNS if name in columns), None)
-    caption = next((row[columns[name]] for name in CAPTION_COLUMNS if name in columns), None)
+def _columns(row: Any) -> dict[str, Any]:
+    return {str(name).strip().lower(): value for name, value in row.items()} if isinstance(row, dict) else {}
+
+
+def _row(table: Path, number: int, row: dict[str, Any]) -> tuple[str, list[str]]:
+    path = next((row[name] for name in PATH_COLUMNS if name in row), None)
+    caption = next((row[name] for name in CAPTION_COLUMNS if name in row), None)
     if not isinstance(path, str) or not path or not isinstance(caption, str | list):
         raise VugenError(
             f"{table} line {number}: expected a column named {', '.join(PATH_COLUMNS[:4])} and one named "
-            f"{', '.join(CAPTION_COLUMNS[:3])}; found {', '.join(columns) or 'none'}"
+            f"{', '.join(CAPTION_COLUMNS[:3])}; found {', '.join(row) or 'none'}"
         )
     return path, [caption] if isinstance(caption, str) else [str(line) for line in caption]
 
 
-def _inside(table: Path, line: int, path: str) -> str:
+def inside(table: Path, line: int, path: str) -> str:
     """A path as relative to the table's folder. Paths only, links are the user's own: they are followed."""
     root = os.path.abspath(table.parent)
     relative = os.path.relpath(os.path.join(root, path), root)

@@ -14,39 +14,30 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
-class HuggingFaceDataset:
-    """Rows with an image and captions, or an image and a class label whose names the data set's features
-    give.
-
-    The image column holds the file's bytes, or a struct of `bytes` and `path`, which is how `datasets` stores
-    images. An Arrow directory is memory-mapped; of parquet, the row group around a picture is read each time
-    (`datasets` writes groups of 100), which is several times slower.
+class Tables:
+    """The rows of a data set's Arrow or parquet files.
 
     Args:
-        path: a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, a `.parquet` file,
-            or a folder of them (also within `data/`), named `train-*.parquet` and so on where it has several
-            splits.
-        split: "train" or "val" (also "validation" and "test" where there is no other).
+        path: see `HuggingFaceDataset`.
+        split: "train" or "val".
+
+    Attributes:
+        names: of the columns.
+        features: what `datasets` says of them.
 
     Raises:
-        VugenError: pyarrow is missing, no such data, or no image and caption columns in it.
+        VugenError: pyarrow is missing, or no such data.
     """
 
-    name = "hf"
-    licence = "that of the source"
-    classes: Sequence[str]
-
-    def __init__(self, path: str | Path, split: str = "train"):
+    def __init__(self, path: Path, split: str):
         try:
             import pyarrow  # noqa: F401
         except ImportError:
-            raise VugenError("--dataset hf needs pyarrow: pip install 'vugen-cli[hf]'") from None
-        path = Path(path)
+            raise VugenError("parquet and Arrow files need pyarrow: pip install 'vugen-cli[hf]'") from None
         if not path.exists():
             raise VugenError(
                 f"there is no {path}: point --source at a save_to_disk directory or parquet files"
             )
-        self.origin = str(path)
         self.files = _find_files(path, split)
         self._tables: dict[int, Any] = {}  # opened where they are needed, and not sent to workers
         self.ends: list[int] = []
@@ -54,17 +45,7 @@ class HuggingFaceDataset:
         for number in range(len(self.files)):
             rows += self._rows(number)
             self.ends.append(rows)
-        names, features = self._columns()
-        self.image_column = next((name for name in IMAGE_COLUMNS if name in names), "")
-        self.caption_column = next((name for name in CAPTION_COLUMNS if name in names), "")
-        self.label_column = next((name for name in _LABEL_COLUMNS if name in names), "")
-        self.classes = features.get(self.label_column, {}).get("names") or []
-        if not self.image_column or not (self.caption_column or self.classes):
-            raise VugenError(
-                f"{path} has the columns {', '.join(names)}: expected an image column "
-                f"({', '.join(IMAGE_COLUMNS)}) and a caption column ({', '.join(CAPTION_COLUMNS)}) or a "
-                "label column with class names"
-            )
+        self.names, self.features = self._columns()
         self.fingerprint = hash_of([(file.name, file.stat().st_size) for file in self.files])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,33 +54,11 @@ class HuggingFaceDataset:
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def __getitem__(self, index: int) -> Sample:
+    def row(self, index: int, columns: list[str]) -> tuple[str, Meta]:
+        """A row's key and its values in some columns."""
         number = bisect.bisect_right(self.ends, index)
-        row = self._row(number, index - (self.ends[number - 1] if number else 0))
-        key = f"{self.files[number].name}/{index}"
-        image = row[self.image_column]
-        if isinstance(image, dict):
-            data, path = image.get("bytes"), image.get("path")
-            if (
-                data is None and path
-            ):  # a reference to a file beside the data set, or anywhere on the writer's disk
-                raise OSError(
-                    0, f"the picture is not stored but lies at {path}: embed it (datasets.Image)", key
-                )
-            image = data
-        if not isinstance(image, bytes):
-            raise OSError(0, "no image in the row", key)
-        meta: Meta = {}
-        label = row.get(self.label_column)
-        if self.classes and isinstance(label, int) and 0 <= label < len(self.classes):
-            meta = {"class": self.classes[label], "label": label}
-        captions = row.get(self.caption_column) or (meta["class"].replace("_", " ") if meta else [])
-        return Sample(
-            key=key,
-            image=image,
-            captions=[captions] if isinstance(captions, str) else [str(line) for line in captions],
-            meta=meta,
-        )
+        row = self._row(number, index - (self.ends[number - 1] if number else 0), columns)
+        return f"{self.files[number].name}/{index}", row
 
     def _open(self, number: int) -> Any:
         if number not in self._tables:
@@ -130,8 +89,7 @@ class HuggingFaceDataset:
             features = {}
         return schema.names, {name: value for name, value in features.items() if isinstance(value, dict)}
 
-    def _row(self, number: int, row: int) -> Meta:
-        columns = [name for name in (self.image_column, self.caption_column, self.label_column) if name]
+    def _row(self, number: int, row: int, columns: list[str]) -> Meta:
         table = self._open(number)
         if self.files[number].suffix == ".parquet":
             group = 0
@@ -139,6 +97,82 @@ class HuggingFaceDataset:
                 row, group = row - rows, group + 1
             table = table.read_row_group(group, columns=columns)
         return table.select(columns).slice(row, 1).to_pylist()[0]
+
+
+def stored_picture(image: Any, key: str) -> bytes:
+    """The file's bytes of an image column's value.
+
+    Raises:
+        OSError: there are none; names the row.
+    """
+    if isinstance(image, dict):
+        data, path = image.get("bytes"), image.get("path")
+        if (
+            data is None and path
+        ):  # a reference to a file beside the data set, or anywhere on the writer's disk
+            raise OSError(0, f"the picture is not stored but lies at {path}: embed it (datasets.Image)", key)
+        image = data
+    if not isinstance(image, bytes):
+        raise OSError(0, "no image in the row", key)
+    return image
+
+
+class HuggingFaceDataset:
+    """Rows with an image and captions, or an image and a class label whose names the data set's features
+    give.
+
+    The image column holds the file's bytes, or a struct of `bytes` and `path`, which is how `datasets` stores
+    images. An Arrow directory is memory-mapped; of parquet, the row group around a picture is read each time
+    (`datasets` writes groups of 100), which is several times slower.
+
+    Args:
+        path: a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, a `.parquet` file,
+            or a folder of them (also within `data/`), named `train-*.parquet` and so on where it has several
+            splits.
+        split: "train" or "val" (also "validation" and "test" where there is no other).
+
+    Raises:
+        VugenError: pyarrow is missing, no such data, or no image and caption columns in it.
+    """
+
+    name = "hf"
+    licence = "that of the source"
+    classes: Sequence[str]
+
+    def __init__(self, path: str | Path, split: str = "train"):
+        self.origin = str(path)
+        self.tables = Tables(Path(path), split)
+        names, features = self.tables.names, self.tables.features
+        self.image_column = next((name for name in IMAGE_COLUMNS if name in names), "")
+        self.caption_column = next((name for name in CAPTION_COLUMNS if name in names), "")
+        self.label_column = next((name for name in _LABEL_COLUMNS if name in names), "")
+        self.classes = features.get(self.label_column, {}).get("names") or []
+        if not self.image_column or not (self.caption_column or self.classes):
+            raise VugenError(
+                f"{path} has the columns {', '.join(names)}: expected an image column "
+                f"({', '.join(IMAGE_COLUMNS)}) and a caption column ({', '.join(CAPTION_COLUMNS)}) or a "
+                "label column with class names"
+            )
+        self.fingerprint = self.tables.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    def __getitem__(self, index: int) -> Sample:
+        columns = [name for name in (self.image_column, self.caption_column, self.label_column) if name]
+        key, row = self.tables.row(index, columns)
+        image = stored_picture(row[self.image_column], key)
+        meta: Meta = {}
+        label = row.get(self.label_column)
+        if self.classes and isinstance(label, int) and 0 <= label < len(self.classes):
+            meta = {"class": self.classes[label], "label": label}
+        captions = row.get(self.caption_column) or (meta["class"].replace("_", " ") if meta else [])
+        return Sample(
+            key=key,
+            image=image,
+            captions=[captions] if isinstance(captions, str) else [str(line) for line in captions],
+            meta=meta,
+        )
 
 
 def _find_files(path: Path, split: str) -> list[Path]:

@@ -85,9 +85,7 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
         raise ValueError("empty file")
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            _check_size(*image.size, max_pixels)
-            orientation = _orientation(image)
-            pixels = np.asarray(_to_rgb(image))
+            return opened(image, max_pixels)
     except MemoryError:
         raise
     except Image.UnidentifiedImageError:
@@ -96,7 +94,17 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
         raise ValueError(f"too large: more than {MAX_PIXELS} pixels") from None
     except Exception as err:  # a damaged file makes Pillow's plugins raise nearly anything
         raise ValueError(" ".join(f"unreadable image: {err or type(err).__name__}".split())) from err
-    return _upright(pixels, orientation)
+
+
+def opened(image: Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """An open picture of any mode as `decode` gives it, `uint8 [H, W, 3]`.
+
+    Raises:
+        ValueError: it is too small, too large or too long; what Pillow raises on damage.
+    """
+    _check_size(*image.size, max_pixels)
+    orientation = _orientation(image)
+    return _upright(np.asarray(_to_rgb(image)), orientation)
 
 
 @cache

@@ -60,6 +60,8 @@ class Batch:
         meta: B dictionaries, the samples' `.json`, with every caption under `captions`.
         corrupt: how many samples of this batch were damaged; others, drawn at random, stand in for them.
         tokens: the captions' token ids, of a latent cache or where the stream was given a tokeniser.
+        sources: the pictures that each image is made from, uint8 [3, S, S] each; none if it is no edit. None
+            where the stream was not asked for them.
         cut: how many captions were too long and lost their end.
     """
 
@@ -69,6 +71,7 @@ class Batch:
     corrupt: int
     tokens: list[list[int]] | None = None
     cut: int = 0
+    sources: list[list[Tensor]] | None = None
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader so that the copy to the GPU need not wait."""
@@ -85,6 +88,9 @@ class ShardedImages:
         path: a directory written by `vugen prepare`, or a URL of one (see `remote`).
         split: `train` or `val`.
         latents: take a latent cache too, whose z̃ are then read in place of images.
+
+    Attributes:
+        most_sources: pictures that a sample is made from, at most; 0 of a data set without edits.
 
     Raises:
         VugenError: there is no such data set, split or shard, or it holds latents.
@@ -115,7 +121,7 @@ class ShardedImages:
             there = set(os.listdir(path))
             if missing := next((name for name in self.names if name not in there), None):
                 raise VugenError(f"shard {missing} of {path} is missing: run `vugen prepare` again")
-        self.size = self.manifest.size
+        self.size, self.most_sources = self.manifest.size, self.manifest.splits[split].sources
         self.cache = shard_cache()  # of this process: a worker's environment may be older
         self.keep_open = 8
         self._start_reading()
@@ -165,7 +171,7 @@ class ShardedImages:
         return opened
 
     def stored(self, shard: int, index: int) -> list[bytes]:
-        """The bytes of a sample: picture or latents, `.json`, `.txt`.
+        """The bytes of a sample: picture or latents, `.json`, `.txt`, pictures that it is made from.
 
         Raises:
             Damaged: one of them is missing.
@@ -177,7 +183,9 @@ class ShardedImages:
                 if index >= len(places):
                     raise Damaged(f"sample {index} is missing from {self.names[shard]}")
                 members = []
-                for offset, size in places[index].tolist():
+                for column, (offset, size) in enumerate(places[index].tolist()):
+                    if column > 2 and offset < 0:  # others of the shard are made from more
+                        break
                     if offset < 0 or size < 0 or offset + size > length:
                         raise Damaged(f"a part of sample {index} is missing from {self.names[shard]}")
                     members.append(os.pread(file.fileno(), size, offset))
@@ -194,6 +202,8 @@ class ShardedImages:
     def read(self, shard: int, index: int, place: np.ndarray | None = None) -> tuple[np.ndarray, Meta]:
         """Decode one sample: uint8 [S, S, 3], or z̃ float16 [1 or 2, h, w, c]; and its meta with `captions`.
 
+        The meta of an edit has the pictures that it is made from under `sources`, as they are stored.
+
         Args:
             shard, index: where it is.
             place: may be decoded into, where it has the stored size.
@@ -202,10 +212,14 @@ class ShardedImages:
             Damaged: the sample is damaged or missing from its shard.
             VugenError: the shard cannot be read or had.
         """
-        stored, facts, text = self.stored(shard, index)
+        stored, facts, text, *sources = self.stored(shard, index)
         try:
             meta: Meta = dict(json.loads(facts))
             meta["captions"] = text.decode().splitlines()
+            if sources:
+                if len(sources) != meta["source_count"]:
+                    raise ValueError("a picture that it is made from is missing")
+                meta["sources"] = sources
             if self.latents:
                 shape = (1 + self.latents.flip, *self.latents.grid, self.latents.channels)
                 if len(meta["tokens"]) != len(meta["captions"]):
@@ -319,6 +333,7 @@ class TrainingStream(IterableDataset[Batch]):
         accumulate: a part comes as this many batches that follow one another.
         tokenize: caption -> token ids, and whether it was cut; called in the workers, to which it is sent. A
             cache has its own tokens.
+        sources: give the pictures that images are made from too.
     """
 
     def __init__(
@@ -333,11 +348,12 @@ class TrainingStream(IterableDataset[Batch]):
         part: tuple[int, int] = (0, 1),
         accumulate: int = 1,
         tokenize: Callable[[str], tuple[list[int], bool]] | None = None,
+        sources: bool = False,
     ):
         self.images, self.batch_size, self.seed, self.flip = images, batch_size, seed, flip
         self.first, self.count = batch_size // part[1] * part[0], batch_size // part[1] // accumulate
         self.start, self.size, self.accumulate = start, size or images.size, accumulate
-        self.tokenize = tokenize
+        self.tokenize, self.sources = tokenize, sources
         self.order = images.order(seed, window, batch_size, part[1])
 
     def __iter__(self) -> Iterator[Batch]:
@@ -368,7 +384,9 @@ class TrainingStream(IterableDataset[Batch]):
             tokens, cuts = map(list, zip(*map(self.tokenize, captions), strict=True))
             cut = sum(cuts)
         pictures = images if cached else images.permute(0, 3, 1, 2)
-        return Batch(pictures, captions, list(metas), sum(corrupt), tokens, cut)
+        sources = [meta.pop("sources", []) for meta in metas]
+        shown = sources if self.sources else None
+        return Batch(pictures, captions, list(metas), sum(corrupt), tokens, cut, shown)
 
     def read(self, batch: int, row: int, place: np.ndarray) -> tuple[int, Meta, int]:
         """A row of a whole batch: picture or z̃ into `place`; which caption, meta, and 1 for a stand-in."""
@@ -378,10 +396,12 @@ class TrainingStream(IterableDataset[Batch]):
         luck = random_bits(self.seed, epoch, shard, index)
         corrupt = 0
         try:
-            pixels, meta = self.images.read(shard, index, place)
+            pixels, meta = self._read(shard, index, place)
         except Damaged:
             pixels, meta = self._stand_in(stream, position, place)
             corrupt = 1
+        if self.flip and luck & 1:
+            meta["sources"] = [source.flip(-1) for source in meta.get("sources", [])]
         choice = (luck >> 1) % max(len(meta["captions"]), 1)
         if self.images.latents:  # mirrored latents are not the mirror's latents: both were stored
             place[:] = pixels[1 if self.flip and luck & 1 else 0]
@@ -394,12 +414,28 @@ class TrainingStream(IterableDataset[Batch]):
             place[:] = pixels
         return choice, meta, corrupt
 
+    def _read(self, shard: int, index: int, place: np.ndarray) -> tuple[np.ndarray, Meta]:
+        """A sample with the pictures that it is made from decoded, where they are asked for.
+
+        Raises:
+            Damaged: the sample or one of them.
+        """
+        pixels, meta = self.images.read(shard, index, place)
+        stored = meta.pop("sources", [])
+        if self.sources and stored:
+            try:
+                decoded = [adm_crop(decode_stored(data, self.images.size), self.size) for data in stored]
+            except Exception as error:  # damaged bytes make decoders raise nearly anything
+                raise Damaged(f"a source of sample {index}: {first_line(error)}") from error
+            meta["sources"] = [torch.from_numpy(source).permute(2, 0, 1) for source in decoded]
+        return pixels, meta
+
     def _stand_in(self, stream: int, position: int, place: np.ndarray) -> tuple[np.ndarray, Meta]:
         """A sample drawn at random, near the damaged one if one can be read there."""
         for attempt in range(STAND_INS):
             _, shard, index = self.order.stand_in(stream, position, attempt)
             try:
-                return self.images.read(shard, index, place)
+                return self._read(shard, index, place)
             except Damaged:
                 continue
         raise VugenError(
@@ -444,6 +480,7 @@ def training_batches(
     flip: bool,
     size: int | None = None,
     tokenize: Callable[[str], tuple[list[int], bool]] | None = None,
+    sources: bool = False,
 ) -> Callable[[int], Iterator[Batch]]:
     """What a stage trains on: step -> this process's stream from there, `engine.accumulate` batches a step.
 
@@ -461,7 +498,17 @@ def training_batches(
         part = (rank(), world_size())
         return batches(
             TrainingStream(
-                images, batch_size, recipe.seed, data.shuffle, flip, step, size, part, parts, tokenize
+                images,
+                batch_size,
+                recipe.seed,
+                data.shuffle,
+                flip,
+                step,
+                size,
+                part,
+                parts,
+                tokenize,
+                sources,
             ),
             data.workers,
         )

@@ -67,6 +67,7 @@ class Split(Facts):
         0, ge=0, description="pictures that could not be used; each has a line in `skipped-SPLIT.jsonl`"
     )
     captions: Captions | None = Field(None, description="statistics of the captions")
+    sources: int = Field(0, ge=0, description="of edits: pictures that one is made from, at most")
 
 
 class Latents(Facts):
@@ -214,21 +215,23 @@ class Counted(Facts):
     words: int = 0
     words_max: int = 0
     characters_max: int = 0
+    sources: int = 0
 
-    def add(self, captions: list[str]) -> None:
-        """Count the captions of one more image."""
+    def add(self, captions: list[str], sources: int = 0) -> None:
+        """Count the captions of one more image, and the pictures that it is made from."""
         words = [len(caption.split()) for caption in captions]
         self.images += 1
         self.captions += len(captions)
         self.words += sum(words)
         self.words_max = max(self.words_max, *words)
         self.characters_max = max(self.characters_max, *map(len, captions))
+        self.sources = max(self.sources, sources)
 
     def merge(self, other: "Counted") -> None:
         """Count another shard's."""
         for key in ("images", "captions", "words"):
             setattr(self, key, getattr(self, key) + getattr(other, key))
-        for key in ("words_max", "characters_max"):
+        for key in ("words_max", "characters_max", "sources"):
             setattr(self, key, max(getattr(self, key), getattr(other, key)))
 
     def summary(self) -> Captions:
@@ -309,6 +312,7 @@ def add_split(
         shards=shards,
         skipped_count=skipped,
         captions=totals.summary(),
+        **({"sources": totals.sources} if totals.sources else {}),
     )
     splits = dict(sorted({**(manifest.splits if manifest else {}), split: entry}.items()))
     known = (manifest and manifest.classes) or []

@@ -52,6 +52,7 @@ class MixedImages(ShardedImages):
                     f"different size, or one is a latent cache; prepare them alike"
                 )
         self.size, self.latents = first.size, first.latents
+        self.most_sources = max(images.most_sources for images in self.parts)
         self.counts = np.concatenate([images.counts for images in self.parts])
         self.names = [f"{images.directory}/{name}" for images in self.parts for name in images.names]
         self.firsts = np.cumsum([0, *(len(images.counts) for images in self.parts)])

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+PICTURE = "{image}"  # where a source picture stands in an instruction, if not before it
+MOST_SOURCES = 16  # pictures that one may be made from
+
 Meta = dict[str, Any]  # a sample's `.json`, whatever its source knew, with every caption under `captions`
 
 
@@ -20,12 +23,14 @@ class Sample:
         image: the encoded file as bytes, or a drawn picture (RGB) which is stored without loss.
         captions: one or more captions, each a single line.
         meta: JSON-able facts kept in the sample's `.json` (class, original size, scene description, ...).
+        sources: pictures that this one is made from by what the captions say: it is then an edit.
     """
 
     key: str
     image: bytes | Image.Image
     captions: list[str]
     meta: Meta = field(default_factory=dict)
+    sources: Sequence[bytes | Image.Image] = ()
 
 
 class Source(Protocol):

@@ -131,22 +131,8 @@ class WebDatasetShards:
 
     def __init__(self, path: str | Path, split: str = "train"):
         path = Path(path)
-        if not path.exists():
-            raise VugenError(f"there is no {path}: point --source at a folder of webdataset shards (.tar)")
         self.origin = str(path)
-        if path.is_dir():
-            folder = split_folder(path, split)
-            self.shards = sorted(folder.glob("*.tar"))
-            # A folder with both splits names them in its shards.
-            named = {s: [t for t in self.shards if t.name.startswith(f"{s}-")] for s in ("train", "val")}
-            if named["train"] or named["val"]:
-                self.shards = named[split]
-            if not self.shards:
-                raise VugenError(
-                    f"{folder} holds no .tar shards of the {split} split: point --source at a folder of them"
-                )
-        else:
-            self.shards = [path]
+        self.shards = shards_of(path, split)
         list_shards(self.shards)
         counts, usable = [], False
         for shard in self.shards:
@@ -188,6 +174,33 @@ class WebDatasetShards:
             if not captions and value:
                 captions = [value] if isinstance(value, str) else [str(line) for line in value]
         return Sample(key=key, image=read_at(shard, *places[0:2]), captions=captions, meta=meta)
+
+
+def shards_of(path: Path, split: str) -> list[Path]:
+    """The shards of a split: a `.tar`, or those of a folder.
+
+    Args:
+        path: the folder, or one of them.
+        split: with `train/` and `val/` folders, or shards named `train-*.tar` and `val-*.tar`, which of them.
+
+    Raises:
+        VugenError: there are none.
+    """
+    if not path.exists():
+        raise VugenError(f"there is no {path}: point --source at a folder of webdataset shards (.tar)")
+    if not path.is_dir():
+        return [path]
+    folder = split_folder(path, split)
+    shards = sorted(folder.glob("*.tar"))
+    # A folder with both splits names them in its shards.
+    named = {s: [t for t in shards if t.name.startswith(f"{s}-")] for s in ("train", "val")}
+    if named["train"] or named["val"]:
+        shards = named[split]
+    if not shards:
+        raise VugenError(
+            f"{folder} holds no .tar shards of the {split} split: point --source at a folder of them"
+        )
+    return shards
 
 
 # --- listings: read once, kept in the user's cache, and never all in memory

@@ -47,7 +47,7 @@ from vugen_cli.data.manifest import (
     write_manifest,
     write_skipped,
 )
-from vugen_cli.data.sample import Sample, Source, hash_of
+from vugen_cli.data.sample import MOST_SOURCES, PICTURE, Sample, Source, hash_of
 from vugen_cli.data.shuffle import Shuffled
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import locked, whole_file, write_json
@@ -93,7 +93,8 @@ def write_dataset(
 
     A shard `train-000000.tar` holds for each sample `KEY.jpg` or `KEY.png` (`size` x `size`, RGB), `KEY.txt`
     (a caption a line) and `KEY.json` (the sample's meta with `source_key`, `width`, `height` and
-    `caption_count`), where KEY is the position in the plan; positions of skipped pictures stay empty. Its
+    `caption_count`), where KEY is the position in the plan; positions of skipped pictures stay empty. An edit
+    has the pictures that it is made from too, `KEY.source0.jpg` and so on, and their `source_count`. Its
     index lies beside it (see `index`), and `skipped-train.jsonl` lists the skipped pictures. Another split of
     the same data set may already be in `out` and is kept. A finished split is recognised and left as it is;
     missing shards of it are written again.
@@ -426,7 +427,7 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> Record:
                 continue
             for kind, data in members:
                 add_member(tar, f"{position:09d}.{kind}", data)
-            captions.add(sample.captions)
+            captions.add(sample.captions, len(sample.sources))
     if not captions.images:
         path.unlink(missing_ok=True)
         index_path(path).unlink(missing_ok=True)
@@ -441,7 +442,7 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> Record:
 
 
 def _members(sample: Sample, size: int) -> list[tuple[str, bytes]]:
-    """A sample's members in a shard: image, captions, meta. The captions are cleaned in place.
+    """A sample's members in a shard: image, meta, captions, sources. The captions are cleaned in place.
 
     Raises:
         ValueError: the picture cannot be used, or no caption is left.
@@ -449,12 +450,8 @@ def _members(sample: Sample, size: int) -> list[tuple[str, bytes]]:
     sample.captions = [line for line in (" ".join(caption.split()) for caption in sample.captions) if line]
     if not sample.captions:
         raise ValueError("no caption")
-    if isinstance(sample.image, Image.Image):
-        pixels, lossless = np.asarray(sample.image.convert("RGB")), True
-    else:
-        pixels, lossless = decode(sample.image), size <= LOSSLESS_UP_TO and is_lossless(sample.image)
+    pixels, lossless = _pixels(sample.image, size)
     height, width = pixels.shape[:2]
-    kind, image = encode(adm_crop(pixels, size), lossless)
     meta = {
         **sample.meta,
         "source_key": sample.key,
@@ -462,11 +459,15 @@ def _members(sample: Sample, size: int) -> list[tuple[str, bytes]]:
         "height": height,
         "caption_count": len(sample.captions),
     }
+    sources = _sources(sample, size)
+    if sources:
+        meta["source_count"] = len(sources)
     text = "\n".join(sample.captions) + "\n"
     return [
-        (kind, image),
+        encode(adm_crop(pixels, size), lossless),
         ("json", json.dumps(meta, ensure_ascii=False).encode("utf-8", "replace")),
         ("txt", text.encode("utf-8", "replace")),
+        *sources,
     ]
 
 
@@ -487,6 +488,35 @@ def shard_file(path: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, Any]]]:
             facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             facts["bytes"] = os.fstat(file.fileno()).st_size
     write_index(index_path(path), index)
+
+
+def _sources(sample: Sample, size: int) -> list[tuple[str, bytes]]:
+    """The members `source0.png`, ... of an edit, cut as its picture is.
+
+    Raises:
+        ValueError: one cannot be used, or an instruction places another number of them.
+    """
+    if len(sample.sources) > MOST_SOURCES:
+        raise ValueError(f"{len(sample.sources)} source pictures, more than {MOST_SOURCES}")
+    members = []
+    for number, source in enumerate(sample.sources):
+        try:
+            pixels, lossless = _pixels(source, size)
+        except ValueError as error:
+            raise ValueError(f"source picture {number}: {error}") from error
+        kind, data = encode(adm_crop(pixels, size), lossless)
+        members.append((f"source{number}.{kind}", data))
+    for caption in sample.captions if members else []:
+        if caption.count(PICTURE) not in (0, len(members)):
+            raise ValueError(f"an instruction places {caption.count(PICTURE)} pictures of {len(members)}")
+    return members
+
+
+def _pixels(image: bytes | Image.Image, size: int) -> tuple[np.ndarray, bool]:
+    """A picture decoded, and whether it is to be stored without loss."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB")), True
+    return decode(image), size <= LOSSLESS_UP_TO and is_lossless(image)
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from vugen_cli.data.folder import IMAGE_SUFFIXES, image_paths
 from vugen_cli.data.images import MAX_PIXELS, decode
+from vugen_cli.data.index import is_source
 from vugen_cli.data.loader import ShardedImages
 from vugen_cli.data.manifest import read_manifest
 from vugen_cli.data.shards import read_at, tar_members
@@ -320,7 +321,7 @@ def _read_file(file: Path) -> bytes:
 def _tar_items(shards: list[Path]) -> Iterator[_Item]:
     for shard in shards:
         for name, offset, size in tar_members(shard):
-            if is_image(name):
+            if is_image(name) and not is_source(name):
                 yield f"{shard.name}/{name}", partial(_read_member, shard, offset, size)
 
 

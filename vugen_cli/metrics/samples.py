@@ -24,6 +24,10 @@ class DrawnImage(BaseModel):
     seed: int | None = Field(None, description="from which, with prompt and index, the noise is drawn")
     steps: int | None = Field(None, description="of the solver")
     guidance: float | None = Field(None, description="how far the prompt is overstressed; 1: not at all")
+    sources: list[str] = Field(
+        [], description="the prompt's pictures, as the VLM saw them, within the folder"
+    )
+    image_guidance: float | None = Field(None, description="as `guidance`, by these pictures")
     solver: str | None = Field(None, description="`euler`, `heun` or `midpoint`")
     guidance_interval: tuple[float, float] | None = Field(None, description="between which times")
     precision: str | None = Field(None, description="of drawing, as the recipe's `sampling.precision`")
@@ -54,8 +58,9 @@ def read_samples(folder: Path) -> list[DrawnImage]:
                 f"{listing} line {number} is not as `vugen sample` writes it: {problem['loc'][0]}: "
                 f"{problem['msg']}."
             ) from error
-        if not (folder / sample.file).resolve().is_relative_to(folder.resolve()):
-            raise VugenError(f"{listing} line {number} names '{sample.file}', which is outside its folder.")
+        for name in (sample.file, *sample.sources):
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise VugenError(f"{listing} line {number} names '{name}', which is outside its folder.")
         samples.append(sample)
     return samples
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vugen_cli.errors import VugenError
-from vugen_cli.models.embeddings import TimeEmbedding
+from vugen_cli.models.embeddings import ReferenceEmbedding, TimeEmbedding, visible
 from vugen_cli.vlm.prefix import Prefix
 
 HEAD = 64  # head size where the recipe does not say how many heads
@@ -29,6 +29,7 @@ class DiTExpert(nn.Module):
         heads: default one for every 64 of the width.
         mlp: inner width of the SwiGLU; default 8/3 of the width, as many weights as a plain MLP of four times
             the width has.
+        reference: read z̃ of a prompt's pictures too; see `Expert.reference`.
 
     Raises:
         VugenError: the heads do not divide the width into sizes that rows and columns can share.
@@ -42,8 +43,10 @@ class DiTExpert(nn.Module):
         width: int,
         heads: int | None = None,
         mlp: int | None = None,
+        reference: bool | str = False,
     ):
         super().__init__()
+        self.reference = reference
         heads = heads or max(1, width // HEAD)
         if width % heads or width // heads % 4:
             raise VugenError(
@@ -58,6 +61,8 @@ class DiTExpert(nn.Module):
         )
         self.modulation = zeroed(nn.Linear(width, 2 * width))
         self.proj_out = zeroed(nn.Linear(width, channels))
+        if reference:
+            self.reference_embed = ReferenceEmbedding(width)
 
     def forward(self, noised: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
         """Velocity [B, h, w, channels], for a grid of any size.
@@ -67,15 +72,20 @@ class DiTExpert(nn.Module):
             t: [B] in [0, 1].
             prefix: of B prompts, from `FrozenVLM.prefix` with the hidden states that the expert `reads`.
         """
-        batch, height, width, _ = noised.shape
+        _, height, width, _ = noised.shape
+        count, references = height * width, prefix.references if self.reference else None
         x = self.proj_in(noised.flatten(1, 2)).float()  # [B, N, width]; the residual stream stays float32
         condition = functional.silu(self.time_embed(t))[:, None]  # [B, 1, width]
         cos, sin = rotary_2d(height, width, self.head, x.device)
-        seen = torch.cat([prefix.mask, prefix.mask.new_ones(batch, height * width)], 1)[:, None, None]
+        if references is not None:  # R N clean tokens, each turned as its noised one is
+            clean = self.reference_embed(self.proj_in(references.flatten(2, 3)))
+            x = torch.cat([x, clean.float()], 1)  # [B, N + R N, width]
+            cos, sin = (each.repeat(1 + references.shape[1], 1) for each in (cos, sin))
+        seen = visible(prefix, count, x.shape[1] // count - 1)[:, None, None]
         for block, prompt in zip(self.blocks, prefix.hidden, strict=True):
             x = block(x, condition, prompt=prompt, attention_mask=seen, cos=cos, sin=sin)
         scale, bias = self.modulation(condition).chunk(2, -1)
-        return self.proj_out(modulate(x, scale, bias)).unflatten(1, (height, width))
+        return self.proj_out(modulate(x[:, :count], scale, bias)).unflatten(1, (height, width))
 
 
 class DiTBlock(nn.Module):

@@ -1,9 +1,12 @@
-"""Fixed features of time and place."""
+"""Features of time and place, and of the pictures that a prompt is about."""
 
 import math
 
 import torch
 from torch import Tensor, nn
+
+from vugen_cli.data.sample import MOST_SOURCES
+from vugen_cli.vlm.prefix import Prefix
 
 
 def sinusoid(values: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
@@ -34,3 +37,34 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """Times are scaled to [0, 1000] first, the range these frequencies are made for."""
         return self.mlp(sinusoid(1000 * t, 256))
+
+
+class ReferenceEmbedding(nn.Module):
+    """Tells clean tokens of a prompt's pictures from the noised ones, and one picture from another.
+
+    Args:
+        width: of the tokens.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(0.02 * torch.randn(MOST_SOURCES, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens of each picture, [B, R, N, width], marked and in one row: [B, R N, width]."""
+        return (tokens + self.weight[: tokens.shape[1], None]).flatten(1, 2)
+
+
+def visible(prefix: Prefix, count: int, references: int) -> Tensor:
+    """Which keys a prompt's image tokens see, bool [B, T + N + R N]: all but padding.
+
+    Args:
+        prefix: of B prompts.
+        count: N, places of the grid.
+        references: R that the expert reads.
+    """
+    parts = [prefix.mask, prefix.mask.new_ones(len(prefix.mask), count)]
+    if references:
+        assert prefix.referred is not None
+        parts.append(prefix.referred.repeat_interleave(count, 1))
+    return torch.cat(parts, 1)

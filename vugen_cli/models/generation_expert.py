@@ -16,7 +16,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vugen_cli.errors import VugenError
-from vugen_cli.models.embeddings import TimeEmbedding, grid_positions
+from vugen_cli.models.embeddings import ReferenceEmbedding, TimeEmbedding, grid_positions, visible
 from vugen_cli.vlm.prefix import Prefix
 
 FUSED = "image_tokens"  # the name of `attend` among the attention functions of transformers
@@ -93,6 +93,7 @@ class GenerationExpert(nn.Module):
         fresh: start from new weights; otherwise from the decoder's.
         adaptive_norms: scale and shift what each norm gives by the time (AdaLN), by nothing at the start.
         empty: leave what is copied of the decoder on `meta`, without values.
+        reference: read z̃ of a prompt's pictures too; see `Expert.reference`.
     """
 
     reads = None  # no hidden states, but keys and values: what `FrozenVLM.prefix` is asked for
@@ -105,8 +106,10 @@ class GenerationExpert(nn.Module):
         fresh: bool = False,
         adaptive_norms: bool = False,
         empty: bool = False,
+        reference: bool | str = False,
     ):
         super().__init__()
+        self.reference = reference
         words = decoder.get_input_embeddings()
         # Image tokens come as embeddings: no vocabulary is copied or kept.
         instead: dict[int, Any] = {id(words): nn.Identity()}
@@ -127,6 +130,8 @@ class GenerationExpert(nn.Module):
         self.proj_out = nn.Linear(width, channels)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
+        if reference:
+            self.reference_embed = ReferenceEmbedding(width)
         self.norms = norms_of(self.decoder) if adaptive_norms else []
         if self.norms:
             self.modulation = nn.Linear(width, 2 * width * len(self.norms))
@@ -144,34 +149,38 @@ class GenerationExpert(nn.Module):
             prefix: of B prompts, from `FrozenVLM.prefix`.
         """
         _, height, width, _ = noised.shape
+        count, references = height * width, prefix.references if self.reference else None
         time = self.time_embed(t)[:, None]  # [B, 1, width]
         # N = h w image tokens follow T of the prompt, padding included.
         tokens = self.proj_in(noised.flatten(1, 2)) + self.pos_embed + time  # [B, N, width]
+        positions = image_positions(prefix.first_free, height, width, self.mrope)
+        if references is not None:  # R N clean tokens, each where its noised one is
+            clean = self.reference_embed(self.proj_in(references.flatten(2, 3)) + self.pos_embed)
+            tokens = torch.cat([tokens, clean], 1)  # [B, N + R N, width]
+            positions = torch.cat([positions] * (1 + references.shape[1]), -1)
         if self.norms:
             modulation = self.modulation(functional.silu(time)).chunk(2 * len(self.norms), -1)
             for number, norm in enumerate(self.norms):
                 norm.time_scale, norm.time_bias = modulation[2 * number : 2 * number + 2]
-        positions = image_positions(prefix.lengths, height, width, self.mrope)
         hidden = self.decoder(
             inputs_embeds=tokens,
-            attention_mask=self._mask(prefix, tokens),
+            attention_mask=self._mask(prefix, tokens, count),
             position_ids=positions,
             past_key_values=PrefixCache(prefix),
             use_cache=False,
         ).last_hidden_state
-        return self.proj_out(hidden).unflatten(1, (height, width))
+        return self.proj_out(hidden[:, :count]).unflatten(1, (height, width))
 
-    def _mask(self, prefix: Prefix, tokens: Tensor) -> Tensor | None:
-        """Which of T + N keys the image tokens see, as the decoder's attention function wants to be told."""
-        fused = self.decoder.config._attn_implementation == FUSED
-        if fused and not prefix.padded:
+    def _mask(self, prefix: Prefix, tokens: Tensor, count: int) -> Tensor | None:
+        """Which of T + N + R N keys the tokens see, as the decoder's attention function wants to be told."""
+        fused, references = self.decoder.config._attn_implementation == FUSED, tokens.shape[1] // count - 1
+        if fused and not prefix.padded and not references:
             return None
-        batch, count, _ = tokens.shape
-        visible = torch.cat([prefix.mask, prefix.mask.new_ones(batch, count)], 1)[:, None, None]
+        seen = visible(prefix, count, references)[:, None, None]
         if fused:
-            return visible  # [B, 1, 1, T + N]
-        mask = torch.zeros(visible.shape, dtype=tokens.dtype, device=tokens.device)  # to be added
-        return mask.masked_fill(~visible, torch.finfo(mask.dtype).min).expand(-1, 1, count, -1)
+            return seen  # [B, 1, 1, T + N + R N]
+        mask = torch.zeros(seen.shape, dtype=tokens.dtype, device=tokens.device)  # to be added
+        return mask.masked_fill(~seen, torch.finfo(mask.dtype).min).expand(-1, 1, tokens.shape[1], -1)
 
 
 def without_dropout(module: nn.Module) -> nn.Module:

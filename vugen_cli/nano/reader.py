@@ -146,7 +146,6 @@ def load_reader(path: str | Path) -> SceneReader:
     return reader.eval()
 
 
-@torch.no_grad()
 def verdicts(reader: SceneReader, images: Tensor, scenes: Sequence[Scene]) -> list[dict[str, bool]]:
     """What pictures get right of the scenes they should show, as far as each scene asks.
 
@@ -159,10 +158,16 @@ def verdicts(reader: SceneReader, images: Tensor, scenes: Sequence[Scene]) -> li
         images: uint8 [N, 3, H, W].
         scenes: N.
     """
+    reading = read(reader, images)
+    return [_verdict(reading, row, scene) for row, scene in enumerate(scenes)]
+
+
+@torch.no_grad()
+def read(reader: SceneReader, images: Tensor) -> Reading:
+    """What is read from pictures, uint8 [N, 3, H, W], in batches; on the CPU."""
     device = next(reader.parameters()).device
     parts = [reader(part.to(device)) for part in images.split(BATCH)]
-    reading = Reading(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
-    return [_verdict(reading, row, scene) for row, scene in enumerate(scenes)]
+    return Reading(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
 
 
 def _verdict(reading: Reading, row: int, scene: Scene) -> dict[str, bool]:

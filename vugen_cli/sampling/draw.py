@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from vugen_cli.flow import Solver
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import all_gather, barrier, is_first, rank, world_size
 from vugen_cli.progress import progress_bar
+from vugen_cli.recipe import Sampling
 from vugen_cli.sampling.sampler import Sampler
+from vugen_cli.vlm.prompts import Prompt
 
 GRID_IMAGES = 64  # more would not be looked at
 
@@ -75,31 +78,33 @@ def pick_sampler(given: Path | None) -> Path:
 
 def draw(
     sampler: Sampler,
-    prompts: list[str],
+    prompts: Sequence[str | Prompt],
     n: int,
     out: Path,
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
     solver: Solver | None = None,
+    image_guidance: float | None = None,
 ) -> Path:
     """Draw n pictures for each prompt into a folder; the processes of a job share the prompts out.
 
     Writes `<prompt>-<hash>-<index>.png` with PNG text metadata, `grid.png` (the first 64) and
     `samples.jsonl`, one line a picture: file, prompt, index, seed, settings, checkpoint, and the data set to
-    compare with.
+    compare with. The pictures of a prompt go into the folder `sources`, as the VLM saw them.
 
     Returns:
         The folder.
     """
-    settings = sampler.settings(steps, guidance, solver)
+    asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    settings = sampler.settings(steps, guidance, solver, image_guidance)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VugenError(f"cannot write to {out}: {error.strerror}") from error
     about = {
         "seed": seed,
-        **settings.model_dump(mode="json"),
+        **settings.model_dump(mode="json", exclude={"image_guidance"}),
         "sampler": str(sampler.path),
         "step": sampler.card.step,
         **({"decoder": sampler.card.decoder} if sampler.card.decoder else {}),
@@ -111,15 +116,16 @@ def draw(
     rows: dict[tuple[int, int], dict[str, Any]] = {}
     shown: dict[tuple[int, int], torch.Tensor] = {}
     mine = range(rank(), len(prompts), world_size())
-    images = sampler.sample([prompts[p] for p in mine], n, seed, steps, guidance, solver)
+    with_sources = {p: _save_sources(asked[p], out, settings) for p in mine if asked[p].pictures}
+    images = sampler.sample([asked[p] for p in mine], n, seed, steps, guidance, solver, image_guidance)
     for p, i, image in progress_bar(
         ((mine[p], i, image) for p, i, image in images),
         total=n * len(mine),
         desc="sample",
         unit="img",
     ):
-        name = f"{file_stem(prompts[p])}-{i:04d}.png"
-        rows[p, i] = {"file": name, "prompt": prompts[p], "index": i, **about}
+        name = f"{file_stem(asked[p])}-{i:04d}.png"
+        rows[p, i] = {"file": name, "prompt": asked[p].text, "index": i, **about, **with_sources.get(p, {})}
         with whole_file(out / name) as temporary:
             temporary.write_bytes(png(image, rows[p, i]))
         if p * n + i < GRID_IMAGES:
@@ -133,7 +139,7 @@ def draw(
             temporary.write_text(
                 "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows))
             )
-        labels = [prompts[p] for p, _ in sorted(shown)] if len(prompts) > 1 else None
+        labels = [asked[p].text for p, _ in sorted(shown)] if len(prompts) > 1 else None
         columns = n if len(prompts) > 1 and n > 1 else None
         save_grid(torch.stack([shown[key] for key in sorted(shown)]), out / "grid.png", columns, labels)
     barrier(f"{out} listed")
@@ -151,7 +157,21 @@ def png(image: torch.Tensor, about: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def file_stem(prompt: str) -> str:
+def _save_sources(prompt: Prompt, out: Path, settings: Sampling) -> dict[str, Any]:
+    """Write a prompt's pictures into `out/sources` and return what a line of `samples.jsonl` says of them."""
+    (out / "sources").mkdir(exist_ok=True)
+    names = []
+    for picture in prompt.pictures:
+        pixels = np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy())
+        names.append(f"sources/{hashlib.sha256(pixels.tobytes()).hexdigest()[:12]}.png")
+        with whole_file(out / names[-1]) as temporary:
+            Image.fromarray(pixels).save(temporary, format="PNG")
+    return {"sources": names, "image_guidance": settings.image_guidance}
+
+
+def file_stem(prompt: str | Prompt) -> str:
     """A readable file name for a prompt; a hash keeps long or similar ones apart."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "prompt"
-    return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}"
+    prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
+    nameless = "variation" if prompt.pictures else "prompt"
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.text.lower()).strip("-")[:60].strip("-") or nameless
+    return f"{words}-{hashlib.sha256(prompt.key.encode()).hexdigest()[:6]}"

@@ -1,6 +1,7 @@
 """A trained sampler as a diffusers pipeline."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,10 +14,12 @@ from vugen_cli.errors import VugenError
 from vugen_cli.files import write_json
 from vugen_cli.flow import Solver
 from vugen_cli.hub import PREFIX
-from vugen_cli.sampling.sampler import Sampler
+from vugen_cli.sampling.sampler import Sampler, open_picture
 from vugen_cli.sampling.trained import VLM, WEIGHTS, load_sampler, save_sampler
 from vugen_cli.vlm.frozen import WORDS
+from vugen_cli.vlm.prompts import Prompt
 
+Picture = str | Path | bytes | Image.Image  # what `open_picture` takes
 # By these diffusers' own DiffusionPipeline, told to trust remote code, finds what is installed here.
 CODE = {
     "pipeline.py": "from vugen_cli.sampling.pipeline import VugenPipeline  # noqa: F401\n",
@@ -121,7 +124,7 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] = "",
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
@@ -130,26 +133,35 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
         solver: Solver | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        image: Picture | Sequence[Picture] | None = None,
+        image_guidance_scale: float | None = None,
     ) -> Any:
         """Draw pictures for prompts.
 
         Args:
-            prompt: what to draw, one or several.
+            prompt: what to draw, one or several; may be left out where there is an image, to vary it.
             num_images_per_prompt: pictures for each.
             guidance_scale, num_inference_steps, solver: default the checkpoint's.
             generator: draws the seed, so that each call with it gives other pictures; default torch's own.
             seed: the pictures of `vugen sample --seed`, on the same device. Give this or `generator`.
             output_type: "pil"; "np", float32 [B, S, S, 3] in [0, 1]; "pt", float32 [B, 3, S, S] in [0, 1].
             return_dict: otherwise a tuple.
+            image: a picture that every prompt is about, or several: files, their bytes or open pictures.
+            image_guidance_scale: by these pictures, as `guidance_scale` is by the text.
 
         Returns:
             An object whose `images` has the pictures of the first prompt, then those of the second, ...
 
         Raises:
-            VugenError: an empty or too long prompt, both seed and generator, or an unknown output type.
+            VugenError: an empty or too long prompt, both seed and generator, an unknown output type, or an
+                image that is none.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(text.strip() for text in prompts):
+        given: Any = image or []
+        if isinstance(given, str | Path | bytes | Image.Image):
+            given = [given]
+        pictures = tuple(open_picture(each, self.sampler.card.data.size) for each in given)
+        if not prompts or not (pictures or all(text.strip() for text in prompts)):
             raise VugenError("a prompt is empty: say what to draw")
         if output_type not in ("pil", "np", "pt"):
             raise VugenError(f"output_type {output_type}: give pil, np or pt")
@@ -160,13 +172,19 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
         if seed is None:
             where = generator.device if generator else torch.device("cpu")
             seed = int(torch.randint(2**63 - 1, (), generator=generator, device=where))
-        texts = [text.strip() for text in prompts]
+        asked = [Prompt(text.strip(), pictures) for text in prompts]
         drawn = {}
-        with self.progress_bar(total=len(texts) * num_images_per_prompt) as progress:
-            for p, i, image in self.sampler.sample(
-                texts, num_images_per_prompt, seed, num_inference_steps, guidance_scale, solver
+        with self.progress_bar(total=len(asked) * num_images_per_prompt) as progress:
+            for p, i, picture in self.sampler.sample(
+                asked,
+                num_images_per_prompt,
+                seed,
+                num_inference_steps,
+                guidance_scale,
+                solver,
+                image_guidance_scale,
             ):
-                drawn[p, i] = image
+                drawn[p, i] = picture
                 progress.update()
         stack = torch.stack([drawn[key] for key in sorted(drawn)])
         images: Any = stack.float() / 255

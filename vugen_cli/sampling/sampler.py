@@ -1,14 +1,19 @@
 """From prompts to pictures: prompt -> prefix -> ODE in z̃ -> pixel decoder."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vugen_cli.card import Card
+from vugen_cli.data.images import adm_crop, decode, opened
+from vugen_cli.data.sample import PICTURE
 from vugen_cli.engine.compiling import compile_layers
 from vugen_cli.engine.distributed import blocks
 from vugen_cli.engine.precision import passes
@@ -21,9 +26,16 @@ from vugen_cli.recipe import Sampling, parse_recipe
 from vugen_cli.seeds import seeded_noise
 from vugen_cli.vlm.frozen import FrozenVLM
 from vugen_cli.vlm.prefix import Prefix
+from vugen_cli.vlm.prompts import Prompt
+
+T = TypeVar("T")
 
 SAMPLE_BATCH = 8  # images drawn together
 WIDTH = 32  # prompts are padded to a multiple of this many tokens
+Kind = tuple[int, bool, int]  # see `Sampler.kind`
+Read = dict[
+    str, tuple[Prefix, Prefix | None]
+]  # what the expert reads of prompts, and of their pictures alone
 
 
 class Sampler:
@@ -102,26 +114,36 @@ class Sampler:
         """The empty prompt's prefix, of one row."""
         return self._prefix("", WIDTH)
 
-    def _prefix(self, prompt: str, width: int) -> Prefix:
+    def _prefix(self, prompt: str | Prompt, width: int) -> Prefix:
         """What the expert reads of a prompt, padded to `width` tokens, of one row."""
-        return self.vlm.prefix([prompt], width, hidden=self.expert.reads)
+        return read_prompts(self.vlm, self.expert, self.autoencoder, [prompt], width)
+
+    def _prefixes(self, prompt: Prompt, width: int) -> tuple[Prefix, Prefix | None]:
+        """What the expert reads of a prompt, and of its pictures alone if it has both text and pictures."""
+        alone = Prompt("", prompt.pictures) if prompt.text and prompt.pictures else None
+        return self._prefix(prompt, width), self._prefix(alone, width) if alone else None
 
     def settings(
-        self, steps: int | None = None, guidance: float | None = None, solver: Solver | None = None
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        solver: Solver | None = None,
+        image_guidance: float | None = None,
     ) -> Sampling:
         """The given settings, with the recipe's where one is None."""
-        given = {"steps": steps, "guidance": guidance, "solver": solver}
+        given = {"steps": steps, "guidance": guidance, "solver": solver, "image_guidance": image_guidance}
         return self.defaults.model_copy(update={key: v for key, v in given.items() if v is not None})
 
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Prompt],
         n: int = 1,
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
         solver: Solver | None = None,
+        image_guidance: float | None = None,
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Draw n images for each prompt.
 
@@ -130,39 +152,48 @@ class Sampler:
         Prompts are padded to a multiple of WIDTH, so that there are few shapes.
 
         Args:
-            prompts: any texts; the empty one draws unconditionally.
+            prompts: any texts, with pictures as a `Prompt`; the empty one draws unconditionally. Pictures
+                should be `card.data.size` a side, as `open_picture` cuts them: the expert learned from such.
             n: images for each.
             seed: of the noise.
-            steps, guidance, solver: see `Sampling`; None takes the checkpoint's.
+            steps, guidance, solver, image_guidance: see `Sampling`; None takes the checkpoint's.
 
         Yields:
             (prompt number, image number, uint8 [3, S, S] on the CPU): prompts of like length together, each
             prompt's images in order.
+
+        Raises:
+            VugenError: a prompt is too long, or the VLM does not read pictures in a prompt.
         """
-        settings = self.settings(steps, guidance, solver)
-        kinds = [self.kind(prompt) for prompt in prompts]
-        known: dict[str, Prefix] = {}  # of the prompts in the batch: one of many images is read once
+        settings = self.settings(steps, guidance, solver, image_guidance)
+        asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        kinds = [self.kind(prompt) for prompt in asked]
+        known: Read = {}  # of the prompts in the batch: one of many images is read once
         for kind in sorted(set(kinds)):
-            jobs = iter([(p, i) for p in range(len(prompts)) if kinds[p] == kind for i in range(n)])
+            jobs = iter([(p, i) for p in range(len(asked)) if kinds[p] == kind for i in range(n)])
             while batch := list(islice(jobs, SAMPLE_BATCH)):
-                keys = [(seed, prompts[p], i) for p, i in batch]
+                keys = [(seed, asked[p], i) for p, i in batch]
                 images = self.draw_together(keys, settings, known)
                 yield from ((p, i, image) for (p, i), image in zip(batch, images, strict=True))
 
-    def kind(self, prompt: str) -> int:
-        """Prompts of one kind can be drawn together: its tokens, rounded up to what it is padded to.
+    def kind(self, prompt: Prompt) -> Kind:
+        """Prompts of one kind can be drawn together: they are guided alike and of one padded length.
+
+        Returns:
+            Its pictures, whether it has them and text, and its tokens, rounded up to what it is padded to.
 
         Raises:
-            VugenError: it is too long.
+            VugenError: it is too long, or the VLM does not read pictures in a prompt.
         """
-        return -(-len(self.vlm.prompts.tokens(prompt)) // WIDTH) * WIDTH
+        length = self.vlm.prompt_length(for_vlm(prompt, self.expert))
+        return len(prompt.pictures), bool(prompt.pictures and prompt.text), -(-length // WIDTH) * WIDTH
 
     @torch.no_grad()
     def draw_together(
         self,
-        keys: Sequence[tuple[int, str, int]],
+        keys: Sequence[tuple[int, Prompt, int]],
         settings: Sampling,
-        known: dict[str, Prefix] | None = None,
+        known: Read | None = None,
         each_step: Callable[[], None] | None = None,
     ) -> Tensor:
         """Draw one batch of images, each with a seed of its own.
@@ -170,25 +201,30 @@ class Sampler:
         Args:
             keys: (seed, prompt, image number) each; the prompts are of one kind.
             settings: of all of them.
-            known: prefixes of prompts that were read before; afterwards those of this batch.
+            known: prompts that were read before, by their keys; afterwards those of this batch.
             each_step: called before each velocity; what it raises ends the drawing.
 
         Returns:
             uint8 [B, 3, S, S] on the CPU.
         """
-        wanted = list(dict.fromkeys(prompt for _, prompt, _ in keys))
-        width, before = self.kind(wanted[0]), known or {}
+        wanted = {prompt.key: prompt for _, prompt, _ in keys}
+        first, before, size = keys[0][1], known or {}, self.card.image_size
+        names, width = list(wanted), self.kind(first)[-1]
+        if first.pictures and not first.text:  # they are all there is to guide by
+            settings = settings.model_copy(update={"guidance": settings.image_guidance})
         with self.passes():
-            prefixes = {prompt: before.get(prompt) or self._prefix(prompt, width) for prompt in wanted}
-            rows = torch.tensor([wanted.index(prompt) for _, prompt, _ in keys], device=self.vlm.device)
-            prefix = Prefix.join(list(prefixes.values())).rows(rows)
-            latents = self.latents(prefix, keys, settings, each_step)
-            size = self.card.image_size
-            noise = torch.stack([seeded_noise((3, size, size), *key, "pixels") for key in keys])
+            read = {key: before.get(key) or self._prefixes(p, width) for key, p in wanted.items()}
+            rows = torch.tensor([names.index(prompt.key) for _, prompt, _ in keys], device=self.vlm.device)
+            prefix = Prefix.join([prefix for prefix, _ in read.values()]).rows(rows)
+            alone = [pictures for _, pictures in read.values() if pictures]
+            pictures = Prefix.join(alone).rows(rows) if alone else None
+            noises = [(seed, prompt.key, i) for seed, prompt, i in keys]
+            latents = self.latents(prefix, noises, settings, pictures, each_step)
+            noise = torch.stack([seeded_noise((3, size, size), *key, "pixels") for key in noises])
             images = self.autoencoder.decode(latents, noise.to(latents.device)).cpu()
         if known is not None:
             known.clear()
-            known.update(prefixes)
+            known.update(read)
         return images
 
     def latents(
@@ -196,10 +232,19 @@ class Sampler:
         prefix: Prefix,
         keys: Sequence[tuple[int, str, int]],
         settings: Sampling,
+        pictures: Prefix | None = None,
         each_step: Callable[[], None] | None = None,
     ) -> Tensor:
         """Sample z̃ [B, h, w, c] for a batch of prefixes, with classifier-free guidance (arXiv 2207.12598)
-        within `guidance_interval` (arXiv 2404.07724); `keys` and `each_step` as for `draw_together`.
+        within `guidance_interval` (arXiv 2404.07724).
+
+        Args:
+            prefix: of the prompts.
+            keys: (seed, prompt's key, image number) each.
+            settings: steps, solver and scales.
+            pictures: of the prompts' pictures alone, where prompts have pictures and text: each is then
+                guided by a scale of its own (arXiv 2211.09800, eq. 3).
+            each_step: see `draw_together`.
         """
         grid, channels = self.card.latents.grid, self.card.latents.channels
         noise = torch.stack([seeded_noise((*grid, channels), *key, "latents") for key in keys]).to(
@@ -212,10 +257,73 @@ class Sampler:
         def velocity(x: Tensor, t: float) -> Tensor:
             if each_step:
                 each_step()
+            guided = first <= t < last
+            if pictures is not None and guided:
+                # v(∅) + s_I (v(pictures) - v(∅)) + s (v(prompt) - v(pictures)); no pass for a weight of 0
+                by = settings.image_guidance
+                terms = [(scale, prefix), (by - scale, pictures), (1 - by, unconditional)]
+                return torch.stack([w * self.expert(x, at(t, x), read) for w, read in terms if w]).sum(0)
             conditional = self.expert(x, at(t, x), prefix)
-            if scale == 1 or not first <= t < last:
+            if scale == 1 or not guided:
                 return conditional
             free = self.expert(x, at(t, x), unconditional)
-            return free + scale * (conditional - free)
+            return free + scale * (conditional - free)  # v(∅) + s (v(prompt) - v(∅))
 
         return solve(velocity, noise, settings.steps, settings.solver, self.shift)
+
+
+@torch.no_grad()
+def read_prompts(
+    vlm: FrozenVLM,
+    expert: GenerationExpert | DiTExpert,
+    autoencoder: Autoencoder,
+    prompts: Sequence[str | list[int] | Prompt],
+    length: int | None = None,
+    multiple: int = 1,
+) -> Prefix:
+    """What an expert reads of prompts: the VLM's prefix, and z̃ of their pictures if it takes references.
+
+    Args:
+        vlm, expert, autoencoder: of the sampler.
+        prompts, length, multiple: see `FrozenVLM.prefix`.
+    """
+    prefix = vlm.prefix([for_vlm(p, expert) for p in prompts], length, multiple, expert.reads)
+    rows = [p.pictures if isinstance(p, Prompt) else () for p in prompts]
+    if not expert.reference or not any(rows):
+        return prefix
+    latents = autoencoder.encode(vlm, torch.stack([picture for row in rows for picture in row]))
+    most = max(map(len, rows))
+    references = latents.new_zeros(len(rows), most, *latents.shape[1:])
+    referred = torch.tensor([[n < len(row) for n in range(most)] for row in rows], device=latents.device)
+    references[referred] = latents
+    return replace(prefix, references=references, referred=referred)
+
+
+def for_vlm(prompt: T, expert: GenerationExpert | DiTExpert) -> T | Prompt:
+    """A prompt as the VLM reads it: without its pictures where the expert reads these by itself alone."""
+    if isinstance(prompt, Prompt) and expert.reference == "only":
+        return Prompt(prompt.text.replace(PICTURE, "") if prompt.pictures else prompt.text)
+    return prompt
+
+
+def open_picture(picture: str | Path | bytes | Image.Image, size: int) -> Tensor:
+    """A picture as prompts take it, uint8 [3, size, size]: decoded and cut as `vugen prepare` does it.
+
+    Args:
+        picture: a file, its bytes, or an open picture.
+        size: pixels a side, a sampler's `card.data.size`.
+
+    Raises:
+        VugenError: there is no such file, or it is none that `vugen prepare` would take.
+    """
+    name = str(picture) if isinstance(picture, str | Path) else "the picture"
+    try:
+        if isinstance(picture, Image.Image):
+            pixels = opened(picture)
+        else:
+            pixels = decode(picture if isinstance(picture, bytes) else Path(picture).read_bytes())
+    except OSError as error:
+        raise VugenError(f"{name} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise VugenError(f"{name} cannot be used in a prompt: {error}") from error
+    return torch.from_numpy(adm_crop(pixels, size).copy()).permute(2, 0, 1)

@@ -207,6 +207,7 @@ def new_expert(
             width=recipe.width or width,
             heads=recipe.heads,
             mlp=recipe.mlp,
+            reference=recipe.reference,
         )
         return dit if shards else dit.to(vlm.device)
     copied = GenerationExpert(
@@ -216,6 +217,7 @@ def new_expert(
         fresh=recipe.init == "fresh",
         adaptive_norms=recipe.adaptive_norms,
         empty=shards,
+        reference=recipe.reference,
     )
     return copied if shards else copied.to(vlm.device)
 

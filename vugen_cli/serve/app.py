@@ -8,11 +8,13 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -22,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
+from vugen_cli.data.images import adm_crop
 from vugen_cli.errors import VugenError
 from vugen_cli.sampling.draw import png
 from vugen_cli.sampling.sampler import SAMPLE_BATCH, Sampler
@@ -31,6 +34,7 @@ from vugen_cli.serve.guard import Guard
 from vugen_cli.serve.shelf import Shelf
 from vugen_cli.serve.uploads import read_edit
 from vugen_cli.version import __version__
+from vugen_cli.vlm.prompts import Prompt
 
 PATHS = ("/", "/healthz", "/metrics", "/v1/models", "/v1/images/generations", "/v1/images/edits")
 TELLING = 0.2  # seconds between two words on progress
@@ -83,8 +87,9 @@ class Service:
         self.began = int(time.time())
         self.drawer = Drawer(sampler, batch, limit, self.meters.batch)
         self.meters.waiting.set_function(lambda: self.drawer.waiting)
-        # Until samplers that read pictures are there.
-        self.reads_pictures = False
+        data = sampler.card.data
+        # Others are not refused pictures: their VLM may read them, as for `vugen sample --image`.
+        self.learned_edits = bool(sampler.expert.reference) or data.dataset.endswith("edits")
 
     @property
     def side(self) -> int:
@@ -103,7 +108,7 @@ class Service:
                 "version": __version__,
                 "vlm": Path(self.sampler.card.vlm.name).name,
                 "size": self.side,
-                "reads_pictures": self.reads_pictures,
+                "edits": self.learned_edits,
                 "steps": defaults.steps,
                 "guidance": defaults.guidance,
                 "solver": defaults.solver,
@@ -111,8 +116,8 @@ class Service:
             },
         }
 
-    def submit(self, asked: Generation) -> list[Job]:
-        """Queue what a request asks for.
+    def submit(self, asked: Generation, uploads: Sequence[np.ndarray] = ()) -> list[Job]:
+        """Queue what a request asks for, `uploads` being its pictures, `uint8 [H, W, 3]` each.
 
         Raises:
             Refusal: of a model, size or prompt that there is not, or now is no time.
@@ -122,13 +127,16 @@ class Service:
             raise Refusal(404, said, "model_not_found", "model")
         if asked.size not in ("auto", f"{self.side}x{self.side}"):
             raise Refusal(400, f"size: this sampler draws {self.side}x{self.side}", "invalid_value", "size")
-        settings = self.sampler.settings(asked.steps, asked.guidance, asked.solver)
+        by_pictures = asked.image_guidance if isinstance(asked, Edit) else None
+        settings = self.sampler.settings(asked.steps, asked.guidance, asked.solver, by_pictures)
+        side = self.sampler.card.data.size  # of the pictures that it learned from
+        pictures = tuple(torch.from_numpy(adm_crop(u, side).copy()).permute(2, 0, 1) for u in uploads)
         # Such that a page's script, whose integers end at 2^53, can say it again.
         seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
         try:
-            return self.drawer.submit(asked.prompt, asked.n, seed, settings)
+            return self.drawer.submit(Prompt(asked.prompt, pictures), asked.n, seed, settings)
         except VugenError as error:
-            raise Refusal(400, str(error), "invalid_value", "prompt") from error
+            raise Refusal(400, str(error), "invalid_value", "image" if uploads else "prompt") from error
         except QueueFull as error:
             wait = {"retry-after": str(error.seconds)}
             raise Refusal(429, str(error), "queue_full", headers=wait) from error
@@ -138,7 +146,9 @@ class Service:
     def png(self, job: Job, pixels: Tensor) -> bytes:
         """A drawn image as a file that says how it was made; no path of this machine is in it."""
         settings = job.settings.model_dump(mode="json", include={"steps", "guidance", "solver"})
-        about = {"prompt": job.prompt, "index": job.index, "seed": job.seed, **settings}
+        about = {"prompt": job.prompt.text, "index": job.index, "seed": job.seed, **settings}
+        if job.prompt.pictures:
+            about |= {"pictures": len(job.prompt.pictures), "image_guidance": job.settings.image_guidance}
         card = self.sampler.card
         made_by = {"sampler": self.name, "step": card.step, "vlm": Path(card.vlm.name).name}
         return png(pixels, about | made_by | {"version": __version__})
@@ -170,9 +180,13 @@ def _stopping(error: Stopping) -> Refusal:
     return Refusal(503, str(error), "stopping", headers={"retry-after": "30"})
 
 
-async def answer(service: Service, asked: Generation, request: Request, event: str) -> Response:
+async def answer(
+    service: Service, asked: Generation, request: Request, event: str, uploads: Sequence[np.ndarray] = ()
+) -> Response:
     """Draw what was asked and answer, at once or as a stream of events."""
-    jobs = await asyncio.to_thread(service.submit, asked)  # it may wait for prompts that are being read
+    jobs = await asyncio.to_thread(
+        service.submit, asked, uploads
+    )  # it may wait for prompts that are being read
     if asked.stream:
         stream = _events(service, asked, jobs, request, event)
         return StreamingResponse(
@@ -318,11 +332,8 @@ def make_app(service: Service, hosts: set[str] | None = None, token: str | None 
     async def edits(request: Request) -> Response:
         if service.drawer.stopping:
             raise _stopping(Stopping())
-        fields, _ = await read_edit(request)
-        asked = Edit.model_validate(fields)
-        if not service.reads_pictures:
-            raise Refusal(400, "this sampler does not read pictures", "no_pictures", "image")
-        return await answer(service, asked, request, "image_edit")
+        fields, uploads = await read_edit(request)
+        return await answer(service, Edit.model_validate(fields), request, "image_edit", uploads)
 
     @app.get("/images/{name}")
     async def image(name: str) -> Response:

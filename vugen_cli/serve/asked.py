@@ -104,4 +104,6 @@ class Generation(BaseModel):
 class Edit(Generation):
     """The fields of `POST /v1/images/edits` beside its pictures."""
 
+    image_guidance: float | None = Field(None, ge=0, le=MAX_GUIDANCE)
+
     input_fidelity: str | None = None

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Sampling
-from vugen_cli.sampling.sampler import SAMPLE_BATCH, Sampler
+from vugen_cli.sampling.sampler import SAMPLE_BATCH, Kind, Sampler
+from vugen_cli.vlm.prompts import Prompt
 
 
 class QueueFull(Exception):
@@ -52,10 +53,10 @@ class Job:
     """
 
     seed: int
-    prompt: str
+    prompt: Prompt
     index: int
     settings: Sampling
-    kind: int
+    kind: Kind
     future: Future[Tensor] = field(default_factory=Future)
     left: bool = False
     done: float = 0.0
@@ -101,11 +102,11 @@ class Drawer:
         self._thread = threading.Thread(target=self._run, name="drawer", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt: str, n: int, seed: int, settings: Sampling) -> list[Job]:
+    def submit(self, prompt: Prompt, n: int, seed: int, settings: Sampling) -> list[Job]:
         """Queue images 0 to n - 1 of a prompt.
 
         Raises:
-            VugenError: the prompt is too long.
+            VugenError: the prompt is too long, or has pictures that the VLM does not read.
             QueueFull: so many cannot wait now.
             Stopping: nothing is taken any more.
         """

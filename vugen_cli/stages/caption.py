@@ -63,6 +63,8 @@ def write_captions(
             else or cannot be written.
     """
     splits = {name: ShardedImages(data, name) for name in ShardedImages(data).manifest.splits}
+    if any(images.most_sources for images in splits.values()):
+        raise VugenError(f"{data} holds edits, whose captions say what to change: caption other images")
     source = next(iter(splits.values())).manifest
     model, processor = load_model(vlm, device, "bfloat16" if device.type == "cuda" else "float32")
     model.eval().requires_grad_(False)

@@ -138,6 +138,8 @@ def write_latents(
             if None in records:
                 raise VugenError(f"shards are missing from {out}: all processes of the job must share --out")
             entries[name] = {"count": len(images), "shards": [record.shard for record in records if record]}
+            if images.most_sources:
+                entries[name]["sources"] = images.most_sources
         manifest = Manifest.model_validate({**plan, "splits": entries})
         if is_first():
             write_manifest(out, manifest)
@@ -195,13 +197,16 @@ def _write_shard(
                     add_member(tar, f"{row:09d}.json", b'{"damaged": true}')
                     continue
                 latent, meta = samples[row]
-                captions = meta.pop("captions")
+                captions, sources = meta.pop("captions"), meta.pop("sources", [])
                 meta["tokens"] = [tokenize(text)[0] for text in captions]
                 stored = io.BytesIO()
                 np.save(stored, latent, allow_pickle=False)
                 add_member(tar, f"{row:09d}.npy", stored.getvalue())
                 add_member(tar, f"{row:09d}.txt", ("\n".join(captions) + "\n").encode())
                 add_member(tar, f"{row:09d}.json", json.dumps(meta, ensure_ascii=False).encode())
+                for number, source in enumerate(sources):  # as they are: the VLM reads their pixels
+                    kind = "jpg" if source[:2] == b"\xff\xd8" else "png"
+                    add_member(tar, f"{row:09d}.source{number}.{kind}", source)
     return {"name": name, "samples": count, "bytes": facts["bytes"], "sha256": facts["sha256"]}
 
 

@@ -1,5 +1,6 @@
 """Stage 2: the generation expert, trained by flow matching to sample z̃ for a prompt."""
 
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -7,8 +8,9 @@ from torch import Tensor
 
 from vugen_cli.card import AdapterCard, BaseCard
 from vugen_cli.checkpoint import fingerprint, save_checkpoint, select, with_prefix
-from vugen_cli.data.loader import Batch, training_batches
+from vugen_cli.data.loader import Batch, ShardedImages, decode_stored, training_batches
 from vugen_cli.data.mixture import open_dataset
+from vugen_cli.data.sample import PICTURE
 from vugen_cli.engine.compiling import compile_layers, wants_compile
 from vugen_cli.engine.distributed import (
     blocks,
@@ -27,13 +29,15 @@ from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
-from vugen_cli.recipe import USE_OF_VLM, Recipe
+from vugen_cli.recipe import USE_OF_VLM, Recipe, SamplerTraining
 from vugen_cli.sampling.adapters import adapter_weights, base_name, inject
-from vugen_cli.sampling.sampler import Sampler
+from vugen_cli.sampling.sampler import Sampler, read_prompts
 from vugen_cli.sampling.trained import load_autoencoder, load_weights, new_expert, try_expert
 from vugen_cli.seeds import random_rows
 from vugen_cli.stages.latent_cache import check_cache, latent_facts
 from vugen_cli.vlm.frozen import load_vlm
+from vugen_cli.vlm.latents import resized
+from vugen_cli.vlm.prompts import Prompt, Prompts
 
 ALIGNED = 16  # on GPUs prompts are padded to a multiple of this many tokens: attention kernels depend on it
 
@@ -74,6 +78,10 @@ def train_sampler(
     recipe = recipe.model_copy(update={"flow": recipe.flow.model_copy(update={"shift": shift})})
     images = open_dataset(data, recipe, latents=True)
     sharded, vlm_sharded = shards(recipe.engine), shards_vlm(recipe.engine)
+    if vlm_sharded and images.most_sources:  # each process would run the VLM as often as its samples ask for
+        raise VugenError(
+            f"{images.directory} holds edits, which engine.shard_vlm cannot read: set it to false"
+        )
     vlm = load_vlm(recipe.vlm, "cpu" if vlm_sharded else device, recipe)
     vlm.check(reducer_card, reducer, allow_vlm_mismatch)
     if images.latents:
@@ -83,7 +91,16 @@ def train_sampler(
     if not sharded:  # on `meta` there is nothing to try
         try_expert(expert, vlm, latents)
     if further:
-        load_weights(expert, select(stored, "expert"), reducer, assign=sharded)
+        trained = select(stored, "expert")
+        if recipe.expert.reference:  # learned from here on, if it was not before
+            new = {k: v for k, v in expert.state_dict().items() if k.startswith("reference_embed.")}
+            if rank and not new.keys() <= trained.keys():
+                raise VugenError(
+                    f"expert.reference: {reducer} does not read references, and an adapter cannot teach it "
+                    "to: train it further without --adapter first"
+                )
+            trained = new | trained
+        load_weights(expert, trained, reducer, assign=sharded)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
     begun = {"expert": fingerprint(expert, "expert.")} if further else {}
     if rank:
@@ -118,10 +135,10 @@ def train_sampler(
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         host = getattr(generator, "host", generator)
-        dropped = random_rows(torch.rand, (len(batch.captions),), host) < settings.prompt_dropout
-        assert batch.tokens is not None  # of the loader's workers, or of the cache
-        prompts = ["" if drop else ids for ids, drop in zip(batch.tokens, dropped.tolist(), strict=True)]
-        prefix = vlm.prefix(prompts, multiple=ALIGNED if device.type == "cuda" else 1, hidden=expert.reads)
+        chances = random_rows(torch.rand, (len(batch.captions),), host)
+        prompts = prompts_of(batch, chances, settings, vlm.prompts)
+        multiple = ALIGNED if device.type == "cuda" else 1
+        prefix = read_prompts(vlm, expert, autoencoder, prompts, multiple=multiple)
         with torch.no_grad():
             target = batch.images.float() if images.latents else autoencoder.encode(vlm, batch.images)
         mark("frozen VLM")
@@ -158,18 +175,20 @@ def train_sampler(
             )
         }
     )
-    prompts = [meta["captions"][0] for _, meta in images.held_out().in_order(16) if meta["captions"]]
+    prompts = held_out_prompts(images)
     if not prompts:
         raise VugenError(f"{images.directory} has no captions: a sampler cannot be trained on it")
 
     def preview(path: Path) -> None:
         sampler = Sampler(vlm, expert, autoencoder, card, out)
-        pictures = [image for _, _, image in sampler.sample(prompts, seed=recipe.seed)]
-        save_grid(torch.stack(pictures), path, labels=prompts)
+        drawn = {p: image for p, _, image in sampler.sample(prompts, seed=recipe.seed)}
+        save_preview([drawn[p] for p in range(len(prompts))], prompts, path)
 
     run = out.with_suffix(".run")
     tokenize = None if images.latents else vlm.prompts.caption_tokens
-    stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, tokenize=tokenize)
+    stream = training_batches(
+        images, recipe, settings.batch_size, recipe.data.flip, None, tokenize, images.most_sources > 0
+    )
 
     def save_adapter(path: Path, step: int) -> None:
         weights = gathered(adapter_weights(expert.state_dict()))
@@ -189,3 +208,54 @@ def train_sampler(
     train(stage, stream, settings, recipe, run, device, options)
     write(out, settings.steps)
     return out
+
+
+def prompts_of(
+    batch: Batch, chances: Tensor, settings: SamplerTraining, prompts: Prompts
+) -> list[str | list[int] | Prompt]:
+    """What a batch is trained on: whole prompts, and some without text, without pictures, or without both.
+
+    Args:
+        batch: with tokens, and of edits with the pictures that they are made from.
+        chances: a number in [0, 1) for each sample.
+        settings: how often what is left out.
+        prompts: cuts the text.
+    """
+    assert batch.tokens is not None
+    asked: list[str | list[int] | Prompt] = []
+    bounds = accumulate([settings.prompt_dropout, settings.text_dropout, settings.picture_dropout])
+    below = [(chances < bound).tolist() for bound in bounds]
+    for row, (neither, no_text, no_pictures) in enumerate(zip(*below, strict=True)):
+        pictures = tuple(batch.sources[row]) if batch.sources else ()
+        if neither:
+            asked.append("")
+        elif not pictures or (no_pictures and not no_text):
+            asked.append(batch.tokens[row])
+        elif no_text:
+            asked.append(Prompt("", pictures))
+        else:
+            text = prompts.cut(batch.captions[row])
+            if text.count(PICTURE) not in (0, len(pictures)):  # what was cut off placed one
+                text = text.replace(PICTURE, "")
+            asked.append(Prompt(text, pictures))
+    return asked
+
+
+def held_out_prompts(images: ShardedImages, count: int = 16) -> list[Prompt]:
+    """The prompts of a preview: those of the first held-out samples that have captions."""
+    found = []
+    for _, meta in images.held_out().in_order(count):
+        pictures = [torch.from_numpy(decode_stored(data, images.size)) for data in meta.get("sources", [])]
+        if meta["captions"]:
+            found.append(Prompt(meta["captions"][0], tuple(p.permute(2, 0, 1) for p in pictures)))
+    return found
+
+
+def save_preview(drawn: list[Tensor], prompts: list[Prompt], path: Path) -> None:
+    """Write a grid of what was drawn, uint8 [3, S, S] each, an edit beside what it is made from."""
+    shown, labels = [], []
+    for image, prompt in zip(drawn, prompts, strict=True):
+        beside = [resized(p[None], image.shape[-1])[0] for p in prompt.pictures]
+        shown += [*beside, image]
+        labels += [*["source"] * len(beside), prompt.text]
+    save_grid(torch.stack(shown), path, labels=labels)

@@ -43,21 +43,21 @@ def write_comparison(sources: dict[str, list[Shown]], out: Path) -> int:
     Raises:
         VugenError: they have no prompt in common.
     """
-    first, *others = (dict.fromkeys(sample.prompt for sample, _ in shown) for shown in sources.values())
-    common = [prompt for prompt in first if prompt and all(prompt in other for other in others)]
+    first, *others = (dict.fromkeys(_asked(sample) for sample, _ in shown) for shown in sources.values())
+    common = [asked for asked in first if any(asked) and all(asked in other for other in others)]
     if not common:
         raise VugenError(f"{' and '.join(sources)} have no prompt in common: draw the same prompts with each")
     sections = []
-    for prompt in common:
+    for asked in common:
         columns = [
             f"<div><h3>{html.escape(name)}</h3><div class=pictures>"
-            + "".join(_figure(sample, path) for sample, path in shown if sample.prompt == prompt)
+            + "".join(_figure(sample, path) for sample, path in shown if _asked(sample) == asked)
             + "</div></div>"
             for name, shown in sources.items()
         ]
-        sections.append(
-            f"<section><h2>{html.escape(prompt)}</h2><div class=side>{''.join(columns)}</div></section>"
-        )
+        given = _given(next(each for each in next(iter(sources.values())) if _asked(each[0]) == asked))
+        title = html.escape(asked[0] or "variations")
+        sections.append(f"<section><h2>{title}</h2><div class=side>{given}{''.join(columns)}</div></section>")
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=html.escape(f"{len(sources)} samplers, {len(common)} prompts"),
         about="; ".join(html.escape(_settings(name, shown[0][0])) for name, shown in sources.items()),
@@ -66,6 +66,18 @@ def write_comparison(sources: dict[str, list[Shown]], out: Path) -> int:
     with whole_file(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return len(common)
+
+
+def _asked(sample: DrawnImage) -> tuple[str, ...]:
+    """What a picture was drawn for: the prompt's text, and the names of its pictures, which are hashes."""
+    return (sample.prompt or "", *sample.sources)
+
+
+def _given(shown: Shown) -> str:
+    """The pictures of a prompt, as a column before what was drawn."""
+    sample, path = shown
+    figures = [_picture(path.parent / name, "source") for name in sample.sources]
+    return f"<div><h3>given</h3><div class=pictures>{''.join(figures)}</div></div>" if figures else ""
 
 
 def names_of(paths: list[Path]) -> list[str]:
@@ -80,16 +92,25 @@ def folder_name(name: str) -> str:
 
 
 def _figure(sample: DrawnImage, path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
     seed, index = ("?" if each is None else each for each in (sample.seed, sample.index))
-    label = html.escape(f"seed {seed}, image {index}", quote=True)
-    alt = html.escape(f"{sample.prompt}, {label}", quote=True)
+    return _picture(path, f"seed {seed}, image {index}", sample.prompt or "")
+
+
+def _picture(path: Path, label: str, prompt: str = "") -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    label = html.escape(label, quote=True)
+    alt = html.escape(f"{prompt}, {label}" if prompt else label, quote=True)
     image = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
     return f"<figure>{image}<figcaption>{label}</figcaption></figure>"
 
 
 def _settings(name: str, sample: DrawnImage) -> str:
-    settings = {"steps": sample.steps, "guidance": sample.guidance, "solver": sample.solver}
+    settings = {
+        "steps": sample.steps,
+        "guidance": sample.guidance,
+        "image guidance": sample.image_guidance,
+        "solver": sample.solver,
+    }
     said = [f"{key} {value}" for key, value in settings.items() if value is not None]
     if sample.step is not None:
         said.insert(0, f"trained to step {sample.step}")

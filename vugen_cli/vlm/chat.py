@@ -1,6 +1,6 @@
 """Asking a VLM about images: what it always could, and still can."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,14 +41,26 @@ def question_inputs(model: Any, processor: Any, images: Tensor, question: str) -
     """
     if not callable(processor):
         raise VugenError(f"{type(model).__name__} cannot be asked: {processor.missing}")
-    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
-        text = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    else:
-        text = f"{getattr(processor, 'image_token', '<image>')}{question}"
+    text = conversation(processor, [None, question])
     nested = [[image] for image in images]  # one image a text; some processors tell apart by the nesting
     inputs = processor(images=nested, text=[text] * len(images), return_tensors="pt")
     return inputs.to(model.device, model.dtype)
+
+
+def conversation(processor: Any, parts: Sequence[str | None]) -> str:
+    """What a user says, in the model's chat template if there is one.
+
+    Args:
+        processor: the model's.
+        parts: texts, and None for each picture, in order.
+    """
+    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
+        content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+        message = [{"role": "user", "content": content}]
+        text: str = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return text
+    picture = getattr(processor, "image_token", "<image>")
+    return "".join(picture if part is None else part for part in parts)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ Nothing here changes a weight: parameters do not require gradients and every pas
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,8 +31,9 @@ from vugen_cli.vlm.latents import (
     to_grid,
     vision_inputs,
 )
+from vugen_cli.vlm.pictured import picture_inputs, run_vlm
 from vugen_cli.vlm.prefix import Prefix
-from vugen_cli.vlm.prompts import Prompts
+from vugen_cli.vlm.prompts import Prompt, Prompts
 from vugen_cli.vlm.refusals import refuse
 
 WORDS = "words.json"  # in the directory of a VLM that lists the words of its captions
@@ -130,7 +131,7 @@ class FrozenVLM:
         }
 
     @contextmanager
-    def _vision(self) -> Iterator[None]:
+    def _vision(self, what: str = "images") -> Iterator[None]:
         """Whatever goes wrong in the vision side's own code comes out as one line."""
         try:
             yield
@@ -139,7 +140,7 @@ class FrozenVLM:
         except Exception as error:  # as many kinds as there are families
             size = self.recipe.vlm_size
             where = f" at {size} px (recipe key vlm_size)" if size else ""
-            raise VugenError(f"{self.name} cannot read images{where}: {first_line(error)}") from error
+            raise VugenError(f"{self.name} cannot read {what}{where}: {first_line(error)}") from error
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ class FrozenVLM:
     @torch.no_grad()
     def prefix(
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[str | list[int] | Prompt],
         length: int | None = None,
         multiple: int = 1,
         hidden: Sequence[int] | None = None,
@@ -193,17 +194,19 @@ class FrozenVLM:
         """Keys and values of some prompts in every layer; the empty prompt is the unconditional one.
 
         Args:
-            prompts: texts, put into the chat template, or their token ids.
+            prompts: texts, put into the chat template, or their token ids; with pictures as a `Prompt`.
             length: pad to this many tokens; default the longest of the prompts,
             multiple: rounded up to a multiple of this.
             hidden: instead of keys and values, the inputs of the layers of these numbers.
 
         Raises:
-            VugenError: a prompt is too long, or the decoder has layers without keys and values.
+            VugenError: a prompt is too long, the decoder has layers without keys and values, or the VLM does
+                not read pictures in a prompt.
         """
-        from transformers import DynamicCache
-
-        rows = [self.prompts.tokens(p) if isinstance(p, str) else p for p in prompts]
+        if any(isinstance(p, Prompt) and p.pictures for p in prompts):
+            return self._mixed(prompts, length, multiple, hidden)
+        asked = [p.text if isinstance(p, Prompt) else p for p in prompts]
+        rows = [self.prompts.tokens(p) if isinstance(p, str) else p for p in asked]
         length = length or -(-max(map(len, rows)) // multiple) * multiple
         # Padded on the right whatever the tokenizer is set to: positions are then those of each prompt alone.
         ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -212,7 +215,7 @@ class FrozenVLM:
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
         ids, mask = ids.to(self.device), mask.to(self.device)
         visible = mask.long()
-        if getattr(self.decoder.config, "use_bidirectional_attention", False):
+        if self._reads_both_ways:
             # PaliGemma reads its prompt both ways; left to itself, transformers does so only without padding.
             visible = torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device)
             visible = visible.masked_fill(~mask, torch.finfo(visible.dtype).min)[:, None, None]
@@ -222,14 +225,93 @@ class FrozenVLM:
             "attention_mask": visible,
             "position_ids": torch.arange(length, device=self.device).repeat(len(rows), 1),
         }
-        padded = any(len(row) < length for row in rows)
+        read = self._read(partial(self.decoder, **inputs), len(rows), hidden)
+        return Prefix(*read[:2], mask, any(len(row) < length for row in rows), read[2])
+
+    @property
+    def _reads_both_ways(self) -> bool:
+        return bool(getattr(self.decoder.config, "use_bidirectional_attention", False))
+
+    def _mixed(
+        self,
+        prompts: Sequence[str | list[int] | Prompt],
+        length: int | None,
+        multiple: int,
+        hidden: Sequence[int] | None,
+    ) -> Prefix:
+        """The prefix of prompts of which some have pictures: those with pictures alike are read together."""
+        groups: dict[Any, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            pictures = prompt.pictures if isinstance(prompt, Prompt) else ()
+            kind: tuple[Any, ...] = tuple(picture.shape for picture in pictures)
+            if kind and self._reads_both_ways:  # padding would be read too
+                kind = (*kind, i)
+            groups.setdefault(kind, []).append(i)
+        parts = [
+            self._pictured([p for i in rows if isinstance(p := prompts[i], Prompt)], hidden)
+            if kind
+            else self.prefix([prompts[i] for i in rows], hidden=hidden)
+            for kind, rows in groups.items()
+        ]
+        length = length or -(-max(part.mask.shape[1] for part in parts) // multiple) * multiple
+        order = torch.tensor([i for rows in groups.values() for i in rows], device=self.device).argsort()
+        return Prefix.join([part.widened(length) for part in parts]).rows(order)
+
+    def _pictured(self, prompts: list[Prompt], hidden: Sequence[int] | None) -> Prefix:
+        """The prefix of prompts with pictures of the same number and sizes."""
+        inputs = self.picture_inputs(prompts)
+        start: list[Tensor] = []
+
+        def run(**cache: Any) -> None:
+            with self._vision("pictures in a prompt"):
+                start.append(run_vlm(self.model, self.decoder, inputs, **cache))
+
+        read = self._read(run, len(prompts), hidden)
+        mask = inputs["attention_mask"].bool()
+        return Prefix(*read[:2], mask, not bool(mask.all()), read[2], start[0])
+
+    def picture_inputs(self, prompts: list[Prompt]) -> dict[str, Any]:
+        """What the VLM reads of prompts with as many pictures each; see `pictured.picture_inputs`.
+
+        Raises:
+            VugenError: a prompt's text is too long, or its processor does not take the pictures.
+        """
+        for prompt in prompts:
+            self.prompts.tokens(prompt.text)  # as long as it may be without pictures
+        with self._vision("pictures in a prompt"):
+            return picture_inputs(self.model, self.processor, prompts, self.recipe.instruction)
+
+    def prompt_length(self, prompt: str | Prompt) -> int:
+        """Tokens of a prompt, its pictures included.
+
+        Raises:
+            VugenError: as `prefix`.
+        """
+        if isinstance(prompt, Prompt) and prompt.pictures:
+            return int(self.picture_inputs([prompt])["input_ids"].shape[1])
+        return len(self.prompts.tokens(prompt.text if isinstance(prompt, Prompt) else prompt))
+
+    def _read(
+        self, run: Callable[..., Any], batch: int, hidden: Sequence[int] | None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """What a run of the decoder leaves: keys and values of all layers, or the inputs of some.
+
+        Args:
+            run: takes `past_key_values` and `use_cache`.
+            batch: B.
+            hidden: numbers of layers.
+        """
+        from transformers import DynamicCache
+
         if hidden is not None:
-            return Prefix([], [], mask, padded, self._layer_inputs(inputs, hidden))
+            return [], [], self._layer_inputs(run, batch, hidden)
         cache = DynamicCache()  # no config: sliding-window layers must keep the whole prompt too
         try:
-            self.decoder(**inputs, past_key_values=cache, use_cache=True)
+            run(past_key_values=cache, use_cache=True)
             keys = [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
             problem = None
+        except VugenError:
+            raise
         except Exception as error:  # a decoder that wants another cache fails in its own way
             keys, problem = [], error
         config = self.decoder.config
@@ -242,9 +324,9 @@ class FrozenVLM:
                 f"{config.num_hidden_layers} decoder layers ({why}), so no copy of its decoder can follow: "
                 "set expert.kind=dit"
             ) from problem
-        return Prefix(keys, [layer.values for layer in cache.layers], mask, padded)
+        return keys, [layer.values for layer in cache.layers], []
 
-    def _layer_inputs(self, inputs: dict[str, Tensor], numbers: Sequence[int]) -> list[Tensor]:
+    def _layer_inputs(self, run: Callable[..., Any], batch: int, numbers: Sequence[int]) -> list[Tensor]:
         """What goes into the decoder's layers of these numbers, [B, T, D] each."""
         count = self.decoder.config.num_hidden_layers
         stacks = [m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
@@ -261,11 +343,11 @@ class FrozenVLM:
             for number in set(numbers)
         ]
         try:
-            self.decoder(**inputs, use_cache=False)
+            run(use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        return [self._one_stream(seen[number], len(inputs["input_ids"])) for number in numbers]
+        return [self._one_stream(seen[number], batch) for number in numbers]
 
     def _one_stream(self, states: Tensor, batch: int) -> Tensor:
         """Hidden states [B, T, D] of a decoder that may carry several streams of them side by side."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass
@@ -16,6 +17,10 @@ class Prefix:
         mask: bool [B, T], False where a shorter prompt is padded.
         padded: False if the mask is known to be True everywhere, so that nobody need ask a GPU.
         hidden: instead of both, the hidden states that were asked for, [B, T, D] each.
+        references: z̃ of the prompts' pictures, [B, R, h, w, c], for experts that read them.
+        referred: bool [B, R], False where a prompt has fewer pictures.
+        start: the first free rotary position of each prompt [B], where it is not the number of its tokens:
+            many VLMs count a picture's places by rows and columns.
     """
 
     keys: list[Tensor]
@@ -23,21 +28,49 @@ class Prefix:
     mask: Tensor
     padded: bool = True
     hidden: list[Tensor] = field(default_factory=list)
+    start: Tensor | None = None
+    references: Tensor | None = None
+    referred: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each prompt [B]; the first free position."""
+        """Tokens of each prompt [B]."""
         return self.mask.sum(1)
+
+    @property
+    def first_free(self) -> Tensor:
+        """The first free rotary position of each prompt [B]."""
+        return self.lengths if self.start is None else self.start
 
     @staticmethod
     def join(prefixes: "list[Prefix]") -> "Prefix":
         """Several prefixes of the same padded length as one batch."""
+        references, referred = _joined(prefixes)
         return Prefix(
             [torch.cat(keys) for keys in zip(*(p.keys for p in prefixes), strict=True)],
             [torch.cat(values) for values in zip(*(p.values for p in prefixes), strict=True)],
             torch.cat([p.mask for p in prefixes]),
             any(p.padded for p in prefixes),
             [torch.cat(hidden) for hidden in zip(*(p.hidden for p in prefixes), strict=True)],
+            None if all(p.start is None for p in prefixes) else torch.cat([p.first_free for p in prefixes]),
+            references,
+            referred,
+        )
+
+    def widened(self, length: int) -> "Prefix":
+        """The same prompts padded to some more tokens."""
+        more = length - self.mask.shape[1]
+        if not more:
+            return self
+        return Prefix(
+            [functional.pad(k, (0, 0, 0, more)) for k in self.keys],
+            [functional.pad(v, (0, 0, 0, more)) for v in self.values],
+            functional.pad(self.mask, (0, more)),
+            True,
+            [functional.pad(h, (0, 0, 0, more)) for h in self.hidden],
+            self.start,
+            self.references,
+            self.referred,
         )
 
     def rows(self, index: Tensor) -> "Prefix":
@@ -48,4 +81,26 @@ class Prefix:
             self.mask[index],
             self.padded,
             [h[index] for h in self.hidden],
+            None if self.start is None else self.start[index],
+            None if self.references is None else self.references[index],
+            None if self.referred is None else self.referred[index],
         )
+
+
+def _joined(prefixes: list[Prefix]) -> tuple[Tensor | None, Tensor | None]:
+    """References of several prefixes as one batch, filled up where some have fewer."""
+    given = [p.references for p in prefixes if p.references is not None]
+    if not given:
+        return None, None
+    most = max(references.shape[1] for references in given)
+    all_references, all_referred = [], []
+    for p in prefixes:
+        batch = len(p.mask)
+        references = given[0].new_zeros(batch, most, *given[0].shape[2:])
+        referred = torch.zeros(batch, most, dtype=torch.bool, device=references.device)
+        if p.references is not None and p.referred is not None:
+            references[:, : p.references.shape[1]] = p.references
+            referred[:, : p.referred.shape[1]] = p.referred
+        all_references.append(references)
+        all_referred.append(referred)
+    return torch.cat(all_references), torch.cat(all_referred)

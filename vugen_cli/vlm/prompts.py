@@ -1,12 +1,58 @@
-"""Prompts to token ids: the recipe's instruction, the model's chat template, and a largest length.
+"""Prompts, and text to token ids: the recipe's instruction, the model's chat template, and a largest length.
 
-Holds a tokenizer and plain values alone, so that a loader's worker processes can do it.
+`Prompts` holds a tokenizer and plain values alone, so that a loader's worker processes can do it.
 """
 
+import hashlib
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
+from vugen_cli.data.sample import PICTURE
 from vugen_cli.errors import VugenError
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What is to be drawn: a text and the pictures that it is about, in order.
+
+    Args:
+        text: may say where each picture stands, by `{image}`; otherwise they stand before it. With pictures
+            it may be empty: draw something like them.
+        pictures: uint8 [3, H, W] each.
+    """
+
+    text: str
+    pictures: tuple[Tensor, ...] = ()
+
+    @cached_property
+    def key(self) -> str:
+        """Tells prompts apart: the text alone, where there are no pictures."""
+        digests = [
+            hashlib.sha256(f"{tuple(p.shape)}".encode() + p.cpu().contiguous().numpy().tobytes()).hexdigest()
+            for p in self.pictures
+        ]
+        return "\0".join([self.text, *digests])
+
+    def parts(self, instruction: str = "{prompt}") -> list[str | None]:
+        """Text in the instruction, and None for each picture, in the order in which they are read.
+
+        Raises:
+            VugenError: the text places more or fewer pictures than there are.
+        """
+        text = instruction.replace("{prompt}", self.text) if self.text else ""
+        pieces = text.split(PICTURE) if self.pictures else [text]
+        if len(pieces) == 1:
+            return [*[None] * len(self.pictures), *([text] if text else [])]
+        if len(pieces) - 1 != len(self.pictures):
+            raise VugenError(
+                f"the prompt places {len(pieces) - 1} pictures by {PICTURE}, and {len(self.pictures)} are "
+                f"given ({self.text[:40]}...)"
+            )
+        placed: list[str | None] = [part for piece in pieces for part in (piece, None)][:-1]
+        return [part for part in placed if part != ""]
 
 
 class Prompts:
@@ -90,13 +136,18 @@ class Prompts:
         ids = self._ids(caption)
         if len(ids) <= self.limit:  # most are far shorter, template included
             return ids, False
+        cut = self.cut(caption)
+        return (ids, False) if cut == caption else (self._ids(cut), True)
+
+    def cut(self, caption: str) -> str:
+        """A caption's first `limit` tokens as text: all of it, where it has no more."""
         own = self._own_ids(caption)
         if len(own) <= self.limit:
-            return ids, False
+            return caption
         kept = self.limit
         while len(self._own_ids(cut := self._decode(own[:kept]))) > self.limit:
             kept -= 1  # a cut word may be written with more tokens than the whole one had
-        return self._ids(cut), True
+        return cut
 
     def _ids(self, prompt: str) -> list[int]:
         ids: list[int] = self.tokenizer(self.text(prompt), add_special_tokens=self.template is None)[

@@ -1,0 +1,237 @@
+"""Edits of photographs: ImgEdit (arXiv 2505.20275) and GEdit-Bench (arXiv 2504.17761), judged by a VLM.
+
+Published figures have a judge of their own (GPT-4.1): figures of another judge stand beside each other only.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vugen_cli.data.hf import Tables, stored_picture
+from vugen_cli.errors import VugenError
+from vugen_cli.metrics.bootstrap import resampled_means
+from vugen_cli.metrics.prompted_images import score_of
+from vugen_cli.metrics.report import Report, Score, versions
+from vugen_cli.processes import is_first
+from vugen_cli.progress import progress_bar
+from vugen_cli.sampling.draw import draw, file_stem
+from vugen_cli.sampling.sampler import Sampler, open_picture
+from vugen_cli.studies.compare import read_shown, write_comparison
+from vugen_cli.vlm.pictured import picture_inputs
+from vugen_cli.vlm.prompts import Prompt
+
+ANSWER = 256  # tokens of a judge's answer, at most
+JUDGE_PROMPTS = "judge_prompt.json"  # ImgEdit's questions by kind of edit, with `<edit_prompt>` in them
+
+FOLLOWED = (
+    "The second picture was made from the first by this instruction: {instruction}\nHow well does it do what "
+    "the instruction asks? Answer with one number from {low} (not at all) to {high} (perfectly)."
+)
+KEPT = (
+    "The second picture was made from the first by this instruction: {instruction}\nHow well is everything "
+    "kept that the instruction does not ask to change? Answer with one number from {low} (nothing) to {high} "
+    "(all)."
+)
+LOOKS = (
+    "How natural does this picture look, without artefacts, smears or broken shapes? Answer with one number "
+    "from {low} (broken) to {high} (flawless)."
+)
+
+Ask = Callable[[Sequence[Tensor], str], str]  # pictures and a question -> the answer
+
+
+@dataclass
+class Case:
+    """One edit of a benchmark.
+
+    Attributes:
+        key: its name there.
+        kind: of edit, as the benchmark has it.
+        instruction: what is asked.
+        source: a file, or its bytes.
+        question: ImgEdit's own, where its file of questions lies beside.
+    """
+
+    key: str
+    kind: str
+    instruction: str
+    source: Path | bytes
+    question: str | None = None
+
+
+@dataclass
+class Benchmark:
+    """The cases of a published benchmark, and from which to which number it is judged."""
+
+    name: Literal["imgedit", "gedit"]
+    cases: list[Case]
+    low: int
+    high: int
+
+
+def read_benchmark(path: Path, language: str = "en") -> Benchmark:
+    """The cases of ImgEdit or GEdit-Bench.
+
+    Args:
+        path: ImgEdit's annotations (`singleturn.json`, beside the folders of its pictures), or GEdit-Bench as
+            parquet files or a `save_to_disk` directory.
+        language: of GEdit-Bench's instructions, `en` or `cn`.
+
+    Raises:
+        VugenError: neither of them is there, or a case lacks something.
+    """
+    if path.is_dir() and (path / "singleturn.json").is_file():
+        path = path / "singleturn.json"
+    if path.suffix == ".json":
+        return Benchmark("imgedit", _imgedit(path), 1, 5)
+    tables = Tables(path, "train")
+    if lacking := [c for c in ("key", "task_type", "instruction") if c not in tables.names]:
+        raise VugenError(f"{path} lacks the columns {', '.join(lacking)}: it is not GEdit-Bench")
+    picture = next((c for c in ("input_image_raw", "input_image") if c in tables.names), None)
+    if picture is None:
+        raise VugenError(f"{path} lacks the column input_image: it is not GEdit-Bench")
+    told = [c for c in ("instruction_language",) if c in tables.names]
+    cases = []
+    for index in range(len(tables)):
+        key, row = tables.row(index, ["key", "task_type", "instruction", picture, *told])
+        if row.get("instruction_language", language) == language:
+            source = stored_picture(row[picture], key)
+            cases.append(Case(str(row["key"]), str(row["task_type"]), str(row["instruction"]), source))
+    if not cases:
+        raise VugenError(f"{path} holds no instructions in the language {language}")
+    return Benchmark("gedit", cases, 0, 10)
+
+
+def _imgedit(path: Path) -> list[Case]:
+    try:
+        found = json.loads(path.read_text())
+        questions = path.with_name(JUDGE_PROMPTS)
+        asked: dict[str, str] = json.loads(questions.read_text()) if questions.is_file() else {}
+        return [
+            Case(
+                key,
+                case["edit_type"],
+                case["prompt"],
+                path.parent / case["id"],
+                asked[case["edit_type"]].replace("<edit_prompt>", case["prompt"])
+                if case["edit_type"] in asked
+                else None,
+            )
+            for key, case in found.items()
+        ]
+    except OSError as error:
+        raise VugenError(f"cannot read {error.filename or path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VugenError(
+            f"{path} is not ImgEdit's annotations (id, prompt and edit_type of each case): {error!r}"
+        ) from error
+
+
+def asks(model: Any, processor: Any) -> Ask:
+    """Questions about several pictures together to a VLM, answered greedily."""
+
+    @torch.no_grad()
+    def ask(pictures: Sequence[Tensor], question: str) -> str:
+        inputs = picture_inputs(model, processor, [Prompt(question, tuple(pictures))])
+        answer = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)
+        said: str = processor.batch_decode(
+            answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )[0]
+        return said.strip()
+
+    return ask
+
+
+def number_in(answer: str, low: int, high: int) -> float | None:
+    """What an answer says: the mean of its lines that end as `Naturalness: 4`, else its first number.
+
+    Returns:
+        None if no number is between `low` and `high`.
+    """
+    lines = re.findall(r":[\s*]*(\d+(?:\.\d+)?)[\s*.]*$", answer, re.MULTILINE)
+    told = lines or re.findall(r"(?<![\d.])\d+(?:\.\d+)?", answer)[:1]
+    numbers = [float(number) for number in told if low <= float(number) <= high]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def judge_case(ask: Ask, benchmark: Benchmark, case: Case, source: Tensor, drawn: Tensor) -> float | None:
+    """A case's score: of GEdit-Bench √(min(followed, kept) · looks), of ImgEdit the mean of its numbers.
+
+    Args:
+        ask: a VLM.
+        benchmark, case: what is judged.
+        source, drawn: uint8 [3, H, W].
+
+    Returns:
+        None where the judge gives no number.
+    """
+    low, high = benchmark.low, benchmark.high
+    if case.question:
+        return number_in(ask([source, drawn], case.question), low, high)
+    numbers = []
+    for question, pictures in ((FOLLOWED, [source, drawn]), (KEPT, [source, drawn]), (LOOKS, [drawn])):
+        text = question.format(instruction=case.instruction, low=low, high=high)
+        numbers.append(number_in(ask(pictures, text), low, high))
+    followed, kept, looks = numbers
+    if followed is None or kept is None or looks is None:
+        return None
+    if benchmark.name == "imgedit":
+        return (followed + kept + looks) / 3
+    return float((min(followed, kept) * looks) ** 0.5)
+
+
+def score_benchmark(
+    sampler: Sampler, benchmark: Benchmark, ask: Ask, judge: str, out: Path, seed: int = 0
+) -> Report:
+    """Draw a benchmark's edits and have a VLM judge them.
+
+    Args:
+        sampler: trained on edits.
+        benchmark: from `read_benchmark`.
+        ask: the judge.
+        judge: its name.
+        out: folder for the pictures and a page of them, `edits.html`.
+        seed: of the samples.
+
+    Returns:
+        The mean of all cases, then of each kind; an empty report on all but the first process of a job.
+
+    Raises:
+        VugenError: a source picture cannot be used.
+    """
+    sources = [open_picture(case.source, sampler.card.data.size) for case in benchmark.cases]
+    prompts = [Prompt(c.instruction, (source,)) for c, source in zip(benchmark.cases, sources, strict=True)]
+    draw(sampler, prompts, 1, out, seed)
+    if not is_first():
+        return Report()
+    write_comparison({benchmark.name: read_shown(out)}, out / "edits.html")
+    found: list[float | None] = []
+    for case, prompt in zip(progress_bar(benchmark.cases, desc="judge", unit="edit"), prompts, strict=True):
+        drawn = open_picture(out / f"{file_stem(prompt)}-0000.png", sampler.card.image_size)
+        found.append(judge_case(ask, benchmark, case, prompt.pictures[0], drawn))
+    scores = [
+        _mean(benchmark, kind, found, judge)
+        for kind in ("all", *dict.fromkeys(case.kind for case in benchmark.cases))
+    ]
+    return Report(scores=scores, versions=versions())
+
+
+def _mean(benchmark: Benchmark, kind: str, found: list[float | None], judge: str) -> Score:
+    given = [score for case, score in zip(benchmark.cases, found, strict=True) if kind in ("all", case.kind)]
+    values = np.array([score for score in given if score is not None])
+    without = len(given) - len(values)
+    return score_of(
+        f"{benchmark.name}_{kind}",
+        f"{benchmark.name}, {kind}, {benchmark.low} to {benchmark.high}",
+        float(values.mean()) if len(values) else None,
+        resampled_means(values, np.ones(len(values))) if len(values) else None,
+        parameters={"judge": judge, "edits": len(given), "without_a_number": without},
+        warning=f"the judge gave no number for {without} of {len(given)}." if without else None,
+    )

@@ -1,0 +1,89 @@
+"""Prompts with pictures: the whole VLM reads them, as it does when it is asked about a picture."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vugen_cli.errors import VugenError
+from vugen_cli.vlm.chat import conversation
+from vugen_cli.vlm.prompts import Prompt
+
+
+def picture_inputs(
+    model: Any, processor: Any, prompts: Sequence[Prompt], instruction: str = "{prompt}"
+) -> dict[str, Any]:
+    """What the model reads of prompts with as many pictures each, padded on the right.
+
+    Args:
+        model: an image-text-to-text model.
+        processor: its processor, which sizes and tiles pictures as it does for questions.
+        prompts: their pictures may differ in size if the processor allows it.
+        instruction: with `{prompt}` in it; wraps the text.
+
+    Returns:
+        Keyword arguments of the model; `attention_mask` is [B, T], 0 at padding.
+
+    Raises:
+        VugenError: the processor could not be loaded whole.
+    """
+    if not callable(processor):
+        raise VugenError(f"{type(model).__name__} cannot read pictures in a prompt: {processor.missing}")
+    picture = getattr(processor, "image_token", "<image>")
+    texts = []
+    for prompt in prompts:
+        # A text that spells the token of pictures would ask for one more of them.
+        parts = [part and part.replace(picture, "") for part in prompt.parts(instruction)]
+        texts.append(conversation(processor, parts))
+    nested = [[picture.to(model.device) for picture in prompt.pictures] for prompt in prompts]
+    inputs = processor(images=nested, text=texts, return_tensors="pt", padding=True)
+    inputs = dict(inputs.to(model.device, model.dtype))
+    inputs.pop("labels", None)  # PaliGemma's, for training
+    ids = inputs["input_ids"]
+    mask = inputs.setdefault("attention_mask", torch.ones_like(ids)).bool()
+    if not mask.all():
+        # Chat processors pad on the left; on the right, positions are those of each prompt alone.
+        order = (~mask).long().argsort(dim=1, stable=True)
+        for key, value in inputs.items():
+            if isinstance(value, Tensor) and value.shape == ids.shape:
+                inputs[key] = value.gather(1, order)
+    return inputs
+
+
+def run_vlm(model: Any, decoder: Any, inputs: dict[str, Any], **cache: Any) -> Tensor:
+    """Run a VLM over a prompt with pictures, without its head over the vocabulary where that can be left out.
+
+    Args:
+        model: an image-text-to-text model.
+        decoder: its stack of layers.
+        inputs: from `picture_inputs`.
+        cache: `past_key_values` and `use_cache`.
+
+    Returns:
+        The first free rotary position after each prompt, int64 [B].
+    """
+    seen: dict[str, Any] = {}
+
+    def keep(_decoder: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        seen.update(kwargs)
+
+    whole = inputs | cache
+    bare = inspect.signature(model.base_model.forward).parameters
+    runs = model.base_model if inputs.keys() <= bare.keys() else model
+    parameters = inspect.signature(runs.forward).parameters
+    if "logits_to_keep" in parameters:
+        whole["logits_to_keep"] = 1
+    hook = decoder.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        runs(**{key: value for key, value in whole.items() if key in parameters})
+    finally:
+        hook.remove()
+    mask = inputs["attention_mask"].bool()
+    positions = seen.get("position_ids")
+    if positions is None:
+        return mask.sum(1)
+    if positions.ndim == 3:  # M-RoPE: time, row and column, and before them perhaps the place in the text
+        positions = positions[-3:].amax(0)
+    return positions.expand(mask.shape).masked_fill(~mask, -1).amax(1) + 1
