@@ -8,8 +8,13 @@ from typing import Annotated
 import typer
 
 from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption, SamplerOption
-from vugen_cli.commands.sample import AdapterOption, DecoderOption
+from vugen_cli.commands.sample import AdapterOption, DecoderOption, QuantizeOption
 from vugen_cli.errors import VugenError
+
+TokenOption = Annotated[
+    Path | None,
+    typer.Option(help="File of a token that clients must send. [default: $VUGEN_TOKEN; without it, none]"),
+]
 
 
 def serve(
@@ -29,14 +34,9 @@ def serve(
     queue: Annotated[
         int, typer.Option(min=10, help="Pictures that may wait; further requests are told to come back.")
     ] = 64,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of a token that clients must send. [default: $VUGEN_TOKEN; without it, none]",
-            show_default=False,
-        ),
-    ] = None,
+    token_file: TokenOption = None,
     allow_vlm_mismatch: AllowMismatchOption = False,
+    quantize: QuantizeOption = None,
     device: DeviceOption = None,
 ) -> Answer:
     """Draw for many, over HTTP: OpenAI's image interface, and a page at /.
@@ -66,6 +66,8 @@ def serve(
     listener = listen(host, port)
     given = (vlm, pick_device(device), allow_vlm_mismatch, decoder, adapter or ())
     loaded = load_sampler(pick_sampler(sampler), *given)
+    if quantize:
+        loaded.quantize()
     service, hosts = Service(loaded, batch, queue), hosts_of(listener)
     if hosts is None and token is None:
         typer.echo("anyone who reaches this machine can draw here: set VUGEN_TOKEN or give --token-file")
