@@ -99,7 +99,7 @@ def test_train_judge_writes_a_strict_and_a_lenient_one(trained: Path, scenes: Pa
     command = ["train-judge", "--data", str(scenes), "--steps", "2", *tiny]
     result = CliRunner().invoke(app, [*command, "--out", strict])
     assert result.exit_code == 0, result.exception
-    assert "pair_subject" in result.output and (tmp_path / "strict.safetensors.run/curves.png").exists()
+    assert "pair_subject" in result.output and (tmp_path / "strict.run/curves.png").exists()
     reducer = str(trained / "reducer.safetensors")
     result = CliRunner().invoke(app, [*command, "--out", lenient, "--init", strict, "--reducer", reducer])
     assert result.exit_code == 0, result.exception

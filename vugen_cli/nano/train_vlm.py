@@ -8,7 +8,8 @@ What it is trained on, and why:
 - *image first*: caption the picture, then answer questions about it;
 - *text first*: does this caption (given before the image) match? which answers this question (given before)?
   A decoder trained only to caption forgets a word as soon as it has passed it, and the generation expert
-  reads the prompt through exactly those states;
+  reads the prompt through exactly those states. A caption of a pair is asked about before the image comes,
+  and may be its own with the subjects exchanged: a decoder must learn who stands where, not only who;
 - the words of the caption predicted from the mean vision feature (SuperClass, arXiv 2411.03313), a dense
   signal that makes a vision tower from scratch learn objects quickly;
 - each patch's pixels reconstructed from its own latent, so that z keeps the detail a captioner would drop.
