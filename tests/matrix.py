@@ -21,9 +21,13 @@ from torch import Tensor
 
 from vugen_cli.card import LatentsCard
 from vugen_cli.checkpoint import combined_digest, weight_digests
+from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
-from vugen_cli.recipe import Expert
-from vugen_cli.sampling.trained import new_expert, try_expert
+from vugen_cli.nano.scenes import OpenMojiScenes
+from vugen_cli.recipe import Expert, load_recipe
+from vugen_cli.sampling.trained import load_sampler, new_expert, try_expert
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.stages.train_sampler import train_sampler
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 from vugen_cli.vlm.latents import check_grid
 
@@ -32,8 +36,14 @@ RESULTS = Path(__file__).parent.parent / "docs" / "vlms.json"
 DIT = "expert.kind=dit"  # what an error says of a decoder that the copy cannot follow
 
 
-def examine(model_type: str, folder: Path) -> dict[str, Any]:
-    """Build a tiny model of a type, load it as a user would, and run all that the method asks of it."""
+def examine(model_type: str, folder: Path, scenes: Path | None = None) -> dict[str, Any]:
+    """Build a tiny model of a type, load it as a user would, and run all that the method asks of it.
+
+    Args:
+        model_type: as transformers maps it.
+        folder: to build in.
+        scenes: a prepared data set: a step of both stages and a picture, too.
+    """
     try:
         vlm = load_vlm(str(tiny_vlms.build(model_type, folder / model_type)))
         check_grid(vlm, 64)
@@ -53,6 +63,8 @@ def examine(model_type: str, folder: Path) -> dict[str, Any]:
                 .removesuffix(", so no copy of its decoder can follow")
             )
             found = {"result": "works with `expert.kind: dit` only", **found, "reason": why}
+        if scenes:
+            check_line(vlm.name, "dit" if "reason" in found else "copy", scenes, folder)
         assert combined_digest(weight_digests(vlm.model)) == before
         return found
     except VugenError as error:
@@ -93,6 +105,22 @@ def check_expert(vlm: FrozenVLM, z: Tensor, recipe: Expert) -> None:
     assert (other - together).abs().max() > 1e-6
 
 
+def check_line(vlm: str, kind: str, scenes: Path, folder: Path) -> None:
+    """A step of each stage and a picture, from the model's directory."""
+    settings = ["decoder.channels=[8,16]", "decoder.heads=2", "decoder.middle_layers=1", "reducer.channels=4"]
+    settings += [f"vlm={vlm}", "data.workers=0", "sampling.steps=2", f"expert.kind={kind}"]
+    settings += ["expert.width=32", "expert.heads=2", "expert.depth=2"] if kind == "dit" else []
+    for stage in ("train_reducer", "train_sampler"):
+        settings += [
+            f"{stage}.{s}" for s in ("steps=1", "batch_size=2", "precision=float32", "optimizer=adamw")
+        ]
+    recipe, cpu = load_recipe(None, settings), torch.device("cpu")
+    reducer = train_reducer(recipe, scenes, folder / "reducer.safetensors", cpu)
+    sampler = load_sampler(train_sampler(recipe, reducer, scenes, folder / "sampler.safetensors", cpu))
+    ((_, _, image),) = sampler.sample(["a bear"])
+    assert image.shape == (3, 64, 64)
+
+
 def main(types: list[str]) -> None:
     """Examine some types, all by default, count parameters at full size, and keep what each came to."""
     import full_size
@@ -104,11 +132,15 @@ def main(types: list[str]) -> None:
     warnings.simplefilter("ignore")
     kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"types": {}, "sizes": {}}
     broken = []
+    data = tempfile.TemporaryDirectory()
+    scenes = Path(data.name) / "scenes"
+    write_dataset(OpenMojiScenes(8, "train", 64), scenes, "train", 64, progress=False)
     for model_type in types or tiny_vlms.TYPES:
         begun = time.perf_counter()
         try:
             with tempfile.TemporaryDirectory() as folder:
-                kept["types"][model_type] = examine(model_type, Path(folder)) | full_size.default(model_type)
+                found = examine(model_type, Path(folder), scenes)
+                kept["types"][model_type] = found | full_size.default(model_type)
             said = json.dumps(kept["types"][model_type])
         except Exception:  # a fault of ours: go on, and fail in the end
             broken.append(model_type)

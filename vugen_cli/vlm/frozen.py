@@ -214,17 +214,15 @@ class FrozenVLM:
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
         ids, mask = ids.to(self.device), mask.to(self.device)
-        visible = mask.long()
+        # A causal decoder never sees the padding that follows a prompt, and counts its positions from the left:
+        # without a mask, transformers need not ask the device whether any is padded.
+        inputs = {"input_ids": ids}
         if self._reads_both_ways:
             # PaliGemma reads its prompt both ways; left to itself, transformers does so only without padding.
             visible = torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device)
             visible = visible.masked_fill(~mask, torch.finfo(visible.dtype).min)[:, None, None]
-            visible = visible.expand(-1, -1, length, -1)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": visible,
-            "position_ids": torch.arange(length, device=self.device).repeat(len(rows), 1),
-        }
+            inputs["attention_mask"] = visible.expand(-1, -1, length, -1)
+            inputs["position_ids"] = torch.arange(length, device=self.device).repeat(len(rows), 1)
         read = self._read(partial(self.decoder, **inputs), len(rows), hidden)
         return Prefix(*read[:2], mask, any(len(row) < length for row in rows), read[2])
 
@@ -459,7 +457,13 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
         )
-        processor = _load_processor(source, local)
+        try:
+            processor = _load_processor(source, local)
+        except Exception:
+            refuse(model, name)  # what lies in its design comes before what its directory lacks
+            raise
+    except VugenError:
+        raise
     except Exception as error:  # a foreign directory can fail in as many ways as there are model classes
         raise VugenError(
             f"{name} could not be loaded as a vision-language model: {_why_not_loaded(error)}"
