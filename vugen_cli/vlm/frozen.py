@@ -214,7 +214,7 @@ class FrozenVLM:
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
         ids, mask = ids.to(self.device), mask.to(self.device)
-        # A causal decoder never sees the padding that follows a prompt, and counts its positions from the left:
+        # A causal decoder never sees the padding that follows a prompt, and counts positions from the left:
         # without a mask, transformers need not ask the device whether any is padded.
         inputs = {"input_ids": ids}
         if self._reads_both_ways:
