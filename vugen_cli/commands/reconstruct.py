@@ -8,6 +8,7 @@ import typer
 from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption
 
 if TYPE_CHECKING:
+    from vugen_cli.nano.judges import OfReconstructions
     from vugen_cli.studies.reconstruct import Fidelity
 
 
@@ -49,12 +50,11 @@ def reconstruct(
       vugen reconstruct --images data/openmoji --full identity.safetensors
     """
     from vugen_cli.engine.device import pick_device
-    from vugen_cli.nano.judges import in_short, reconstruction_judge
     from vugen_cli.processes import is_first, join
     from vugen_cli.studies.reconstruct import reconstruct as run
 
     where = join(pick_device(device))
-    judge = reconstruction_judge(images)
+    judge = scenes_judge(images)
     report = run(
         reducer, images, out, count, steps, seed, vlm, where, allow_vlm_mismatch, save_images, full, judge
     )
@@ -63,8 +63,10 @@ def reconstruct(
     for name, found in (("from all of z", report.full), ("from reduced z", report)):
         if found:
             typer.echo(f"{name}: {summary(found)}")
-    for line in in_short(report.judges):
-        typer.echo(line)
+    if judge:
+        from vugen_cli.nano.judges import in_short
+
+        typer.echo("\n".join(in_short(report.judges)))
     typer.echo(
         f"over {report.images.count} images, Fréchet distance on {report.features}; "
         f"wrote {out / 'reconstruction.png'}"
@@ -72,6 +74,17 @@ def reconstruct(
     if bad := report.images.bad:
         typer.echo(f"{len(bad)} images could not be read; they are listed in reconstruction.json")
     return report
+
+
+def scenes_judge(images: Path) -> "OfReconstructions | None":
+    """What judges reconstructions of prepared OpenMoji scenes; None for other images."""
+    from vugen_cli.data.manifest import dataset_card
+
+    if not (images / "dataset.json").is_file() or dataset_card(images).dataset != "openmoji":
+        return None
+    from vugen_cli.nano.judges import reconstruction_judge
+
+    return reconstruction_judge(images)
 
 
 def summary(found: "Fidelity") -> str:

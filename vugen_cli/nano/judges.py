@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from vugen_cli.data.loader import ShardedImages
-from vugen_cli.data.manifest import dataset_card
 from vugen_cli.metrics.bootstrap import resampled_means
 from vugen_cli.metrics.prompted_images import score_of
 from vugen_cli.metrics.report import Score
@@ -100,14 +99,8 @@ def _warning(count: int, real: float) -> str | None:
     return None
 
 
-def reconstruction_judge(images: Path) -> OfReconstructions | None:
-    """What judges reconstructions of OpenMoji scenes; None where the images do not say what they show.
-
-    Args:
-        images: any set of images.
-    """
-    if not (images / "dataset.json").is_file() or dataset_card(images).dataset != "openmoji":
-        return None
+def reconstruction_judge(images: Path) -> OfReconstructions:
+    """What judges reconstructions of prepared OpenMoji scenes."""
 
     def of_reconstructions(
         vlm: FrozenVLM, originals: Tensor, decoded: Tensor, indices: list[int]
