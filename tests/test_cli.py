@@ -137,10 +137,10 @@ def test_the_newest_sampler_here_is_taken_and_scored_against_its_reference(
         (tmp_path / f"{stage}.safetensors").write_bytes((trained / f"{stage}.safetensors").read_bytes())
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     (tmp_path / "prompts.txt").write_text("a bear\n\na cat\n")
-    result = vugen("sample", "--prompts", "prompts.txt", "-n", "2", cwd=tmp_path)
+    result = vugen_here("sample", "--prompts", "prompts.txt", "-n", "2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "sampler: sampler.safetensors, the newest here" in result.stdout
-    result = vugen("score", "--fid", "--features", "vlm", cwd=tmp_path)  # the sampler's VLM, not nano
+    result = vugen_here("score", "--fid", "--features", "vlm", cwd=tmp_path)  # the sampler's VLM, not nano
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "scores.json").read_text())
     (score,) = report["scores"]
@@ -157,7 +157,7 @@ def vugen_card(path: Path) -> str:
 
 
 def test_reconstruct_measures_and_shows(trained: Path, scenes: Path, tmp_path: Path) -> None:
-    result = vugen(
+    result = vugen_here(
         "reconstruct",
         "--reducer",
         trained / "reducer.safetensors",

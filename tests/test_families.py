@@ -139,6 +139,8 @@ def test_pictures_in_prompts_give_alone_what_they_give_in_a_batch(family: Frozen
         assert (expert(x[:1], t[:1], other)[0] - together[0]).abs().max() > 1e-6  # pictures are read
 
 
+# Both stages of every type are run by `python tests/matrix.py`.
+@pytest.mark.parametrize("family", ["llava_siglip", "qwen2_5_vl", "smolvlm", "gemma3"], indirect=True)
 def test_both_stages_train_and_a_sampler_draws(family: FrozenVLM, scenes: Path, tmp_path: Path) -> None:
     recipe = load_recipe(
         None,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_card, save_random_vlm, vugen
+from safetensors.torch import load_file, save_file
 
 from vugen_cli.errors import VugenError
 from vugen_cli.vlm.chat import ask
@@ -96,3 +97,14 @@ def test_an_unreachable_hub_id_fails_within_seconds(
     assert result.returncode == 1
     assert "hub cannot be reached" in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert time.perf_counter() - started < 60  # 5 s of waiting; the rest is importing on a busy machine
+
+
+def test_a_vlm_with_a_weight_missing_is_refused_and_not_made_up(vlm_path: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(vlm_path, tmp_path / "copy"))
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    save_file({n: t for n, t in tensors.items() if n != name}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        VugenError, match=r"1 of its weights are not in its files .*q_proj.weight.* be random"
+    ):
+        load_vlm(str(copy))

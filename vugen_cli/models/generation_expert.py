@@ -220,7 +220,7 @@ def image_positions(start: Tensor, height: int, width: int, sections: bool) -> T
 def fresh_decoder(decoder: Any) -> Any:
     """A decoder of the same class and sizes with new weights and no vocabulary."""
     config = copy.deepcopy(decoder.config)
-    config.vocab_size, config.pad_token_id = 1, None
+    config.vocab_size, config.pad_token_id = 1, 0
     fresh = type(decoder)(config)
     fresh.set_input_embeddings(nn.Identity())
     return fresh

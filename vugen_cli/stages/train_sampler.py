@@ -1,5 +1,7 @@
 """Stage 2: the generation expert, trained by flow matching to sample z̃ for a prompt."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -115,7 +117,7 @@ def train_sampler(
         inject(expert, rank)
         begun["adapter"] = str(rank)
     if device.type == "cpu" and isinstance(expert, GenerationExpert):
-        expert.decoder.set_attn_implementation("eager")  # SDPA's backward is slower on CPUs at these lengths
+        attend_eagerly(expert, None if sharded else partial(try_expert, vlm=vlm, latents=latents))
     settings = recipe.train_sampler
     layers = blocks(expert)
     if wants_compile(recipe.engine, device, settings.steps, on_cpu=True):
@@ -208,6 +210,22 @@ def train_sampler(
     train(stage, stream, settings, recipe, run, device, options)
     write(out, settings.steps)
     return out
+
+
+def attend_eagerly(expert: GenerationExpert, attempt: Callable[[GenerationExpert], None] | None) -> None:
+    """Attention step by step: SDPA's backward pass is slower on CPUs at these lengths.
+
+    Args:
+        expert: changed in place, unless that code of its family has a fault.
+        attempt: runs it once; raises `VugenError` if it does not run. None: it cannot be run yet.
+    """
+    before = expert.decoder.config._attn_implementation
+    expert.decoder.set_attn_implementation("eager")
+    try:
+        if attempt:
+            attempt(expert)
+    except VugenError:
+        expert.decoder.set_attn_implementation(before)
 
 
 def prompts_of(

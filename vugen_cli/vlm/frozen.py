@@ -450,12 +450,13 @@ def load_model(
     logging.disable_progress_bar()
     source = str(path) if path.is_dir() else name
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, found = AutoModelForImageTextToText.from_pretrained(
             source,
             local_files_only=local,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
         try:
             processor = _load_processor(source, local)
@@ -468,6 +469,12 @@ def load_model(
         raise VugenError(
             f"{name} could not be loaded as a vision-language model: {_why_not_loaded(error)}"
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise VugenError(
+            f"{name} could not be loaded as a vision-language model: {len(missing)} of its weights are not in "
+            f"its files under the names that {type(model).__name__} has for them (as {missing[0]}), and would "
+            "be random: take another VLM, or a whole copy of this one"
+        )
     return model.to(device or "cpu"), processor
 
 
