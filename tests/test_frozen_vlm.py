@@ -104,7 +104,5 @@ def test_a_vlm_with_a_weight_missing_is_refused_and_not_made_up(vlm_path: Path, 
     tensors = load_file(copy / "model.safetensors")
     name = next(name for name in tensors if name.endswith("q_proj.weight"))
     save_file({n: t for n, t in tensors.items() if n != name}, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        VugenError, match=r"1 of its weights are not in its files .*q_proj.weight.* be random"
-    ):
+    with pytest.raises(VugenError, match=r"1 of its weights are not .*q_proj.weight.* be random"):
         load_vlm(str(copy))

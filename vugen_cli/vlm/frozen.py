@@ -471,9 +471,9 @@ def load_model(
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise VugenError(
-            f"{name} could not be loaded as a vision-language model: {len(missing)} of its weights are not in "
-            f"its files under the names that {type(model).__name__} has for them (as {missing[0]}), and would "
-            "be random: take another VLM, or a whole copy of this one"
+            f"{name} could not be loaded as a vision-language model: {len(missing)} of its weights are not "
+            f"in its files under the names of {type(model).__name__} (as {missing[0]}) and would be random: "
+            "take another VLM, or a whole copy of this one"
         )
     return model.to(device or "cpu"), processor
 
