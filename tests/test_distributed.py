@@ -16,7 +16,6 @@ from test_training import metrics, wait_for
 
 from vugen_cli.checkpoint import load_checkpoint, load_tensors
 from vugen_cli.engine.sharded_state import Stored
-from vugen_cli.files import bundle
 from vugen_cli.seeds import BatchGenerator, random_rows
 
 LAST = "state-0000006*"
@@ -84,8 +83,8 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
     brief += ["--set", "train_sampler.precision=float32"]
     mixture = [f"data.mixture=[{{path: {scenes}, weight: 2}}, {{path: drawn}}]"]
     tar, other = str(scenes / "train-000000.tar"), str(scenes / "train-000001.tar")
-    bundled = str(bundle("sampler.safetensors"))
-    further = ["train-sampler", "--init", bundled, *brief, "--set", fsdp, "--set", "sampling.steps=1"]
+    reducer, sampler = "reducer.safetensors", "s.safetensors"
+    further = ["train-sampler", "--init", sampler, *brief, "--set", fsdp]
     return [
         ["prepare", "--dataset", "openmoji", "--count", "12", "--shard-size", "5", "--out", "drawn"],
         ["train-vlm", *small, "--out", "vlm", *sets(vlm_path, *sizes)],
@@ -99,12 +98,12 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
         ["copy", "s.run", "d.run", LAST],
         ["train-sampler", *small, "--out", "d.safetensors", *sets(vlm_path, often, fsdp)],
         ["sample", "a bear", "two cats", "a tree", "-n", "2", "--sampler", "s.safetensors"],
-        ["prepare", "--latents", bundled, "--data", str(scenes), "--out", "latents"],
+        ["prepare", "--latents", reducer, "--data", str(scenes), "--out", "latents"],
         [*further, "--data", "latents", "--out", "c.safetensors"],
         [*further, "--adapter", "4", "--data", str(scenes), "--out", "k.safetensors"],
         ["train-reducer", "--out", "m.safetensors", *brief, *sets(vlm_path, *mixture)],
         ["inspect", "s.safetensors"],
-        ["reconstruct", "--reducer", bundled, "--images", str(scenes), "--count", "20", "--out", "rec"],
+        ["reconstruct", "--reducer", reducer, "--images", str(scenes), "--count", "20", "--out", "rec"],
         [*score, "--fid", "--kid", "--pr", "--images", tar, "--reference", str(scenes), "--out", "sets.json"],
         [*cached, "--images", tar, "--reference", str(scenes), "--out", "first.json"],
         [*cached, "--images", tar, "--reference", str(scenes), "--out", "cached.json"],
@@ -112,7 +111,7 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
         ["score", "prompts", "--vqa-score", "--images", tar, "--vlm", "nano", "--count", "9",
          "--out", "prompts.json"],
         ["study", "diversity", *vlm, "--images", "samples", "--out", "diversity.json"],
-        ["study", "composition", "--sampler", bundled, "--count", "2", "--out", "composition.json"],
+        ["study", "composition", "--sampler", sampler, "--count", "2", "--out", "composition.json"],
     ]  # fmt: skip
 
 
