@@ -30,6 +30,9 @@ class DataCard(BaseModel):
     counts: dict[str, int] = Field(description="pictures of each split")
     sha256: str | None = Field(None, description="over the SHA-256 of its shards")
     mixture: list[dict[str, Any]] | None = Field(None, description="sets and weights, where it is a mixture")
+    shapes: list[str] | None = Field(
+        None, description="of its pictures, WIDTHxHEIGHT, if they are of several"
+    )
 
 
 class LatentsCard(BaseModel):

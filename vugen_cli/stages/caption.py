@@ -126,7 +126,7 @@ def _write_missing(
     with progress_bar(total=total, unit="img", desc=f"{out}") as bar:
         for images, shard in missing:
             record = _write_shard(out, images, shard, chunks, describe, known, bar)
-            write_json(notes[images, shard], record.model_dump())
+            write_json(notes[images, shard], record.model_dump(exclude_none=True))
 
 
 def _write_shard(
