@@ -7,11 +7,15 @@ import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_overrides, vugen_here
 from PIL import Image
+from safetensors.torch import load_file
 
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import (
@@ -29,7 +33,18 @@ from vugen_cli.data.sample import Sample
 from vugen_cli.data.shapes import nearest, parse_shape, parse_shapes, shape_name
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
-from vugen_cli.recipe import MixtureSource
+from vugen_cli.flow import flow_matching_loss
+from vugen_cli.recipe import Captioning, MixtureSource, Recipe, load_recipe
+from vugen_cli.sampling.pipeline import VugenPipeline
+from vugen_cli.sampling.trained import load_sampler
+from vugen_cli.stages.caption import write_captions
+from vugen_cli.stages.latent_cache import write_latents
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.stages.train_sampler import train_sampler
+from vugen_cli.vlm.frozen import load_vlm
+from vugen_cli.vlm.latents import check_aspect, check_grid
+
+CPU = torch.device("cpu")
 
 SHAPES = "64x64,48x80,80x48"
 SIZES = [(70, 70), (60, 100), (130, 70), (50, 90), (64, 66)]  # of the source, width and height, in turn
@@ -275,8 +290,140 @@ def test_stored_images_come_in_batches_of_one_shape_and_previews_in_squares(phot
     assert held_out_images(images, 64).shape == (8, 3, 64, 64)
 
 
+def test_captions_by_a_vlm_keep_the_shapes(photos: Path, vlm_path: Path, tmp_path: Path) -> None:
+    asked = Captioning(instructions=["describe the picture"], tokens=2)
+    write_captions(photos, tmp_path / "c", str(vlm_path), asked, CPU)
+    before, after = ShardedImages(photos), ShardedImages(tmp_path / "c")
+    assert after.shapes == before.shapes and [*after.kinds] == [*before.kinds]
+    assert after.stored(1, 0)[0] == before.stored(1, 0)[0] and take(after, 1)[0].corrupt == 0
+
+
 def test_what_is_for_squares_alone_refuses_in_one_line(photos: Path) -> None:
     with pytest.raises(VugenError, match="cannot be mixed"):
         MixedImages([MixtureSource(path=str(photos), weight=1), MixtureSource(path=str(photos), weight=1)])
     with pytest.raises(VugenError, match="cannot be resized to 32"):
         TrainingStream(ShardedImages(photos), 4, seed=0, size=32)
+
+
+# --- training and drawing, by a VLM whose tower reads any shape
+
+
+@pytest.fixture(scope="module")
+def any_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.build("qwen3_vl", tmp_path_factory.mktemp("vlm") / "qwen3_vl")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_pixtral"])
+def test_z_of_a_rectangle_lies_on_its_grid(family: str, tmp_path: Path) -> None:
+    """Windows and blocks of patches, and rows of patches."""
+    vlm = load_vlm(str(families.build(family, tmp_path / family)))
+    for shape in [(80, 48), (48, 80)]:
+        z = vlm.encode(torch.full((1, 3, *shape), 127, dtype=torch.uint8))
+        assert (z.shape[1] > z.shape[2]) == (shape[0] > shape[1])
+        check_aspect(vlm, shape, z)
+        check_grid(vlm, shape)
+
+
+def recipe_of(vlm: Path, *more: str) -> Recipe:
+    dit = ("expert.kind=dit", "expert.width=32", "expert.depth=2", "expert.heads=2")
+    return load_recipe(None, [*tiny_overrides(vlm), *dit, *more])
+
+
+@pytest.fixture(scope="module")
+def drawn_of(photos: Path, any_shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages, of eight steps each on pictures of three shapes."""
+    out = tmp_path_factory.mktemp("shaped")
+    recipe = recipe_of(any_shape, "train_reducer.steps=8", "train_sampler.steps=8", "reducer.merge=2")
+    reducer = train_reducer(recipe, photos, out / "reducer.safetensors", CPU)
+    train_sampler(recipe, reducer, photos, out / "sampler.safetensors", CPU)
+    return out
+
+
+def losses(out: Path) -> list[float]:
+    lines = (out.with_suffix(".run") / "metrics.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def test_a_sampler_draws_each_shape_and_the_square_as_ever(drawn_of: Path) -> None:
+    sampler = load_sampler(drawn_of / "sampler.safetensors")
+    torch.manual_seed(0)
+    torch.nn.init.normal_(sampler.expert.proj_out.weight, std=0.3)
+    assert sampler.card.latents.grid == (4, 4) and sampler.card.data.shapes == SHAPES.split(",")
+
+    def draw(prompt: str, size: tuple[int, int] | None) -> torch.Tensor:
+        return next(sampler.sample([prompt], size=size))[2]
+
+    for shape, grid in [((80, 48), (5, 3)), ((48, 80), (3, 5)), ((96, 80), (6, 5))]:
+        assert sampler.grid(shape) == (shape, grid)
+        picture = draw("a bear", shape)
+        assert picture.shape == (3, *shape) and not torch.equal(picture, draw("a cat", shape))
+    assert torch.equal(draw("a bear", None), draw("a bear", (64, 64)))
+    with pytest.raises(VugenError, match="multiples of 8"):
+        draw("a bear", (80, 50))
+    pictures = VugenPipeline(sampler)("a bear", seed=0, height=80, width=48).images
+    assert np.array_equal(np.asarray(pictures[0]), draw("a bear", (80, 48)).permute(1, 2, 0))
+
+
+def test_the_command_draws_a_shape_and_says_if_it_is_new(drawn_of: Path, tmp_path: Path) -> None:
+    given = ("sample", "a bear", "--sampler", drawn_of / "sampler.safetensors", "--size")
+    done = vugen_here(*given, "48x80", cwd=tmp_path)
+    assert done.returncode == 0 and "none of the sizes" not in done.stdout, done.stderr
+    row = json.loads((tmp_path / "samples" / "samples.jsonl").read_text())
+    assert Image.open(tmp_path / "samples" / row["file"]).size == (48, 80) and row["size"] == "48x80"
+    assert "none of the sizes" in vugen_here(*given, "64x80", cwd=tmp_path).stdout
+    assert "WIDTHxHEIGHT" in vugen_here(*given, "large", cwd=tmp_path).stderr
+
+
+def test_a_cache_of_several_shapes_has_the_losses_of_live_encoding(
+    drawn_of: Path, photos: Path, any_shape: Path, tmp_path: Path
+) -> None:
+    manifest = write_latents(drawn_of / "reducer.safetensors", photos, tmp_path / "z", CPU)
+    assert manifest.latents and manifest.latents.grids == {"64x64": (4, 4), "48x80": (5, 3), "80x48": (3, 5)}
+    assert manifest == read_manifest(tmp_path / "z") and manifest.shapes == SHAPES.split(",")
+    recipe = recipe_of(any_shape, "train_sampler.steps=8", "reducer.merge=2")
+    train_sampler(recipe, drawn_of / "reducer.safetensors", tmp_path / "z", tmp_path / "s.safetensors", CPU)
+    live = losses(drawn_of / "sampler.safetensors")
+    assert len(live) == 8 and losses(tmp_path / "s.safetensors") == pytest.approx(live, rel=2e-3)
+
+
+def test_a_run_that_died_goes_on_to_the_same_weights(
+    drawn_of: Path, photos: Path, any_shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(
+        any_shape, "train_sampler.steps=8", "reducer.merge=2", "train_sampler.checkpoint_every=3"
+    )
+    reducer, out, calls = drawn_of / "reducer.safetensors", tmp_path / "s.safetensors", []
+
+    def dies(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) == 6:
+            raise RuntimeError("the power is out")
+        return flow_matching_loss(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vugen_cli.stages.train_sampler.flow_matching_loss", dies)
+        with pytest.raises(RuntimeError, match="the power"):
+            train_sampler(recipe, reducer, photos, out, CPU)
+        assert not out.exists()
+        train_sampler(recipe, reducer, photos, out, CPU)
+    assert len(calls) == 6 + 5  # from step 3 on
+    again, whole = load_file(out), load_file(drawn_of / "sampler.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_what_reads_or_draws_squares_alone_refuses_in_one_line(
+    photos: Path, vlm_path: Path, any_shape: Path, drawn_of: Path, trained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x.safetensors"
+    with pytest.raises(VugenError, match="48x80 as .* it is for squares; take a VLM") as refused:
+        train_reducer(recipe_of(vlm_path), photos, out, CPU)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(VugenError, match="decoder needs sides that are multiples of 32"):
+        train_reducer(recipe_of(any_shape, "decoder.patch=16"), photos, out, CPU)
+    with pytest.raises(VugenError, match=r"decoder\.image_size=32 cannot resize"):
+        train_reducer(recipe_of(any_shape, "decoder.image_size=32"), photos, out, CPU)
+    copied = load_recipe(None, [*tiny_overrides(any_shape), "reducer.merge=2"])
+    with pytest.raises(VugenError, match=r"set expert\.kind=dit"):
+        train_sampler(copied, drawn_of / "reducer.safetensors", photos, out, CPU)
+    with pytest.raises(VugenError, match=r"draws 64x64 alone.*expert\.kind=dit"):
+        next(load_sampler(trained / "sampler.safetensors").sample(["a bear"], size=(80, 48)))

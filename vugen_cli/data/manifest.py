@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from vugen_cli.card import DataCard
 from vugen_cli.data.remote import fetched_bytes, is_remote
@@ -40,6 +47,11 @@ class Shard:
     bytes: int = Field(ge=0, description="its length")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="over all of it")
     shape: str | None = None  # of its pictures, WIDTHxHEIGHT, where they are of several
+
+    @model_serializer(mode="wrap")
+    def _plain(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a shape where there is none."""
+        return {key: value for key, value in dumped(self).items() if key != "shape" or value}
 
 
 SHARD_KEYS = {"name", "samples", "bytes", "sha256"}
@@ -127,12 +139,7 @@ class Manifest(Facts):
 
     def plain(self) -> dict[str, Any]:
         """As it stands in the file."""
-        plain = self.model_dump(mode="json", exclude_unset=True)
-        for split in plain["splits"].values():
-            for shard in split["shards"]:  # which know no unset values
-                if shard["shape"] is None:
-                    del shard["shape"]
-        return plain
+        return self.model_dump(mode="json", exclude_unset=True)
 
     @property
     def sha256(self) -> str:
