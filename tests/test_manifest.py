@@ -12,6 +12,7 @@ import torch
 from vugen_cli.data.loader import ShardedImages, TrainingStream
 from vugen_cli.data.manifest import (
     FORMAT,
+    SHAPED,
     Manifest,
     Shard,
     Split,
@@ -45,7 +46,7 @@ def test_it_is_written_as_it_was_read(scenes: Path, tmp_path: Path) -> None:
         ("\xff", "is damaged"),
         ("[]", "no manifest"),
         ("{}", r"no manifest .*\(format: "),
-        (json.dumps(of(format=FORMAT + 1)), "another format"),
+        (json.dumps(of(format=SHAPED + 1)), "another format"),
         (json.dumps(of(name="../x.tar")), "no plain file name"),
         (json.dumps(of(name="a/x.tar")), "no plain file name"),
         (json.dumps(of(sha256="../../x")), "no manifest"),

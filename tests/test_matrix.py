@@ -140,7 +140,8 @@ def test_layers_are_set_on_the_command_line_and_mistakes_are_named() -> None:
 
 def test_a_picture_that_would_be_padded_is_enlarged(tmp_path: Path) -> None:
     vlm = load_vlm(str(tiny_vlms.build("kimi_k25", tmp_path / "kimi")))
-    assert canvas(vlm.processor.image_processor, 60) == 64 == canvas(vlm.processor.image_processor, 64)
+    processor = vlm.processor.image_processor
+    assert canvas(processor, (60, 60)) == (64, 64) == canvas(processor, (64, 64))
     white = vlm.vision_inputs(torch.full((1, 3, 60, 60), 255, dtype=torch.uint8))["pixel_values"]
     assert (white == white[:1]).all()
     check_grid(vlm, 60)

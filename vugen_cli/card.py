@@ -7,7 +7,7 @@ passed over.
 import copy
 from typing import Any
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 FORMAT = 2  # 1: the networks' tensors had other names; see `key_map`
 
@@ -30,6 +30,15 @@ class DataCard(BaseModel):
     counts: dict[str, int] = Field(description="pictures of each split")
     sha256: str | None = Field(None, description="over the SHA-256 of its shards")
     mixture: list[dict[str, Any]] | None = Field(None, description="sets and weights, where it is a mixture")
+    shapes: list[str] | None = Field(None, description="of its pictures, WIDTHxHEIGHT, if of several")
+
+    @model_serializer(mode="wrap")
+    def _plain(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Of squares as before there were shapes: caches and states of then are compared with it."""
+        found: dict[str, Any] = dumped(self)
+        if found.get("shapes") is None:
+            found.pop("shapes", None)
+        return found
 
 
 class LatentsCard(BaseModel):

@@ -1,5 +1,6 @@
 """`vugen prepare`: turn images and captions into shards."""
 
+from collections import Counter
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,13 @@ SourceOption = Annotated[
 ]
 OutOption = Annotated[Path | None, typer.Option(help="Folder to write.  [default: data/DATASET]")]
 SizeOption = Annotated[int | None, typer.Option(min=8, help="Side in pixels.  [default: 256; openmoji 64]")]
+ShapesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of --size: several shapes in pixels, a square among them, as 64x64,48x80,80x48; each "
+        "picture is cut to the nearest."
+    ),
+]
 CountOption = Annotated[
     int | None,
     typer.Option(
@@ -77,6 +85,7 @@ def prepare(
     out: OutOption = None,
     split: Annotated[Split, typer.Option(help="Which split to prepare.")] = Split.train,
     size: SizeOption = None,
+    shapes: ShapesOption = None,
     count: CountOption = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
     workers: WorkersOption = None,
@@ -91,9 +100,9 @@ def prepare(
 ) -> Answer:
     """Turn images and captions into webdataset shards with a manifest.
 
-    Resizes and crops to squares, keeps every caption, shuffles, and writes train-000000.tar, ... and
-    dataset.json. Pictures that cannot be used are skipped and listed in skipped-train.jsonl. Interrupted,
-    the same command goes on where it stopped.
+    Resizes and crops to squares, or to --shapes, keeps every caption, shuffles, and writes
+    train-000000.tar, ... and dataset.json. Pictures that cannot be used are skipped and listed in
+    skipped-train.jsonl. Interrupted, the same command goes on where it stopped.
 
     \b
     Sources:
@@ -113,6 +122,7 @@ def prepare(
       vugen prepare --dataset imagenet --source /data/ILSVRC2012_img_train.tar --out data/imagenet
       vugen prepare --dataset coco --source /data/coco --count 10000
       vugen prepare --dataset captions --source photos.csv --size 512 --strict
+      vugen prepare --dataset captions --source photos.csv --shapes 256x256,192x336,336x192
       vugen prepare --dataset edits --source pairs.jsonl --out data/edits
       vugen prepare --latents reducer.safetensors --out data/mine-latents
     """
@@ -122,15 +132,19 @@ def prepare(
         raise VugenError("--data, --flip, --vlm and --device go with --latents")
     if pairs is not None and dataset is not Dataset.openmoji:
         raise VugenError("--pairs goes with --dataset openmoji")
-    if dataset is None and (source or count or strict or size):
-        raise VugenError("--source, --size, --count and --strict go with --dataset, not with --latents")
+    if shapes and (size or dataset in (Dataset.openmoji, Dataset.openmoji_edits)):
+        raise VugenError("--shapes goes without --size, and with pictures of your own: drawn ones are square")
+    if dataset is None and (source or count or strict or size or shapes):
+        raise VugenError(
+            "--source, --size, --shapes, --count and --strict go with --dataset, not with --latents"
+        )
     if latents is not None:
         return prepare_latents(latents, data, out, vlm, device, flip, workers)
     assert dataset is not None
     out = out or Path("data") / dataset.value
     size = size or (64 if dataset in (Dataset.openmoji, Dataset.openmoji_edits) else 256)
     opened = partial(open_source, dataset, source, split.value, size, count, seed, pairs)
-    return prepare_images(opened, out, split.value, size, shard_size, workers, seed, count, strict)
+    return prepare_images(opened, out, split.value, size, shapes, shard_size, workers, seed, count, strict)
 
 
 def prepare_images(
@@ -138,6 +152,7 @@ def prepare_images(
     out: Path,
     split: str,
     size: int,
+    shapes: str | None,
     shard_size: int,
     workers: int | None,
     seed: int,
@@ -154,7 +169,7 @@ def prepare_images(
     workers = workers or max(1, cores() // local_world_size())
     try:
         manifest = write_dataset(
-            opened(), out, split, size, shard_size, workers, seed=seed, count=count, strict=strict
+            opened(), out, split, size, shard_size, workers, seed, count, strict, shapes=shapes
         )
     except KeyboardInterrupt:
         typer.echo(
@@ -164,12 +179,16 @@ def prepare_images(
     entry = manifest.splits[split]
     listed = f"skipped-{split}.jsonl"
     skipped = f", {entry.skipped_count} skipped (listed in {listed})" if entry.skipped_count else ""
-    typer.echo(f"{out}: {split}, {entry.count} images of {size} px in {len(entry.shards)} shards{skipped}")
+    of = Counter[str]()
+    for shard in entry.shards:
+        of[shard.shape or str(manifest.size)] += shard.samples
+    sizes = ", ".join(f"{count} of {shape}" for shape, count in of.items()) if shapes else f"of {size}"
+    typer.echo(f"{out}: {split}, {entry.count} images {sizes} px in {len(entry.shards)} shards{skipped}")
     return Prepared(
         out=str(out),
         split=split,
         count=entry.count,
-        size=size,
+        size=manifest.size,
         shards=len(entry.shards),
         skipped_count=entry.skipped_count,
     )

@@ -68,6 +68,10 @@ AdapterOption = Annotated[
     list[str] | None,
     typer.Option(help="Adapter of `train-sampler --adapter`, as FILE or FILE:WEIGHT. Repeatable."),
 ]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(help="WIDTHxHEIGHT in pixels, as 48x80. [default: the square that the checkpoint draws]"),
+]
 QuantizeOption = Annotated[
     Bits | None,
     typer.Option(help="Keep the weights of expert and VLM in 8 bits: less memory, other pictures."),
@@ -89,6 +93,7 @@ def sample(
     image_guidance: ImageGuidanceOption = None,
     solver: Annotated[SolverName | None, typer.Option(help="ODE solver. [default: the checkpoint's]")] = None,
     seed: SeedOption = 0,
+    size: SizeOption = None,
     allow_vlm_mismatch: AllowMismatchOption = False,
     compile_: CompileOption = False,
     quantize: QuantizeOption = None,
@@ -103,6 +108,7 @@ def sample(
       vugen sample "a bear in a forest" -n 8
       vugen sample "a cat on a beach" "two apples in the snow" --guidance 4 --seed 7
       vugen sample --prompts prompts.txt --sampler sampler.safetensors --out drawn
+      vugen sample "a cat on a beach" --sampler sampler.safetensors --size 48x80
       vugen sample "put it in the snow" --image bear.png --sampler editor.safetensors
     """
     # Imports and loading make 700,000 objects that stay: looking for garbage among them, now and later, is a
@@ -110,6 +116,7 @@ def sample(
     gc.disable()
     try:
         from vugen_cli.commands.answers import Drawn
+        from vugen_cli.data.shapes import parse_shape, shape_name
         from vugen_cli.engine.device import pick_device
         from vugen_cli.metrics.samples import read_samples
         from vugen_cli.processes import is_first, join
@@ -118,6 +125,7 @@ def sample(
         from vugen_cli.sampling.trained import load_sampler
         from vugen_cli.vlm.prompts import Prompt
 
+        shape = parse_shape(size) if size else None
         variation, where = bool(image) and not prompts and not prompts_file, join(pick_device(device))
         texts = [""] if variation else collect_prompts(prompts or [], prompts_file)
         loaded = load_sampler(pick_sampler(sampler), vlm, where, allow_vlm_mismatch, decoder, adapter or ())
@@ -131,10 +139,13 @@ def sample(
         loaded.quantize()
     if compile_:
         loaded.compile()
+    known = loaded.card.data.shapes or [shape_name((loaded.card.image_size, loaded.card.image_size))]
+    if shape and shape_name(shape) not in known and is_first():
+        typer.echo(f"{size} is none of the sizes that it learned from: {', '.join(known)}")
     pictures = tuple(open_picture(path, loaded.card.data.size) for path in image or [])
     asked = [Prompt(text, pictures) for text in texts]
     folder = draw(
-        loaded, asked, n, out, seed, steps, guidance, solver.value if solver else None, image_guidance
+        loaded, asked, n, out, seed, steps, guidance, solver.value if solver else None, image_guidance, shape
     )
     typer.echo(f"wrote {len(texts) * n} pictures, grid.png and samples.jsonl to {folder}/")
     return Drawn(out=str(folder), images=read_samples(folder), unknown_words=unknown) if is_first() else None

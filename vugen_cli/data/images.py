@@ -12,6 +12,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from vugen_cli.data.shapes import Shape, as_shape
+
 MAX_PIXELS = 2 * 89_478_485
 """Larger pictures are refused undecoded: the limit at which Pillow calls a file a bomb (179 MP)."""
 
@@ -158,38 +160,39 @@ def _to_8_bit(grey: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
-def adm_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resize the short side to `size` and crop the centre, as ADM's `center_crop_arr` does.
+def adm_crop(pixels: np.ndarray, size: int | Shape) -> np.ndarray:
+    """Resize to cover a square of side `size` and crop the centre, as ADM's `center_crop_arr` does.
 
     Follows guided_diffusion/image_datasets.py (Dhariwal & Nichol 2021, arXiv 2105.05233), the preprocessing
-    behind the usual ImageNet figures: halve with a box filter while the short side is at least twice `size`,
-    then antialiased bicubic to the final scale, then the centre square. Smaller pictures are enlarged.
+    behind the usual ImageNet figures: halve with a box filter while the picture is at least twice as large,
+    then antialiased bicubic to the final scale, then the centre. Smaller pictures are enlarged.
     torch's uint8 kernels do the resampling, five times as fast as Pillow's; a value differs from Pillow's by
     at most 2 of 255, and by less than 0.01 on average.
 
     Args:
         pixels: `uint8 [H, W, 3]`.
-        size: the side of the result, in pixels.
+        size: the side of the result in pixels, or (height, width).
 
     Returns:
-        `uint8 [size, size, 3]`, contiguous.
+        `uint8 [size, size, 3]` or `[height, width, 3]`, contiguous.
     """
     height, width = pixels.shape[:2]
-    if height == width == size:
+    rows, columns = as_shape(size)
+    if (height, width) == (rows, columns):
         return pixels
-    while min(height, width) >= 2 * size:
+    while height >= 2 * rows and width >= 2 * columns:
         if height % 2 or width % 2:
             halved = Image.fromarray(pixels).resize((width // 2, height // 2), Image.Resampling.BOX)
             pixels = np.asarray(halved)
         else:  # bilinear at exactly half meets four pixels at equal weight: the box filter
             pixels = _interpolate(pixels, height // 2, width // 2, mode="bilinear")
         height, width = pixels.shape[:2]
-    scale = size / min(height, width)
+    scale = max(rows / height, columns / width)
     height, width = round(height * scale), round(width * scale)
     if pixels.shape[:2] != (height, width):
         pixels = _interpolate(pixels, height, width, mode="bicubic", antialias=True)
-    top, left = (height - size) // 2, (width - size) // 2
-    return np.ascontiguousarray(pixels[top : top + size, left : left + size])
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return np.ascontiguousarray(pixels[top : top + rows, left : left + columns])
 
 
 def _interpolate(pixels: np.ndarray, height: int, width: int, **how: Any) -> np.ndarray:

@@ -31,9 +31,10 @@ from vugen_cli.card import DataCard
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.index import shard_index
 from vugen_cli.data.manifest import Shard, read_manifest
-from vugen_cli.data.order import Order, StreamOrder, random_bits, stream_count
+from vugen_cli.data.order import Order, StreamOrder, Turns, random_bits, stream_count
 from vugen_cli.data.remote import Prefetch, cached_path, fetch, is_remote, open_shard, shard_cache
 from vugen_cli.data.sample import Meta
+from vugen_cli.data.shapes import Shape, as_shape, parse_shape, shape_name
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.processes import rank, world_size
 from vugen_cli.recipe import Recipe
@@ -55,7 +56,8 @@ class Batch:
     """What a training step reads.
 
     Attributes:
-        images: uint8 [B, 3, S, S], RGB; of a latent cache z̃ instead, float16 [B, h, w, c].
+        images: uint8 [B, 3, H, W], RGB, squares as a rule; of a latent cache z̃ instead, float16
+            [B, h, w, c].
         captions: B captions, one chosen at random for each image and epoch.
         meta: B dictionaries, the samples' `.json`, with every caption under `captions`.
         corrupt: how many samples of this batch were damaged; others, drawn at random, stand in for them.
@@ -90,6 +92,9 @@ class ShardedImages:
         latents: take a latent cache too, whose z̃ are then read in place of images.
 
     Attributes:
+        size: pixels a side; of pictures of several shapes, of the square ones.
+        shapes: of the pictures, as (height, width); one alone as a rule.
+        kinds: int64 [shards], the number of each shard's shape.
         most_sources: pictures that a sample is made from, at most; 0 of a data set without edits.
 
     Raises:
@@ -116,6 +121,8 @@ class ShardedImages:
         self.names = [s.name for s in shards]
         self.counts = np.array([s.samples for s in shards], dtype=np.int64)
         self.lengths = np.array([s.bytes for s in shards], dtype=np.int64)
+        self.shapes = [parse_shape(shape) for shape in self.manifest.shapes or [str(self.manifest.size)]]
+        self.kinds = np.array([self._kind(s) for s in shards], dtype=np.int64)  # of shapes
         self.digests = np.frombuffer(b"".join(bytes.fromhex(s.sha256) for s in shards), np.uint8)
         if not is_remote(path):
             there = set(os.listdir(path))
@@ -125,6 +132,16 @@ class ShardedImages:
         self.cache = shard_cache()  # of this process: a worker's environment may be older
         self.keep_open = 8
         self._start_reading()
+
+    def _kind(self, shard: Shard) -> int:
+        try:
+            names = [shape_name(shape) for shape in self.shapes]
+            return names.index(shard.shape or shape_name(as_shape(self.manifest.size)))
+        except ValueError as error:
+            raise VugenError(
+                f"dataset.json of {self.directory} is damaged: it names no shape {shard.shape}, that of "
+                f"{shard.name}; run `vugen prepare` again"
+            ) from error
 
     def _start_reading(self) -> None:
         self._open: OrderedDict[int, tuple[IO[bytes], np.ndarray, int]] = OrderedDict()
@@ -147,6 +164,26 @@ class ShardedImages:
         """What `dataset.json` says of a shard."""
         digest = self.digests[32 * shard : 32 * shard + 32].tobytes().hex()
         return Shard(self.names[shard], int(self.counts[shard]), int(self.lengths[shard]), digest)
+
+    def shape(self, shard: int) -> Shape:
+        """(height, width) of the pictures of a shard."""
+        return self.shapes[self.kinds[shard]]
+
+    def array_shape(self, kind: int) -> tuple[int, ...]:
+        """Of what a sample of one of the shapes is trained on: pixels [H, W, 3], or z̃ [h, w, c]."""
+        if not self.latents:
+            return (*self.shapes[kind], 3)
+        grids = self.latents.grids or {}
+        return (*grids.get(shape_name(self.shapes[kind]), self.latents.grid), self.latents.channels)
+
+    def refuse_shapes(self, why: str) -> None:
+        """End what is only for squares.
+
+        Raises:
+            VugenError: pictures are of several shapes.
+        """
+        if len(self.shapes) > 1:
+            raise VugenError(f"{self.directory} holds pictures of several shapes, {why}")
 
     def _opened(self, shard: int) -> tuple[IO[bytes], np.ndarray, int]:
         """A shard's file, its index, and its length as it is; the longest unused one is closed.
@@ -221,12 +258,12 @@ class ShardedImages:
                     raise ValueError("a picture that it is made from is missing")
                 meta["sources"] = sources
             if self.latents:
-                shape = (1 + self.latents.flip, *self.latents.grid, self.latents.channels)
+                shape = (1 + self.latents.flip, *self.array_shape(self.kinds[shard]))
                 if len(meta["tokens"]) != len(meta["captions"]):
                     raise ValueError("captions and tokens are not equally many")
                 return decode_latents(stored, shape), meta
-            fits = place is not None and place.shape[0] == place.shape[1] == self.size
-            return decode_stored(stored, self.size, place if fits else None), meta
+            fits = place is not None and place.shape[:2] == self.shape(shard)
+            return decode_stored(stored, self.shape(shard), place if fits else None), meta
         except MemoryError:
             raise
         except Exception as error:  # damaged bytes make decoders raise nearly anything
@@ -241,16 +278,20 @@ class ShardedImages:
         """What checkpoints remember of it."""
         return self.manifest.card(self.directory)
 
-    def order(self, seed: int, window: int, batch_size: int, parts: int = 1) -> Order:
-        """Where the samples of a seeded run lie, for a reader of one of `parts` equal parts of each batch."""
-        return self.streams(seed, window, stream_count(batch_size, len(self)), parts)
+    def order(self, seed: int, window: int, batch_size: int, parts: int = 1, kind: int = 0) -> Order:
+        """Where the samples of one of the shapes lie in a seeded run, for a reader of one of `parts` equal
+        parts of each batch.
+        """
+        samples = int(self.counts[self.kinds == kind].sum())
+        return self.streams(seed, window, stream_count(batch_size, samples), parts, kind)
 
-    def streams(self, seed: int, window: int, count: int, parts: int) -> StreamOrder:
+    def streams(self, seed: int, window: int, count: int, parts: int, kind: int = 0) -> StreamOrder:
         """`count` streams; as many shards are kept open as the windows of a part of them take."""
-        order = StreamOrder(
-            self.counts, seed, window, count, self._expect if is_remote(self.directory) else None
-        )
-        self.keep_open = min(MOST_OPEN, (count // parts + 1) * (order.shards_at_once() + 1))
+        shards = np.flatnonzero(self.kinds == kind)
+        expect = self._expect if is_remote(self.directory) else None
+        order = StreamOrder(self.counts[shards], seed, window, count, expect, shards)
+        at_once = len(self.shapes) * (count // parts + 1) * (order.shards_at_once() + 1)
+        self.keep_open = min(MOST_OPEN, at_once)
         return order
 
     def _expect(self, shards: list[int]) -> None:
@@ -276,27 +317,28 @@ class ShardedImages:
                 yield sample
 
 
-def decode_stored(data: bytes, size: int, place: np.ndarray | None = None) -> np.ndarray:
-    """Pixels of an image as `vugen prepare` stores it (RGB PNG or JPEG), uint8 [S, S, 3].
+def decode_stored(data: bytes, size: int | Shape, place: np.ndarray | None = None) -> np.ndarray:
+    """Pixels of an image as `vugen prepare` stores it (RGB PNG or JPEG), uint8 [S, S, 3] or [H, W, 3].
 
     Nothing is decoded that claims another size: a few damaged bytes can claim gigabytes.
 
     Args:
         data: of the file.
-        size: S.
+        size: S, or (H, W).
         place: a JPEG is decoded into this contiguous array.
 
     Raises:
         Exception: the bytes are damaged, or the picture is of another size.
     """
+    shape = as_shape(size)
     if data[:2] == b"\xff\xd8":
         found = simplejpeg.decode_jpeg_header(data)[:2]
-        if found != (size, size):
-            raise ValueError(f"a picture of {found[1]}x{found[0]} pixels, not {size}x{size}")
+        if found != shape:
+            raise ValueError(f"a picture of {shape_name(found)} pixels, not {shape_name(shape)}")
         return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=place)
     with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        if image.size != (size, size):
-            raise ValueError(f"a picture of {image.width}x{image.height} pixels, not {size}x{size}")
+        if image.size != shape[::-1]:
+            raise ValueError(f"a picture of {image.width}x{image.height} pixels, not {shape_name(shape)}")
         return np.array(image.convert("RGB"))
 
 
@@ -314,7 +356,7 @@ def decode_latents(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(data, np.float16, offset=file.tell()).reshape(shape)
 
 
-# Rows of a shard, their pixels (uint8 [rows, 3, S, S]) and what is said of them.
+# Rows of a shard, their pixels (uint8 [rows, 3, H, W]) and what is said of them.
 Chunk: TypeAlias = tuple[list[int], Tensor, list[Meta]]
 
 
@@ -328,12 +370,15 @@ class TrainingStream(IterableDataset[Batch]):
         window: see `StreamOrder`.
         flip: mirror half of the images.
         start: number of the first batch (resume: the step to go on from).
-        size: pixels a side; images of another stored size are resized.
+        size: pixels a side; images of another stored size are resized, if all are squares.
         part: (i, of): the i-th of `of` equal parts of every batch, for one of several processes.
         accumulate: a part comes as this many batches that follow one another.
         tokenize: caption -> token ids, and whether it was cut; called in the workers, to which it is sent. A
             cache has its own tokens.
         sources: give the pictures that images are made from too.
+
+    Raises:
+        VugenError: images of several shapes are to be resized.
     """
 
     def __init__(
@@ -354,7 +399,11 @@ class TrainingStream(IterableDataset[Batch]):
         self.first, self.count = batch_size // part[1] * part[0], batch_size // part[1] // accumulate
         self.start, self.size, self.accumulate = start, size or images.size, accumulate
         self.tokenize, self.sources = tokenize, sources
-        self.order = images.order(seed, window, batch_size, part[1])
+        if self.size != images.size:
+            images.refuse_shapes(f"which cannot be resized to {self.size}: prepare others")
+        self.kinds = [kind for kind in range(len(images.shapes)) if images.counts[images.kinds == kind].any()]
+        self.orders = [images.order(seed, window, batch_size, part[1], kind) for kind in self.kinds]
+        self.turns = Turns([int(images.counts[images.kinds == kind].sum()) for kind in self.kinds], seed)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(wds.DataPipeline(self.numbers, wds.map(self.batch)))
@@ -368,11 +417,13 @@ class TrainingStream(IterableDataset[Batch]):
     def batch(self, number: int) -> Batch:
         """This process's micro-batch `number`, its pictures decoded straight into place."""
         # Rows of pixels, as they are decoded; the permuted view is channels-last, as convolutions like it.
+        batch, part = divmod(number, self.accumulate)
         cached = self.images.latents
-        shape = (*cached.grid, cached.channels) if cached else (self.size, self.size, 3)
+        shape = self.images.array_shape(self.kinds[self.turns.at(batch)[0]])
+        if not cached and len(self.images.shapes) == 1:
+            shape = (self.size, self.size, 3)
         images = torch.empty(self.count, *shape, dtype=torch.float16 if cached else torch.uint8)
         places = images.numpy()
-        batch, part = divmod(number, self.accumulate)
         first = self.first + part * self.count
         samples = [self.read(batch, first + row, places[row]) for row in range(self.count)]
         choices, metas, corrupt = zip(*samples, strict=True)
@@ -390,15 +441,17 @@ class TrainingStream(IterableDataset[Batch]):
 
     def read(self, batch: int, row: int, place: np.ndarray) -> tuple[int, Meta, int]:
         """A row of a whole batch: picture or z̃ into `place`; which caption, meta, and 1 for a stand-in."""
-        rows = self.batch_size // self.order.streams
+        turn, batch = self.turns.at(batch)
+        order = self.orders[turn]
+        rows = self.batch_size // order.streams
         stream, position = row // rows, batch * rows + row % rows
-        epoch, shard, index = self.order.at(stream, position)
+        epoch, shard, index = order.at(stream, position)
         luck = random_bits(self.seed, epoch, shard, index)
         corrupt = 0
         try:
             pixels, meta = self._read(shard, index, place)
         except Damaged:
-            pixels, meta = self._stand_in(stream, position, place)
+            pixels, meta = self._stand_in(order, stream, position, place)
             corrupt = 1
         if self.flip and luck & 1:
             meta["sources"] = [source.flip(-1) for source in meta.get("sources", [])]
@@ -406,7 +459,7 @@ class TrainingStream(IterableDataset[Batch]):
         if self.images.latents:  # mirrored latents are not the mirror's latents: both were stored
             place[:] = pixels[1 if self.flip and luck & 1 else 0]
             return choice, meta, corrupt
-        if pixels.shape[:2] != (self.size, self.size):
+        if pixels.shape != place.shape:
             pixels = adm_crop(pixels, self.size)
         if self.flip and luck & 1:
             place[:] = pixels[:, ::-1]
@@ -430,10 +483,12 @@ class TrainingStream(IterableDataset[Batch]):
             meta["sources"] = [torch.from_numpy(source).permute(2, 0, 1) for source in decoded]
         return pixels, meta
 
-    def _stand_in(self, stream: int, position: int, place: np.ndarray) -> tuple[np.ndarray, Meta]:
+    def _stand_in(
+        self, order: Order, stream: int, position: int, place: np.ndarray
+    ) -> tuple[np.ndarray, Meta]:
         """A sample drawn at random, near the damaged one if one can be read there."""
         for attempt in range(STAND_INS):
-            _, shard, index = self.order.stand_in(stream, position, attempt)
+            _, shard, index = order.stand_in(stream, position, attempt)
             try:
                 return self._read(shard, index, place)
             except Damaged:
@@ -586,7 +641,7 @@ class StoredChunks(IterableDataset[Chunk]):
             for row in rows:
                 with contextlib.suppress(Damaged):
                     read[row] = images.read(shard, row)
-            pixels = [torch.from_numpy(adm_crop(found, images.size)) for found, _ in read.values()]
+            pixels = [torch.from_numpy(found) for found, _ in read.values()]
             shown = torch.stack(pixels).permute(0, 3, 1, 2) if pixels else torch.empty(0)
             yield list(read), shown, [meta for _, meta in read.values()]
 
@@ -594,18 +649,25 @@ class StoredChunks(IterableDataset[Chunk]):
 def stored_images(
     images: ShardedImages, count: int, size: int | None = None, batch_size: int = 64
 ) -> Iterator[Tensor]:
-    """The first `count` images of a split in batches, uint8 [B, 3, S, S]; `size` resizes as training does."""
-    pending: list[Tensor] = []
+    """The first `count` images of a split in batches of one shape, uint8 [B, 3, H, W].
+
+    `size` resizes squares as training does.
+    """
+    pending: dict[Shape, list[Tensor]] = {as_shape(size or images.size): []}
     for pixels, _ in images.in_order(count):
-        pending.append(torch.from_numpy(adm_crop(pixels, size or images.size)).permute(2, 0, 1))
-        if len(pending) == batch_size:
-            yield torch.stack(pending)
-            pending.clear()
-    if pending:
-        yield torch.stack(pending)
+        if len(images.shapes) == 1:
+            pixels = adm_crop(pixels, size or images.size)
+        alike = pending.setdefault(pixels.shape[:2], [])
+        alike.append(torch.from_numpy(pixels).permute(2, 0, 1))
+        if len(alike) == batch_size:
+            yield torch.stack(alike)
+            alike.clear()
+    for alike in pending.values():
+        if alike:
+            yield torch.stack(alike)
 
 
 def held_out_images(images: ShardedImages, size: int) -> Tensor:
-    """The pictures of a preview, uint8 [8, 3, size, size]: the first of the `val` split."""
+    """The pictures of a preview, uint8 [8, 3, size, size]: the first of the `val` split, cut to squares."""
     held_out = [adm_crop(pixels, size) for pixels, _ in images.held_out().in_order(8)]
     return torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2)

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from vugen_cli.card import DataCard
 from vugen_cli.data.remote import fetched_bytes, is_remote
@@ -16,6 +23,7 @@ from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.version import __version__
 
+SHAPED = 3  # of a data set of pictures of several shapes, which readers of 2 would find damaged
 FORMAT = (
     2  # 1 had the skipped pictures in dataset.json, no index beside a shard, and was read in another order
 )
@@ -38,6 +46,12 @@ class Shard:
     samples: int = Field(ge=0, description="how many it holds")
     bytes: int = Field(ge=0, description="its length")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="over all of it")
+    shape: str | None = None  # of its pictures, WIDTHxHEIGHT, where they are of several
+
+    @model_serializer(mode="wrap")
+    def _plain(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a shape where there is none."""
+        return {key: value for key, value in dumped(self).items() if key != "shape" or value}
 
 
 SHARD_KEYS = {"name", "samples", "bytes", "sha256"}
@@ -62,7 +76,9 @@ class Split(Facts):
     shard_size: int | None = Field(None, description="items a shard, skipped ones included")
     listing: str | None = Field(None, description="hash over the source's listing")
     source: str | None = Field(None, description="where the images came from")
-    shards: list[Shard] = Field(description="the tars in order: `name`, `samples`, `bytes`, `sha256`")
+    shards: list[Shard] = Field(
+        description="the tars in order: `name`, `samples`, `bytes`, `sha256`; `shape` if there are several"
+    )
     skipped_count: int = Field(
         0, ge=0, description="pictures that could not be used; each has a line in `skipped-SPLIT.jsonl`"
     )
@@ -76,6 +92,9 @@ class Latents(Facts):
     model_config = ConfigDict(extra="allow")
 
     grid: tuple[int, int] = Field(description="places of z̃: height, width")
+    grids: dict[str, tuple[int, int]] | None = Field(
+        None, description="of images of several shapes: places of z̃ of each, by WIDTHxHEIGHT"
+    )
     channels: int = Field(gt=0, description="of z̃")
     flip: bool = Field(description="whether z̃ of the mirrored image is stored too")
     dtype: str = Field(description="of the stored numbers")
@@ -96,9 +115,12 @@ class CaptionOrigin(Facts):
 class Manifest(Facts):
     """`dataset.json`."""
 
-    format: int = Field(ge=1, le=FORMAT, description="version of the layout")
+    format: int = Field(ge=1, le=SHAPED, description="version of the layout; 3 only where there are `shapes`")
     dataset: str = Field(description="name of the data set")
     size: int = Field(gt=0, description="pixels a side")
+    shapes: list[Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*$")]] | None = Field(
+        None, description="WIDTHxHEIGHT, where pictures are of several: the square one has `size` a side"
+    )
     splits: dict[str, Split] = Field(description="`train` and `val`, or one of them")
     classes: list[str] | None = Field(None, description="names that `label` in a sample's `.json` counts")
     source: str | None = Field(None, description="where the images came from")
@@ -136,6 +158,7 @@ class Manifest(Facts):
             licence=self.licence,
             counts={name: split.count for name, split in self.splits.items()},
             sha256=self.sha256,
+            shapes=self.shapes,
         )
 
 
@@ -169,7 +192,7 @@ def _parse(text: bytes, what: str, advice: str) -> Manifest:
         place = ".".join(map(str, first["loc"]))
         if place == "format" and first["type"] != "missing":
             raise VugenError(
-                f"{what} has another format than this version reads (1 to {FORMAT}): {advice}, or "
+                f"{what} has another format than this version reads (1 to {SHAPED}): {advice}, or "
                 f"`pip install -U vugen-cli`"
             ) from error
         if place == "name":
@@ -184,7 +207,7 @@ def _parse(text: bytes, what: str, advice: str) -> Manifest:
 
 def _shard(found: dict[str, Any]) -> Any:
     """A shard as soon as it is parsed: a hundred thousand plain objects would be large."""
-    return Shard(**found) if found.keys() == SHARD_KEYS else found
+    return Shard(**found) if found.keys() - {"shape"} == SHARD_KEYS else found
 
 
 def dataset_card(path: str | Path) -> DataCard:
@@ -254,10 +277,11 @@ class Record(Facts):
     sha256: str
     skipped: list[Skipped] = []
     captions: Counted = Counted()
+    shape: str | None = None
 
     @property
     def shard(self) -> Shard:
-        return Shard(self.name, self.samples, self.bytes, self.sha256)
+        return Shard(self.name, self.samples, self.bytes, self.sha256, self.shape)
 
 
 class Plan(Facts):
@@ -265,6 +289,7 @@ class Plan(Facts):
 
     dataset: str
     size: int
+    shapes: str | None = None
     seed: int
     shard_size: int
     items: int
@@ -285,7 +310,7 @@ def read_written(out: Path) -> Manifest | None:
         manifest = _parse(path.read_bytes(), str(path), "choose another --out")
     except OSError as error:
         raise VugenError(f"cannot read {path}: {error.strerror}; choose another --out") from error
-    if manifest.format != FORMAT:
+    if manifest.format < FORMAT:
         raise VugenError(
             f"{path} has format {manifest.format}, this version writes {FORMAT}: choose another --out"
         )
@@ -319,9 +344,10 @@ def add_split(
     # Labels index this list: it stays as the source gives it, ImageNet's two cranes included, or grows.
     new = [name for name in source.classes if name not in known] if known else source.classes
     return Manifest(
-        format=FORMAT,
+        format=SHAPED if plan.shapes else FORMAT,
         dataset=source.name,
         size=plan.size,
+        **({"shapes": plan.shapes.split(",")} if plan.shapes else {}),
         splits=splits,
         classes=[*known, *new],
         source=next(iter(splits.values())).source,

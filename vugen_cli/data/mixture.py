@@ -19,12 +19,10 @@ import numpy as np
 
 from vugen_cli.card import DataCard
 from vugen_cli.data.loader import ShardedImages
-from vugen_cli.data.order import StreamOrder, stream_count
+from vugen_cli.data.order import BLOCK, StreamOrder, block_of, block_shares, ranks_in, stream_count
 from vugen_cli.data.sample import Meta
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import MixtureSource, Recipe
-
-BLOCK = 1024  # to one part in this many, weights are kept
 
 
 class MixedImages(ShardedImages):
@@ -51,9 +49,11 @@ class MixedImages(ShardedImages):
                     f"{first.directory} and {images.directory} cannot be mixed: they hold pictures of "
                     f"different size, or one is a latent cache; prepare them alike"
                 )
-        self.size, self.latents = first.size, first.latents
+            images.refuse_shapes("which cannot be mixed: train on it alone")
+        self.size, self.shapes, self.latents = first.size, first.shapes, first.latents
         self.most_sources = max(images.most_sources for images in self.parts)
         self.counts = np.concatenate([images.counts for images in self.parts])
+        self.kinds = np.zeros(len(self.counts), dtype=np.int64)
         self.names = [f"{images.directory}/{name}" for images in self.parts for name in images.names]
         self.firsts = np.cumsum([0, *(len(images.counts) for images in self.parts)])
         self.shares = block_shares([source.weight for source in sources])
@@ -81,7 +81,7 @@ class MixedImages(ShardedImages):
             mixture=[source.model_dump(mode="json") for source in self.sources],
         )
 
-    def order(self, seed: int, window: int, batch_size: int, parts: int = 1) -> "MixedOrder":
+    def order(self, seed: int, window: int, batch_size: int, parts: int = 1, kind: int = 0) -> "MixedOrder":
         """As `ShardedImages.order`; every set shuffles a window of its own."""
         streams = stream_count(batch_size, len(self))
         orders = [
@@ -140,10 +140,7 @@ class MixedOrder:
     def _sources_and_ranks(self, stream: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each sample of a block: its set, and how many of that set came before it. int64 [BLOCK]."""
         sources = block_of(self.shares, self.seed, stream, block)
-        ranks = np.empty(BLOCK, dtype=np.int64)
-        for source, share in enumerate(self.shares):
-            ranks[sources == source] = np.arange(share)
-        return sources, ranks
+        return sources, ranks_in(sources, self.shares)
 
     def _in_source(self, stream: int, position: int) -> tuple[int, int, int]:
         """The set of a sample, and its stream and position there."""
@@ -165,21 +162,6 @@ class MixedOrder:
         source, stream, position = self._in_source(stream, position)
         epoch, shard, index = self.orders[source].stand_in(stream, position, attempt)
         return epoch, shard + int(self.firsts[source]), index
-
-
-def block_shares(weights: list[float]) -> np.ndarray:
-    """How many samples of a block come from each source: int64, BLOCK together, largest remainders first."""
-    exact = np.array(weights) / sum(weights) * BLOCK
-    shares = np.floor(exact).astype(np.int64)
-    for source in np.argsort(shares - exact, kind="stable")[: BLOCK - int(shares.sum())]:
-        shares[source] += 1
-    return shares
-
-
-def block_of(shares: np.ndarray, seed: int, stream: int, block: int) -> np.ndarray:
-    """The source of each sample of a stream's block, int64 [BLOCK]."""
-    sources = np.repeat(np.arange(len(shares)), shares)
-    return np.random.default_rng([seed, stream, block]).permutation(sources)
 
 
 def open_dataset(data: str | Path | None, recipe: Recipe, latents: bool = False) -> ShardedImages:

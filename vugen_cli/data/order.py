@@ -5,6 +5,9 @@ and the last perhaps in part. A stream never ends: in each of its epochs it shuf
 samples of a window of them together, and gives each of its samples once. Row r of a batch of B comes from
 stream r * K // B. So whoever computes some rows of every batch reads some streams' shards and no others,
 while what a batch holds does not depend on who computes it (as MosaicML Streaming's `num_canonical_nodes`).
+
+Pictures of several shapes have an order for each shape, and a batch is of one. Which one, is drawn in blocks
+of 1024 batches, each with every shape in proportion to its samples, shuffled by (seed, block). See `Turns`.
 """
 
 from collections.abc import Callable
@@ -16,6 +19,7 @@ import numpy as np
 
 STREAMS = 64  # at most: as many hosts as can share a data set out without reading each other's shards
 LEAST = 1000  # samples of a stream: in shorter ones, lengths that differ by one would matter
+BLOCK = 1024  # to one part in this many, weights of what is drawn from are kept
 IN_WINDOW = 32  # stand-ins that are tried near a damaged sample before they are taken from the whole stream
 
 
@@ -57,6 +61,7 @@ class StreamOrder:
         window: samples shuffled together, over all streams; each takes its part, rounded up to whole shards.
         streams: K.
         expect: called with the numbers of shards that will be read soon, when a stream comes to a new window.
+        shards: int64 [shards], what they are called; default 0, 1, ...
     """
 
     def __init__(
@@ -66,7 +71,9 @@ class StreamOrder:
         window: int,
         streams: int = 1,
         expect: Callable[[list[int]], None] | None = None,
+        shards: np.ndarray | None = None,
     ):
+        self.shards = np.arange(len(counts)) if shards is None else shards
         self.counts, self.seed, self.window, self.streams = counts, seed, window, streams
         self.expect = expect
         self.ends = np.cumsum(counts)
@@ -76,7 +83,7 @@ class StreamOrder:
         self._samples = lru_cache(maxsize=2 * streams)(self._shuffle_window)
 
     def __reduce__(self) -> tuple[Any, ...]:  # worker processes make their own caches
-        return StreamOrder, (self.counts, self.seed, self.window, self.streams, self.expect)
+        return StreamOrder, (self.counts, self.seed, self.window, self.streams, self.expect, self.shards)
 
     def begin(self, stream: int) -> int:
         """The number, in stored order, of a stream's first sample."""
@@ -121,7 +128,12 @@ class StreamOrder:
         shards = np.arange(first, last + 1)
         starts = self.ends[shards] - self.counts[shards]
         return np.stack(
-            [shards, np.maximum(begin - starts, 0), np.minimum(end - starts, self.counts[shards])], 1
+            [
+                self.shards[shards],
+                np.maximum(begin - starts, 0),
+                np.minimum(end - starts, self.counts[shards]),
+            ],
+            1,
         )
 
     def _shuffle_pieces(self, stream: int, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -144,3 +156,57 @@ class StreamOrder:
             self.expect([int(piece[0]) for pieces in (windows[window], following[0]) for piece in pieces])
         pairs = [np.stack(np.broadcast_arrays(s, np.arange(a, b)), 1) for s, a, b in windows[window]]
         return np.random.default_rng([self.seed, epoch, stream, window]).permutation(np.concatenate(pairs))
+
+
+class Turns:
+    """Which of several orders gives a batch, and which of that one's batches it is.
+
+    Args:
+        samples: of each order; at least one batch of a block comes from each.
+        seed: of the run.
+    """
+
+    def __init__(self, samples: list[int], seed: int):
+        self.samples, self.seed = samples, seed
+        shares = block_shares(list(map(float, samples)))
+        shares[shares == 0] = 1  # rather too often than never
+        shares[shares.argmax()] -= shares.sum() - BLOCK
+        self.shares = shares
+        self._block = lru_cache(maxsize=4)(self._shuffle)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Turns, (self.samples, self.seed)
+
+    def at(self, batch: int) -> tuple[int, int]:
+        """The order that gives batch number `batch`, and its number among the batches of that order."""
+        block, place = divmod(batch, BLOCK)
+        orders, ranks = self._block(block)
+        order = int(orders[place])
+        return order, block * int(self.shares[order]) + int(ranks[place])
+
+    def _shuffle(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        orders = block_of(self.shares, self.seed, 0, block)
+        return orders, ranks_in(orders, self.shares)
+
+
+def block_shares(weights: list[float]) -> np.ndarray:
+    """How many places of a block each source has: int64, BLOCK together, largest remainders first."""
+    exact = np.array(weights) / sum(weights) * BLOCK
+    shares = np.floor(exact).astype(np.int64)
+    for source in np.argsort(shares - exact, kind="stable")[: BLOCK - int(shares.sum())]:
+        shares[source] += 1
+    return shares
+
+
+def block_of(shares: np.ndarray, seed: int, stream: int, block: int) -> np.ndarray:
+    """The source of each place of a stream's block, int64 [BLOCK]."""
+    sources = np.repeat(np.arange(len(shares)), shares)
+    return np.random.default_rng([seed, stream, block]).permutation(sources)
+
+
+def ranks_in(sources: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Of each place of a block: how many of its source came before it. int64 [BLOCK]."""
+    ranks = np.empty(BLOCK, dtype=np.int64)
+    for source, share in enumerate(shares):
+        ranks[sources == source] = np.arange(share)
+    return ranks

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait as wait_for_exit
@@ -48,6 +48,7 @@ from vugen_cli.data.manifest import (
     write_skipped,
 )
 from vugen_cli.data.sample import MOST_SOURCES, PICTURE, Sample, Source, hash_of
+from vugen_cli.data.shapes import Shape, nearest, parse_shapes, shape_name
 from vugen_cli.data.shuffle import Shuffled
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import locked, whole_file, write_json
@@ -68,6 +69,7 @@ class _Job:
     out: Path
     split: str
     size: int
+    shapes: list[Shape]
     shard_size: int
     order: Shuffled
     strict: bool
@@ -88,6 +90,7 @@ def write_dataset(
     count: int | None = None,
     strict: bool = False,
     progress: bool = True,
+    shapes: str | None = None,
 ) -> Manifest:
     """Write one split of a data set and return its manifest, which `out/dataset.json` then holds.
 
@@ -98,6 +101,9 @@ def write_dataset(
     index lies beside it (see `index`), and `skipped-train.jsonl` lists the skipped pictures. Another split of
     the same data set may already be in `out` and is kept. A finished split is recognised and left as it is;
     missing shards of it are written again.
+
+    With `shapes`, each picture is cut to that of the nearest aspect ratio, and items that would share a shard
+    go into one for each shape, `train-000000-48x80.tar` and so on.
 
     Args:
         source: the pictures. A `fingerprint` attribute, where it has one, is a hash over its listing and
@@ -112,6 +118,7 @@ def write_dataset(
         count: take a random subset of this many items (all if the source has fewer), skipped ones included.
         strict: the first picture that cannot be used ends the run.
         progress: show a bar on standard error.
+        shapes: see `parse_shapes`; `size` is then the side of the square among them.
 
     Raises:
         VugenError: bad arguments, an empty source, `out` in use, unwritable, full or holding something else,
@@ -123,6 +130,8 @@ def write_dataset(
             f"--size must be 8 or more and --shard-size, --workers and --count 1 or more, not "
             f"{size}, {shard_size}, {workers} and {count}"
         )
+    cuts = parse_shapes(shapes) if shapes else [(size, size)]
+    size = next(height for height, width in cuts if height == width)
     if len(source) == 0:
         raise VugenError(f"{source.origin} holds no pictures: nothing to prepare")
     out = Path(out)
@@ -130,12 +139,13 @@ def write_dataset(
     plan = Plan(
         dataset=source.name,
         size=size,
+        shapes=",".join(map(shape_name, cuts)) if shapes else None,
         seed=seed,
         shard_size=shard_size,
         items=len(order),
         listing=_listing(source),
     )
-    job = _Job(source, out, split, size, shard_size, order, strict)
+    job = _Job(source, out, split, size, cuts, shard_size, order, strict)
     if not is_first():
         return _help(job, workers)
     with held(out):
@@ -194,9 +204,15 @@ def held(out: Path) -> AbstractContextManager[None]:
 
 
 def _check_other_splits(out: Path, manifest: Manifest | None, plan: Plan) -> None:
-    """All splits of a data set share its name and picture size."""
+    """All splits of a data set share its name and the size and shapes of its pictures."""
     if manifest:
-        _check_plan(out, {"dataset": manifest.dataset, "size": manifest.size}, plan, "data set")
+        _check_plan(out, _of_all(manifest), plan, "data set")
+
+
+def _of_all(manifest: Manifest) -> dict[str, object]:
+    """What the plans of all splits share."""
+    shapes = ",".join(manifest.shapes) if manifest.shapes else None
+    return {"dataset": manifest.dataset, "size": manifest.size, "shapes": shapes}
 
 
 def _check_plan(out: Path, found: Mapping[str, object], plan: Plan, what: str) -> None:
@@ -237,27 +253,32 @@ def _claim(out: Path, split: str, plan: Plan) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _shard_name(split: str, shard: int) -> str:
-    return f"{split}-{shard:06d}.tar"
+def _paths(job: _Job, shard: int) -> list[Path]:
+    """The tars that the items of a shard go into, one for each shape."""
+    stem = f"{job.split}-{shard:06d}"
+    names = [f"{stem}-{shape_name(shape)}" for shape in job.shapes] if len(job.shapes) > 1 else [stem]
+    return [job.out / f"{name}.tar" for name in names]
 
 
 def _shard_count(job: _Job) -> int:
     return -(-len(job.order) // job.shard_size)
 
 
-def _note_of(job: _Job, shard: int) -> Path:
-    return job.out / ".progress" / f"{job.split}-{shard:06d}.json"
+def _note_of(path: Path) -> Path:
+    return path.parent / ".progress" / f"{path.stem}.json"
 
 
-def _finished(job: _Job, shard: int) -> Record | None:
-    """The record of a shard that an interrupted run of this plan finished."""
-    record = finished_shard(job.out, _note_of(job, shard))
-    return None if record and job.strict and record.skipped else record
+def _finished(job: _Job, shard: int) -> list[Record] | None:
+    """The records of a shard that an interrupted run of this plan finished, one for each shape."""
+    found = [finished_shard(job.out, _note_of(path)) for path in _paths(job, shard)]
+    records = [record for record in found if record]
+    skipped = job.strict and any(record.skipped for record in records)
+    return None if skipped or len(records) < len(found) else records
 
 
 def _records(job: _Job) -> Iterator[Record]:
-    """The records of all shards, in order; read one at a time, for there may be a hundred thousand."""
-    return (record for shard in range(_shard_count(job)) if (record := _finished(job, shard)))
+    """The records of all shards, in order; read a few at a time, for there may be a hundred thousand."""
+    return (record for shard in range(_shard_count(job)) for record in _finished(job, shard) or ())
 
 
 def finished_shard(out: Path, note: Path) -> Record | None:
@@ -282,7 +303,7 @@ def _forget_progress(out: Path, split: str) -> None:
 def _repair(job: _Job, plan: Plan, manifest: Manifest, progress: bool) -> Manifest:
     """A split that is complete: check that it is the one asked for, and write again shards that were lost."""
     entry = manifest.splits[job.split]
-    found = {**entry.model_dump(exclude={"shards"}), "dataset": manifest.dataset, "size": manifest.size}
+    found = {**entry.model_dump(exclude={"shards"}), **_of_all(manifest)}
     _check_plan(job.out, found, plan, f"{job.split} split")
     if job.strict and (first := next(read_skipped(job.out, job.split), None)):
         raise VugenError(
@@ -293,8 +314,8 @@ def _repair(job: _Job, plan: Plan, manifest: Manifest, progress: bool) -> Manife
         path = job.out / listed.name
         if path.is_file() and path.stat().st_size == listed.bytes:
             continue
-        record = _write_shard(job, int(path.stem.rpartition("-")[2]))
-        if record.sha256 != listed.sha256:
+        records = _write_shard(job, int(path.stem.removeprefix(f"{job.split}-").partition("-")[0]))
+        if listed.sha256 not in [record.sha256 for record in records]:
             raise VugenError(
                 f"{path} was lost, and writing it again gave other bytes than dataset.json notes (changed "
                 f"pictures or libraries): delete {job.out} and prepare again"
@@ -400,20 +421,23 @@ def _in_processes(job: _Job, todo: list[int], workers: int, bar: Any) -> None:
 # --- one shard
 
 
-def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> Record:
-    """Write a shard and its note; `tick()` is called for each item and may raise to leave it unwritten."""
-    first = shard * job.shard_size
-    path = job.out / _shard_name(job.split, shard)
+def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> list[Record]:
+    """Write a shard, or one for each shape, with notes, and return what these say.
+
+    `tick()` is called for each item and may raise to leave all unwritten.
+    """
+    first, paths = shard * job.shard_size, _paths(job, shard)
     skipped: list[Skipped] = []
-    captions = Counted()
-    with shard_file(path) as (tar, facts):
+    captions = [Counted() for _ in paths]
+    with ExitStack() as stack:
+        files = [stack.enter_context(shard_file(path)) for path in paths]
         for position, item in enumerate(job.order.part(first, first + job.shard_size), start=first):
             tick()
             key = None
             try:
                 sample = job.source[int(item)]
                 key = sample.key
-                members = _members(sample, job.size)
+                members, which = _members(sample, job.size, job.shapes)
             except (OSError, ValueError) as error:
                 # A source that fails to read names the item in its message; without a key, say which it
                 # was.
@@ -426,23 +450,25 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> Record:
                 skipped.append(Skipped(key=str(key), reason=reason))
                 continue
             for kind, data in members:
-                add_member(tar, f"{position:09d}.{kind}", data)
-            captions.add(sample.captions, len(sample.sources))
-    if not captions.images:
-        path.unlink(missing_ok=True)
-        index_path(path).unlink(missing_ok=True)
-    record = Record(
-        **facts,
-        samples=captions.images,
-        skipped=skipped,
-        captions=captions,
-    )
-    write_json(_note_of(job, shard), record.model_dump())
-    return record
+                add_member(files[which][0], f"{position:09d}.{kind}", data)
+            captions[which].add(sample.captions, len(sample.sources))
+    records = []
+    for path, (_, facts), counted, shape in zip(paths, files, captions, job.shapes, strict=True):
+        if not counted.images:
+            path.unlink(missing_ok=True)
+            index_path(path).unlink(missing_ok=True)
+        named = shape_name(shape) if len(paths) > 1 else None
+        records.append(Record(**facts, samples=counted.images, captions=counted, shape=named))
+    records[0].skipped = skipped
+    for path, record in zip(paths, records, strict=True):
+        write_json(_note_of(path), record.model_dump(exclude_none=True))
+    return records
 
 
-def _members(sample: Sample, size: int) -> list[tuple[str, bytes]]:
-    """A sample's members in a shard: image, meta, captions, sources. The captions are cleaned in place.
+def _members(sample: Sample, size: int, shapes: list[Shape]) -> tuple[list[tuple[str, bytes]], int]:
+    """A sample's members in a shard: image, meta, captions, sources; and the number of its shape.
+
+    The captions are cleaned in place.
 
     Raises:
         ValueError: the picture cannot be used, or no caption is left.
@@ -452,6 +478,7 @@ def _members(sample: Sample, size: int) -> list[tuple[str, bytes]]:
         raise ValueError("no caption")
     pixels, lossless = _pixels(sample.image, size)
     height, width = pixels.shape[:2]
+    which = nearest(shapes, (height, width))
     meta = {
         **sample.meta,
         "source_key": sample.key,
@@ -462,13 +489,16 @@ def _members(sample: Sample, size: int) -> list[tuple[str, bytes]]:
     sources = _sources(sample, size)
     if sources:
         meta["source_count"] = len(sources)
+        if len(shapes) > 1:
+            raise ValueError("an edit, which --shapes does not cut")
     text = "\n".join(sample.captions) + "\n"
-    return [
-        encode(adm_crop(pixels, size), lossless),
+    members = [
+        encode(adm_crop(pixels, shapes[which]), lossless),
         ("json", json.dumps(meta, ensure_ascii=False).encode("utf-8", "replace")),
         ("txt", text.encode("utf-8", "replace")),
         *sources,
     ]
+    return members, which
 
 
 @contextmanager

@@ -35,7 +35,11 @@ def wants_compile(engine: Engine, device: torch.device, steps: int, on_cpu: bool
 
 
 def compile_forward(
-    modules: Iterable[nn.Module], must: bool, training: bool = True, mode: str | None = None
+    modules: Iterable[nn.Module],
+    must: bool,
+    training: bool = True,
+    mode: str | None = None,
+    shapes: int = 1,
 ) -> None:
     """Compile the forward passes that train, or those that do not; the others, in previews, stay as they are.
 
@@ -46,8 +50,11 @@ def compile_forward(
         must: whether a failure is an error (VugenError, at the first pass) or a line and a slower run.
         training: which passes: those with gradients, or those without.
         mode: of `torch.compile`.
+        shapes: of what comes, each with a graph of its own if there are several; otherwise what varies is
+            made part of the one graph.
     """
-    works = True
+    works, dynamic = True, None if shapes == 1 else False
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes)
 
     def run(plain: Any, compiled: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal works
@@ -66,7 +73,7 @@ def compile_forward(
         return plain(*args, **kwargs)
 
     for module in modules:
-        compiled = torch.compile(module.forward, fullgraph=True, mode=mode)
+        compiled = torch.compile(module.forward, fullgraph=True, mode=mode, dynamic=dynamic)
         module.forward = partial(run, module.forward, compiled)
 
 

@@ -176,6 +176,7 @@ def train_judge(
     """
     out = out.absolute()
     images = ShardedImages(data)
+    images.refuse_shapes("but a judge reads squares: prepare them with --size")
     if not all(meta.get("scene") for _, meta in images.in_order(1)):
         raise VugenError(
             f"{data} does not say what its pictures show: a judge learns from what "

@@ -176,6 +176,7 @@ def train_vlm(
     run = out.with_name(out.name + ".run")
     refuse_foreign(out, run)
     images = ShardedImages(data)
+    images.refuse_shapes("but a VLM of this kind reads squares: prepare them with --size")
     captions, others = training_texts(images)
     torch.manual_seed(recipe.seed)
     if init:

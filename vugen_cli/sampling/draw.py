@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from vugen_cli.checkpoint import read_card
+from vugen_cli.data.shapes import Shape, shape_name
 from vugen_cli.errors import VugenError
 from vugen_cli.files import bundle, whole_file
 from vugen_cli.flow import Solver
@@ -86,6 +87,7 @@ def draw(
     guidance: float | None = None,
     solver: Solver | None = None,
     image_guidance: float | None = None,
+    size: Shape | None = None,
 ) -> Path:
     """Draw n pictures for each prompt into a folder; the processes of a job share the prompts out.
 
@@ -107,6 +109,7 @@ def draw(
         **settings.model_dump(mode="json", exclude={"image_guidance"}),
         "sampler": str(sampler.path),
         "step": sampler.card.step,
+        **({"size": shape_name(size)} if size else {}),
         **({"decoder": sampler.card.decoder} if sampler.card.decoder else {}),
         **({"adapters": sampler.card.adapters} if sampler.card.adapters else {}),
         "vlm": sampler.card.vlm.name,
@@ -117,7 +120,7 @@ def draw(
     shown: dict[tuple[int, int], torch.Tensor] = {}
     mine = range(rank(), len(prompts), world_size())
     with_sources = {p: _save_sources(asked[p], out, settings) for p in mine if asked[p].pictures}
-    images = sampler.sample([asked[p] for p in mine], n, seed, steps, guidance, solver, image_guidance)
+    images = sampler.sample([asked[p] for p in mine], n, seed, steps, guidance, solver, image_guidance, size)
     for p, i, image in progress_bar(
         ((mine[p], i, image) for p, i, image in images),
         total=n * len(mine),
@@ -147,7 +150,7 @@ def draw(
 
 
 def png(image: torch.Tensor, about: dict[str, Any]) -> bytes:
-    """A picture, uint8 [3, S, S], as a PNG file that says in its text chunks (`vugen:...`) what it is."""
+    """A picture, uint8 [3, H, W], as a PNG file that says in its text chunks (`vugen:...`) what it is."""
     text = PngInfo()
     for key, value in about.items():
         text.add_itxt(f"vugen:{key}", str(value))

@@ -135,6 +135,8 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
         return_dict: bool = True,
         image: Picture | Sequence[Picture] | None = None,
         image_guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Any:
         """Draw pictures for prompts.
 
@@ -144,17 +146,18 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
             guidance_scale, num_inference_steps, solver: default the checkpoint's.
             generator: draws the seed, so that each call with it gives other pictures; default torch's own.
             seed: the pictures of `vugen sample --seed`, on the same device. Give this or `generator`.
-            output_type: "pil"; "np", float32 [B, S, S, 3] in [0, 1]; "pt", float32 [B, 3, S, S] in [0, 1].
+            output_type: "pil"; "np", float32 [B, H, W, 3] in [0, 1]; "pt", float32 [B, 3, H, W] in [0, 1].
             return_dict: otherwise a tuple.
             image: a picture that every prompt is about, or several: files, their bytes or open pictures.
+            height, width: in pixels, of samplers that draw other sizes than one; default the checkpoint's.
             image_guidance_scale: by these pictures, as `guidance_scale` is by the text.
 
         Returns:
             An object whose `images` has the pictures of the first prompt, then those of the second, ...
 
         Raises:
-            VugenError: an empty or too long prompt, both seed and generator, an unknown output type, or an
-                image that is none.
+            VugenError: an empty or too long prompt, a size that it cannot draw, both seed and generator, an
+                unknown output type, or an image that is none.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         given: Any = image or []
@@ -172,6 +175,7 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
         if seed is None:
             where = generator.device if generator else torch.device("cpu")
             seed = int(torch.randint(2**63 - 1, (), generator=generator, device=where))
+        side = self.sampler.card.image_size
         asked = [Prompt(text.strip(), pictures) for text in prompts]
         drawn = {}
         with self.progress_bar(total=len(asked) * num_images_per_prompt) as progress:
@@ -183,6 +187,7 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
                 guidance_scale,
                 solver,
                 image_guidance_scale,
+                (height or side, width or side),
             ):
                 drawn[p, i] = picture
                 progress.update()

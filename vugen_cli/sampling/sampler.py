@@ -14,6 +14,7 @@ from torch import Tensor
 from vugen_cli.card import Card
 from vugen_cli.data.images import adm_crop, decode, opened
 from vugen_cli.data.sample import PICTURE
+from vugen_cli.data.shapes import Shape, as_shape, shape_name
 from vugen_cli.engine.compiling import compile_layers
 from vugen_cli.engine.distributed import blocks
 from vugen_cli.engine.precision import passes
@@ -67,6 +68,7 @@ class Sampler:
         recipe = parse_recipe(card.recipe, str(path))
         self.defaults: Sampling = recipe.sampling
         self.shift = recipe.flow.shift_of(card.latents.grid, card.latents.channels)
+        self._grids: dict[Shape, tuple[int, int]] = {}  # of z̃ for sizes that were drawn
         self.passes = passes(recipe.sampling.precision, vlm.device)
 
     @property
@@ -134,6 +136,33 @@ class Sampler:
         given = {"steps": steps, "guidance": guidance, "solver": solver, "image_guidance": image_guidance}
         return self.defaults.model_copy(update={key: v for key, v in given.items() if v is not None})
 
+    def grid(self, size: int | Shape | None) -> tuple[Shape, tuple[int, int]]:
+        """Height and width of the pictures to draw, and rows and columns of their z̃.
+
+        Args:
+            size: pixels a side, or (height, width); None: as its card says.
+
+        Raises:
+            VugenError: it cannot draw that size.
+        """
+        usual, latents = as_shape(self.card.image_size), self.card.latents
+        shape = usual if size is None else as_shape(size)
+        if shape == usual:
+            return shape, latents.grid
+        if isinstance(self.expert, GenerationExpert):
+            raise VugenError(
+                f"{self.path} draws {shape_name(usual)} alone: its expert, a copy of the VLM's decoder, "
+                "learned the places of that grid; train one with expert.kind=dit for other sizes"
+            )
+        if shape not in self._grids:
+            self._grids[shape] = self.autoencoder.grid(self.vlm, shape)
+        if self._grids[shape] == latents.grid:
+            raise VugenError(
+                f"{self.path} draws {shape_name(usual)} alone: its VLM sees pictures of {shape_name(shape)} "
+                f"as {latents.grid[1]} x {latents.grid[0]} places too"
+            )
+        return shape, self._grids[shape]
+
     @torch.no_grad()
     def sample(
         self,
@@ -144,6 +173,7 @@ class Sampler:
         guidance: float | None = None,
         solver: Solver | None = None,
         image_guidance: float | None = None,
+        size: int | Shape | None = None,
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Draw n images for each prompt.
 
@@ -157,13 +187,15 @@ class Sampler:
             n: images for each.
             seed: of the noise.
             steps, guidance, solver, image_guidance: see `Sampling`; None takes the checkpoint's.
+            size: see `grid`.
 
         Yields:
-            (prompt number, image number, uint8 [3, S, S] on the CPU): prompts of like length together, each
+            (prompt number, image number, uint8 [3, H, W] on the CPU): prompts of like length together, each
             prompt's images in order.
 
         Raises:
-            VugenError: a prompt is too long, or the VLM does not read pictures in a prompt.
+            VugenError: a prompt is too long, the VLM does not read pictures in a prompt, or the size is none
+                that it can draw.
         """
         settings = self.settings(steps, guidance, solver, image_guidance)
         asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -173,7 +205,7 @@ class Sampler:
             jobs = iter([(p, i) for p in range(len(asked)) if kinds[p] == kind for i in range(n)])
             while batch := list(islice(jobs, SAMPLE_BATCH)):
                 keys = [(seed, asked[p], i) for p, i in batch]
-                images = self.draw_together(keys, settings, known)
+                images = self.draw_together(keys, settings, known, size=size)
                 yield from ((p, i, image) for (p, i), image in zip(batch, images, strict=True))
 
     def kind(self, prompt: Prompt) -> Kind:
@@ -195,6 +227,7 @@ class Sampler:
         settings: Sampling,
         known: Read | None = None,
         each_step: Callable[[], None] | None = None,
+        size: int | Shape | None = None,
     ) -> Tensor:
         """Draw one batch of images, each with a seed of its own.
 
@@ -203,12 +236,20 @@ class Sampler:
             settings: of all of them.
             known: prompts that were read before, by their keys; afterwards those of this batch.
             each_step: called before each velocity; what it raises ends the drawing.
+            size: see `grid`.
 
         Returns:
-            uint8 [B, 3, S, S] on the CPU.
+            uint8 [B, 3, H, W] on the CPU.
+
+        Raises:
+            VugenError: it cannot draw that size.
         """
         wanted = {prompt.key: prompt for _, prompt, _ in keys}
-        first, before, size = keys[0][1], known or {}, self.card.image_size
+        first, before, (shape, grid) = keys[0][1], known or {}, self.grid(size)
+        if first.pictures and self.expert.reference and grid != self.card.latents.grid:
+            raise VugenError(
+                f"{self.path} reads pictures as references, which are squares: leave the size out"
+            )
         names, width = list(wanted), self.kind(first)[-1]
         if first.pictures and not first.text:  # they are all there is to guide by
             settings = settings.model_copy(update={"guidance": settings.image_guidance})
@@ -219,8 +260,8 @@ class Sampler:
             alone = [pictures for _, pictures in read.values() if pictures]
             pictures = Prefix.join(alone).rows(rows) if alone else None
             noises = [(seed, prompt.key, i) for seed, prompt, i in keys]
-            latents = self.latents(prefix, noises, settings, pictures, each_step)
-            noise = torch.stack([seeded_noise((3, size, size), *key, "pixels") for key in noises])
+            latents = self.latents(prefix, noises, settings, pictures, each_step, grid)
+            noise = torch.stack([seeded_noise((3, *shape), *key, "pixels") for key in noises])
             images = self.autoencoder.decode(latents, noise.to(latents.device)).cpu()
         if known is not None:
             known.clear()
@@ -234,6 +275,7 @@ class Sampler:
         settings: Sampling,
         pictures: Prefix | None = None,
         each_step: Callable[[], None] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """Sample z̃ [B, h, w, c] for a batch of prefixes, with classifier-free guidance (arXiv 2207.12598)
         within `guidance_interval` (arXiv 2404.07724).
@@ -245,8 +287,9 @@ class Sampler:
             pictures: of the prompts' pictures alone, where prompts have pictures and text: each is then
                 guided by a scale of its own (arXiv 2211.09800, eq. 3).
             each_step: see `draw_together`.
+            grid: rows and columns of z̃; default as the card says.
         """
-        grid, channels = self.card.latents.grid, self.card.latents.channels
+        grid, channels = grid or self.card.latents.grid, self.card.latents.channels
         noise = torch.stack([seeded_noise((*grid, channels), *key, "latents") for key in keys]).to(
             self.vlm.device
         )

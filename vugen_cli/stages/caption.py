@@ -29,6 +29,7 @@ from vugen_cli.data.manifest import (
     write_skipped,
 )
 from vugen_cli.data.sample import Meta
+from vugen_cli.data.shapes import shape_name
 from vugen_cli.data.writer import add_member, finished_shard, held, shard_file
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import write_json
@@ -79,14 +80,15 @@ def write_captions(
         for each in asked.instructions
     ]
     manifest = Manifest(
-        format=FORMAT,
+        format=source.format if source.shapes else FORMAT,
         **source.model_dump(include={"dataset", "size", "licence", "classes", "source"}),
+        **({"shapes": source.shapes} if source.shapes else {}),
         splits={},
         tool=this_tool(),
         captioned=[*(source.captioned or []), *told],
     )
     plan = {
-        **manifest.model_dump(mode="json", exclude={"splits"}),
+        **manifest.model_dump(mode="json", exclude={"splits"} | ({"shapes"} - manifest.model_fields_set)),
         "images": {name: [s.sha256 for s in source.splits[name].shards] for name in splits},
     }
     known = len(source.captioned or [])
@@ -126,7 +128,7 @@ def _write_missing(
     with progress_bar(total=total, unit="img", desc=f"{out}") as bar:
         for images, shard in missing:
             record = _write_shard(out, images, shard, chunks, describe, known, bar)
-            write_json(notes[images, shard], record.model_dump())
+            write_json(notes[images, shard], record.model_dump(exclude_none=True))
 
 
 def _write_shard(
@@ -159,7 +161,8 @@ def _write_shard(
                 add_member(tar, f"{row:09d}.txt", ("\n".join(lines) + "\n").encode())
                 captions.add(lines)
             bar.update(min(CHAT_BATCH, count - first))
-    return Record(**facts, samples=captions.images, skipped=skipped, captions=captions)
+    shape = shape_name(images.shape(shard)) if len(images.shapes) > 1 else None
+    return Record(**facts, samples=captions.images, skipped=skipped, captions=captions, shape=shape)
 
 
 def with_captions(meta: Meta, told: Sequence[str], known: int) -> Meta:

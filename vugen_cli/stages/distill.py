@@ -67,6 +67,7 @@ def distill(
     images = open_dataset(data, recipe)
     vlm = load_vlm(recipe.vlm, device, recipe)
     vlm.check(card, teacher)
+    autoencoder.check_shapes(vlm, images.shapes)
     pictures = picture_losses(recipe.decoder.losses, vlm, size, device)
     student = copy.deepcopy(expert).requires_grad_(True)
     student.recipe = expert.recipe.model_copy(

@@ -19,6 +19,7 @@ from vugen_cli.card import Card
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.loader import Chunk, ShardedImages, StoredChunks, batches
 from vugen_cli.data.manifest import FORMAT, Manifest, dataset_card, write_manifest
+from vugen_cli.data.shapes import shape_name
 from vugen_cli.data.writer import add_member, finished_shard, held, shard_file
 from vugen_cli.engine.precision import passes, wants_bfloat16
 from vugen_cli.errors import VugenError
@@ -103,15 +104,20 @@ def write_latents(
     source = splits["train"].manifest
     flip = frozen.recipe.data.flip if flip is None else flip
     precision = frozen.recipe.train_sampler.precision  # z̃ is then what that stage would compute itself
+    grids = {}
+    for shape in splits["train"].shapes if source.shapes else []:
+        grids[shape_name(shape)] = list(autoencoder.grid(frozen, shape))
     plan = {
-        "format": FORMAT,
+        "format": source.format if source.shapes else FORMAT,
         **source.model_dump(include={"dataset", "size", "licence", "classes"}),
+        **({"shapes": source.shapes} if source.shapes else {}),
         "data": dataset_card(data).model_dump(mode="json"),
         "latents": {
             **latent_facts(autoencoder, frozen, frozen.recipe, card),
             "dtype": "float16",
             "precision": "bfloat16" if wants_bfloat16(precision, device) else "float32",
             "flip": flip,
+            **({"grids": grids} if source.shapes else {}),
         },
         "images": {name: [s.sha256 for s in source.splits[name].shards] for name in splits},
     }
@@ -207,7 +213,8 @@ def _write_shard(
                 for number, source in enumerate(sources):  # as they are: the VLM reads their pixels
                     kind = "jpg" if source[:2] == b"\xff\xd8" else "png"
                     add_member(tar, f"{row:09d}.source{number}.{kind}", source)
-    return {"name": name, "samples": count, "bytes": facts["bytes"], "sha256": facts["sha256"]}
+    entry = {"name": name, "samples": count, "bytes": facts["bytes"], "sha256": facts["sha256"]}
+    return entry | ({"shape": shape_name(images.shape(shard))} if len(images.shapes) > 1 else {})
 
 
 def _encode(autoencoder: Autoencoder, vlm: FrozenVLM, flip: bool, images: torch.Tensor) -> np.ndarray:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vugen_cli.card import Card, LatentsCard
 from vugen_cli.checkpoint import fingerprint
-from vugen_cli.data.loader import Batch, held_out_images, stored_images, training_batches
+from vugen_cli.data.loader import Batch, ShardedImages, held_out_images, stored_images, training_batches
 from vugen_cli.data.mixture import open_dataset
 from vugen_cli.engine.compiling import compile_forward, wants_compile
 from vugen_cli.engine.distributed import batch_statistics, shard_frozen, shards_vlm
@@ -60,9 +60,10 @@ def train_reducer(
     vlm = frozen_vlm(recipe, device)
     shown = held_out_images(images, size)
     module, latents = new_autoencoder(recipe, vlm, shown, device, reducer)
+    check_shapes(images, module, vlm, recipe)
     settings = recipe.train_reducer
     if wants_compile(recipe.engine, device, settings.steps, on_cpu=False):
-        compile_forward([module.decoder], must=recipe.engine.compile is True)
+        compile_forward([module.decoder], must=recipe.engine.compile is True, shapes=len(images.shapes))
     pictures = picture_losses(recipe.decoder.losses, vlm, size, device)
     if recipe.decoder.losses.repa:
         module.alignment = Alignment(recipe.decoder.channels[-1], latents.width).to(device)
@@ -179,6 +180,24 @@ def new_autoencoder(
         )
     grid = height // recipe.reducer.merge, width // recipe.reducer.merge
     return module, LatentsCard(channels=module.reducer.channels, grid=grid, width=d)
+
+
+def check_shapes(images: ShardedImages, module: Autoencoder, vlm: FrozenVLM, recipe: Recipe) -> None:
+    """See that pictures of several shapes can be trained on, where they are.
+
+    Raises:
+        VugenError: a shape does not suit the VLM, the reducer or the decoder, or losses are for squares.
+    """
+    if recipe.decoder.image_size not in (None, images.size):
+        images.refuse_shapes(
+            f"which decoder.image_size={recipe.decoder.image_size} cannot resize: leave it out"
+        )
+    if recipe.decoder.losses.perceptual:
+        images.refuse_shapes("which decoder.losses.perceptual does not see: set it to 0")
+    module.check_shapes(vlm, images.shapes)
+    if recipe.reducer.kind != "vae" and len(images.shapes) > 1:
+        for shape in images.shapes:
+            check_grid(vlm, shape)
 
 
 def keep_reducer(module: Autoencoder, path: Path, vlm: FrozenVLM) -> None:

@@ -79,6 +79,8 @@ def train_sampler(
     shift = recipe.flow.shift_of(latents.grid, latents.channels)
     recipe = recipe.model_copy(update={"flow": recipe.flow.model_copy(update={"shift": shift})})
     images = open_dataset(data, recipe, latents=True)
+    if recipe.expert.kind == "copy":
+        images.refuse_shapes("of which a copy of the VLM's decoder learns one: set expert.kind=dit")
     sharded, vlm_sharded = shards(recipe.engine), shards_vlm(recipe.engine)
     if vlm_sharded and images.most_sources:  # each process would run the VLM as often as its samples ask for
         raise VugenError(
@@ -88,6 +90,8 @@ def train_sampler(
     vlm.check(reducer_card, reducer, allow_vlm_mismatch)
     if images.latents:
         check_cache(images, latent_facts(autoencoder, vlm, recipe, reducer_card), recipe.data.flip)
+    else:
+        autoencoder.check_shapes(vlm, images.shapes)
     torch.manual_seed(recipe.seed)
     expert = new_expert(vlm, latents, recipe.expert, sharded)
     if not sharded:  # on `meta` there is nothing to try

@@ -94,8 +94,10 @@ def train_vae(
     run = out.with_name(out.name + ".run")
     refuse_foreign(out, run)
     images = ShardedImages(data)
+    if recipe.vae.losses.perceptual:
+        images.refuse_shapes("which vae.losses.perceptual does not see: set it to 0")
     factor = 2 ** (len(recipe.vae.widths) - 1)
-    if images.size % factor:
+    if any(side % factor for shape in images.shapes for side in shape):
         raise VugenError(f"images of {images.size} px: this VAE needs a multiple of {factor}; see vae.widths")
     vlm = load_vlm(recipe.vlm, device, recipe) if recipe.vae.losses.perceptual else None
     pictures = picture_losses(recipe.vae.losses, vlm, images.size, device)

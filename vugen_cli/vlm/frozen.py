@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vugen_cli.card import Card, VLMCard
 from vugen_cli.checkpoint import combined_digest, weight_digests
+from vugen_cli.data.shapes import Shape
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
 from vugen_cli.hub import PREFIX, downloaded, reach_hub
@@ -75,7 +76,7 @@ class FrozenVLM:
         self.device: torch.device = next(model.parameters()).device
         self._digests = weight_digests(model) if digests is None else digests
         self.fingerprint = combined_digest(self._digests)
-        self._canvas: dict[int, int] = {}  # see `canvas`
+        self._canvas: dict[Shape, Shape] = {}  # see `canvas`
         self.words: frozenset[str] | None = None
         self.prompts = Prompts(
             processor.tokenizer,
@@ -117,12 +118,13 @@ class FrozenVLM:
     def vision_inputs(self, images: Tensor) -> dict[str, Any]:
         """What the vision side is given for images, uint8 [B, 3, H, W]."""
         images = images.to(self.device)
-        if (size := images.shape[-1]) not in self._canvas:
-            self._canvas[size] = (
-                size if self.recipe.vlm_size else canvas(self.processor.image_processor, size)
+        shape = (images.shape[-2], images.shape[-1])
+        if shape not in self._canvas:
+            self._canvas[shape] = (
+                shape if self.recipe.vlm_size else canvas(self.processor.image_processor, shape)
             )
-        if self._canvas[size] != size:
-            images = resized(images, self._canvas[size])
+        if self._canvas[shape] != shape:
+            images = resized(images, self._canvas[shape])
         inputs = vision_inputs(self.processor.image_processor, images, self.recipe.vlm_size)
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         return {

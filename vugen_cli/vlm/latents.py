@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vugen_cli.data.shapes import Shape, as_shape, shape_name
 from vugen_cli.errors import VugenError
 
 # One image, one view, one grid: how each image processor's tiling is switched off, where it has an attribute.
@@ -137,31 +138,32 @@ def vision_inputs(image_processor: Any, images: Tensor, size: int | None = None)
     return inputs
 
 
-def resized(images: Tensor, size: int) -> Tensor:
-    """uint8 [B, 3, H, W] -> uint8 [B, 3, size, size], bicubic."""
+def resized(images: Tensor, size: int | Shape) -> Tensor:
+    """uint8 [B, 3, H, W] -> uint8 [B, 3, size, size], or of (height, width), bicubic."""
     scaled = nn.functional.interpolate(
-        images.float(), (size, size), mode="bicubic", antialias=True, align_corners=False
+        images.float(), as_shape(size), mode="bicubic", antialias=True, align_corners=False
     )
     return scaled.round().clamp(0, 255).to(torch.uint8)
 
 
-def canvas(image_processor: Any, size: int) -> int:
-    """Pixels a side that an image processor leaves no empty border around, for pictures of a size.
+def canvas(image_processor: Any, shape: Shape) -> Shape:
+    """Height and width that an image processor leaves no empty border around, for pictures of a shape.
 
     Some pad a picture to whole patches (Kimi) or to a fixed size (pi0) instead of enlarging it. A white
     picture then comes out with a border, whose places of z would show nothing.
     """
-    inputs = vision_inputs(image_processor, torch.full((1, 3, size, size), 255, dtype=torch.uint8))
+    inputs = vision_inputs(image_processor, torch.full((1, 3, *shape), 255, dtype=torch.uint8))
     pixels = inputs[pixels_key(inputs)].float()
     if pixels.ndim not in (2, 4):
-        return size
+        return shape
     over = (0, 2, 3) if pixels.ndim == 4 else 0
     if (pixels.amax(over) - pixels.amin(over)).max() < 1e-3:
-        return size
+        return shape
     for key, value in inputs.items():
         if GRIDS.search(key):
-            return int(value[0][-1]) * int(image_processor.patch_size)
-    return pixels.shape[-1]
+            height, width = map(int, value[0][-2:])
+            return height * int(image_processor.patch_size), width * int(image_processor.patch_size)
+    return pixels.shape[-2], pixels.shape[-1]
 
 
 def pixels_key(inputs: Inputs) -> str:
@@ -500,7 +502,7 @@ def to_grid(tokens: Tensor, inputs: Inputs, batch: int, model: Any, tap: Tap) ->
     return tokens.unflatten(1, (height // merged, width // merged))
 
 
-def check_grid(vlm: Any, size: int) -> None:
+def check_grid(vlm: Any, size: int | Shape) -> None:
     """See that each part of a picture moves its own part of z, and no other picture of a batch.
 
     Sixteen grey pictures, each with noise in the middle of another part, are encoded beside a plain one; a
@@ -509,22 +511,22 @@ def check_grid(vlm: Any, size: int) -> None:
 
     Args:
         vlm: a `FrozenVLM`.
-        size: pixels a side of the pictures to come.
+        size: pixels a side of the pictures to come, or (height, width).
 
     Raises:
         VugenError: z is scrambled, shifted by padding, or differs with the batch.
     """
-    plain = torch.full((1, 3, size, size), 127, dtype=torch.uint8)
+    shape = as_shape(size)
+    plain = torch.full((1, 3, *shape), 127, dtype=torch.uint8)
     height, width = vlm.encode(plain).shape[1:3]
     parts = min(4, height, width)
-    side, edge = size // parts, size // parts // 4
+    high, wide = (side // parts for side in shape)  # of a part; a quarter on each side of it stays plain
     pictures = plain.repeat(parts**2 + 1, 1, 1, 1)
-    noise = torch.randint(
-        0, 256, (3, side - 2 * edge, side - 2 * edge), generator=torch.Generator().manual_seed(0)
-    )
+    inner = 3, high - 2 * (high // 4), wide - 2 * (wide // 4)
+    noise = torch.randint(0, 256, inner, generator=torch.Generator().manual_seed(0))
     for number in range(parts**2):
         row, column = divmod(number, parts)
-        top, left = row * side + edge, column * side + edge
+        top, left = row * high + high // 4, column * wide + wide // 4
         pictures[number + 1, :, top : top + noise.shape[1], left : left + noise.shape[2]] = noise
     z = vlm.encode(pictures)
     moved = (z[1:] - z[:1]).norm(dim=-1)
@@ -541,6 +543,27 @@ def check_grid(vlm: Any, size: int) -> None:
     alone = vlm.encode(pictures[1:2])
     if (alone - z[1:2]).norm() > 0.05 * z[1:2].norm():
         raise VugenError(f"{vlm.name} cannot be used: its z of a picture depends on the rest of its batch")
+
+
+def check_aspect(vlm: Any, shape: Shape, z: Tensor) -> None:
+    """See that a VLM does not squash or cut pictures that are no squares.
+
+    Args:
+        vlm: a `FrozenVLM`.
+        shape: height and width of a picture.
+        z: of it, [1, h, w, d].
+
+    Raises:
+        VugenError: it sees the picture as a square, or lying where it stands.
+    """
+    (height, width), (rows, columns) = shape, z.shape[1:3]
+    if height != width and (height > width, height < width) != (rows > columns, rows < columns):
+        size = vlm.recipe.vlm_size
+        raise VugenError(
+            f"{vlm.name} sees pictures of {shape_name(shape)} as {columns} x {rows} places"
+            f"{f' (vlm_size={size})' if size else ''}: it is for squares; take a VLM whose vision tower "
+            "reads any shape, such as Qwen2.5-VL"
+        )
 
 
 def merge_size(vision: Any) -> int:

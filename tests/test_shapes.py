@@ -1,0 +1,429 @@
+"""Pictures of several shapes: cut to the nearest, in batches of one shape, in an order that is exact."""
+
+import hashlib
+import io
+import json
+import shutil
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_overrides, vugen_here
+from PIL import Image
+from safetensors.torch import load_file
+
+from vugen_cli.data.images import adm_crop
+from vugen_cli.data.loader import (
+    Batch,
+    ShardedImages,
+    TrainingStream,
+    batches,
+    held_out_images,
+    stored_images,
+)
+from vugen_cli.data.manifest import Manifest, read_manifest
+from vugen_cli.data.mixture import MixedImages
+from vugen_cli.data.order import BLOCK, Turns
+from vugen_cli.data.sample import Sample
+from vugen_cli.data.shapes import nearest, parse_shape, parse_shapes, shape_name
+from vugen_cli.data.writer import write_dataset
+from vugen_cli.errors import VugenError
+from vugen_cli.flow import flow_matching_loss
+from vugen_cli.recipe import Captioning, MixtureSource, Recipe, load_recipe
+from vugen_cli.sampling.pipeline import VugenPipeline
+from vugen_cli.sampling.trained import load_sampler
+from vugen_cli.stages.caption import write_captions
+from vugen_cli.stages.latent_cache import write_latents
+from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.stages.train_sampler import train_sampler
+from vugen_cli.vlm.frozen import load_vlm
+from vugen_cli.vlm.latents import check_aspect, check_grid
+
+CPU = torch.device("cpu")
+
+SHAPES = "64x64,48x80,80x48"
+SIZES = [(70, 70), (60, 100), (130, 70), (50, 90), (64, 66)]  # of the source, width and height, in turn
+
+
+class Photos:
+    """Pictures of many shapes: a colour each, darker to the left."""
+
+    name, origin, licence, classes = "photos", "nowhere", "CC0", ()
+
+    def __init__(self, count: int = 60, bad: int = 0):
+        self.count, self.bad = count, bad
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        if self.bad and index % self.bad == 0:
+            raise ValueError("no picture")
+        width, height = SIZES[index % len(SIZES)]
+        colour = np.random.default_rng(index).integers(60, 256, 3)
+        pixels = np.broadcast_to(np.linspace(0.2, 1, width)[None, :, None] * colour, (height, width, 3))
+        image = Image.fromarray(pixels.astype(np.uint8))
+        return Sample(key=f"photo {index}", image=image, captions=[f"a picture of number {index}"])
+
+
+def write(out: Path, count: int = 60, split: str = "train", bad: int = 0, **options: object) -> Manifest:
+    settings = {"shard_size": 20, "progress": False, "shapes": SHAPES} | options
+    return write_dataset(Photos(count, bad), out, split, **settings)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("photos") / "photos"
+    write(out)
+    write(out, 10, "val")
+    return out
+
+
+def number(meta: dict[str, object]) -> int:
+    return int(str(meta["source_key"]).split()[1])
+
+
+def take(images: ShardedImages, count: int, workers: int = 0, **options: object) -> list[Batch]:
+    return list(islice(batches(TrainingStream(images, 4, seed=1, window=30, **options), workers), count))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return torch.equal(a.images, b.images) and a.captions == b.captions
+
+
+def test_each_picture_goes_to_the_shape_nearest_in_log_aspect_ratio() -> None:
+    shapes = parse_shapes(SHAPES)
+    assert shapes == [(64, 64), (80, 48), (48, 80)]
+    edge = (5 / 3) ** 0.5  # half-way, in the logarithm, between the square and 48x80
+    for width, height, wanted in [(100, 100, 0), (1000, int(edge * 990), 0), (1000, int(edge * 1010), 1)]:
+        assert nearest(shapes, (height, width)) == wanted
+    assert nearest(shapes, (10, 500)) == 2
+    assert shape_name(parse_shape("48x80")) == "48x80" and parse_shape("64") == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("64x64", "several"),
+        ("48x80,80x48", "one square"),
+        ("64x64,32x32", "one square"),
+        ("64x64,48x80,24x40", "one aspect ratio"),
+        ("64x64,256x128", "twice the pixels"),
+        ("64x64,4x800", "8 pixels"),
+        ("64x64,48*80", "WIDTHxHEIGHT"),
+    ],
+)
+def test_shapes_that_make_no_buckets_are_refused_in_one_line(text: str, said: str) -> None:
+    with pytest.raises(VugenError, match=said) as refused:
+        parse_shapes(text)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_rectangle_is_cut_from_the_middle_of_what_covers_it() -> None:
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3))
+    cut = adm_crop(ramp, (50, 80))  # 100 x 200, halved to 50 x 100, then 80 of 100 columns
+    assert cut.shape == (50, 80, 3) and cut.flags.c_contiguous
+    assert abs(int(cut[0, 0, 0]) - 20) <= 1 and abs(int(cut[0, -1, 0]) - 179) <= 1
+
+
+def test_a_shard_is_of_one_shape_and_the_manifest_says_which(photos: Path) -> None:
+    manifest = read_manifest(photos)
+    assert (manifest.format, manifest.size, manifest.shapes) == (3, 64, SHAPES.split(","))
+    images = ShardedImages(photos)
+    found: Counter[str] = Counter()
+    for shard, count in enumerate(images.counts):
+        assert images.names[shard].endswith(f"-{shape_name(images.shape(shard))}.tar")
+        for index in range(count):
+            pixels, meta = images.read(shard, index)
+            assert pixels.shape == (*images.shape(shard), 3)
+            width, height = SIZES[number(meta) % len(SIZES)]
+            assert images.shape(shard) == images.shapes[nearest(images.shapes, (height, width))]
+            found[shape_name(images.shape(shard))] += 1
+    assert found == {"64x64": 24, "48x80": 24, "80x48": 12}
+    assert manifest.card(photos).shapes == SHAPES.split(",")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes_and_lost_shards_are_written_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {path.name: path.read_bytes() for path in photos.glob("train-*")}
+    out = tmp_path / "again"
+    real, done = Photos.__getitem__, []
+
+    def dies(self: Photos, index: int) -> Sample:
+        done.append(index)
+        if len(done) == 33:
+            raise KeyboardInterrupt
+        return real(self, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Photos, "__getitem__", dies)
+        with pytest.raises(KeyboardInterrupt):
+            write(out)
+    assert len(list(out.glob("train-*.tar"))) == 3  # one plan shard, of three shapes
+    write(out)
+    assert {path.name: path.read_bytes() for path in out.glob("train-*")} == whole
+    (out / "train-000001-48x80.tar").unlink()
+    write(out)
+    assert {path.name: path.read_bytes() for path in out.glob("train-*")} == whole
+    with pytest.raises(VugenError, match="--shapes .* there, None now"):
+        write(out, shapes=None, size=64)
+    with pytest.raises(VugenError, match="--shapes"):
+        write(out, 10, "val", shapes="64x64,80x48")
+
+
+def test_skipped_pictures_are_listed_once(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "p", bad=10)
+    assert manifest.splits["train"].skipped_count == 6 and manifest.splits["train"].count == 54
+    assert len((tmp_path / "p" / "skipped-train.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_set_of_squares_alone_is_written_as_before(tmp_path: Path) -> None:
+    """Keys, names and format as version 2 has them; nothing of shapes."""
+    write(tmp_path / "squares", shapes=None, size=64)
+    manifest = json.loads((tmp_path / "squares" / "dataset.json").read_text())
+    assert manifest["format"] == 2 and "shapes" not in manifest
+    train = manifest["splits"]["train"]
+    assert [list(shard) for shard in train["shards"]] == [["name", "samples", "bytes", "sha256"]] * 3
+    assert [shard["name"] for shard in train["shards"]] == [f"train-00000{i}.tar" for i in range(3)]
+    assert "shapes" not in read_manifest(tmp_path / "squares").card("x").model_dump()
+
+
+def test_the_order_over_squares_alone_is_that_of_before(scenes: Path) -> None:
+    """Scenes of the first 100 batches by number, hashed; from the loader before there were shapes."""
+    stream = TrainingStream(ShardedImages(scenes), 8, seed=1, window=30)
+    numbers = [int(meta["source_key"][-7:]) for batch in islice(stream, 100) for meta in batch.meta]
+    assert numbers[:8] == [8, 4, 35, 67, 23, 93, 55, 15]
+    assert hashlib.sha256(json.dumps(numbers).encode()).hexdigest().startswith("253afc08bbfcc4f7")
+
+
+def test_batches_are_of_one_shape_and_an_epoch_of_each_shape_has_each_sample_once(photos: Path) -> None:
+    images = ShardedImages(photos)
+    seen: dict[tuple[int, ...], list[int]] = {}
+    for batch in take(images, 200):
+        assert batch.corrupt == 0
+        seen.setdefault(tuple(batch.images.shape[2:]), []).extend(map(number, batch.meta))
+    assert {shape: len(set(numbers)) for shape, numbers in seen.items()} == {
+        (64, 64): 24,
+        (80, 48): 24,
+        (48, 80): 12,
+    }
+    for shape, numbers in seen.items():
+        size = len(set(numbers))
+        for first in range(0, len(numbers) - size, size):
+            assert len(set(numbers[first : first + size])) == size, shape
+
+
+def test_shapes_come_in_proportion_to_their_samples_and_a_rare_one_comes() -> None:
+    turns = Turns([24_000, 24_000, 12_000, 3], seed=5)
+    given = [turns.at(batch) for batch in range(3 * BLOCK)]
+    counts = Counter(order for order, _ in given[BLOCK : 2 * BLOCK])
+    # 1024 shared out as 24,000 : 24,000 : 12,000, less the one that the rare shape gets
+    assert abs(counts[0] - 409.6) < 2 and abs(counts[1] - 409.6) < 2 and abs(counts[2] - 204.8) < 2
+    assert counts[3] == 1 and sum(counts.values()) == BLOCK
+    for order in range(4):  # numbered without gaps, in order
+        numbers = [number for which, number in given if which == order]
+        assert numbers == list(range(len(numbers)))
+    assert [o for o, _ in given[:BLOCK]] != [o for o, _ in given[BLOCK : 2 * BLOCK]]
+    assert Turns([7], seed=5).at(12_345) == (0, 12_345)  # one shape alone: the batches of always
+
+
+@pytest.mark.parametrize(("ranks", "accumulate", "workers"), [(2, 1, 0), (2, 2, 0), (1, 1, 2)])
+def test_a_batch_holds_the_same_whoever_computes_its_rows_and_wherever_a_run_begins(
+    photos: Path, ranks: int, accumulate: int, workers: int
+) -> None:
+    images = ShardedImages(photos)
+    whole = take(images, 12)
+    assert len({batch.images.shape for batch in whole}) == 3
+    parts = [
+        take(images, 8 * accumulate, workers, start=4, part=(rank, ranks), accumulate=accumulate)
+        for rank in range(ranks)
+    ]
+    for step, batch in enumerate(whole[4:]):
+        mine = [p for part in parts for p in part[step * accumulate : (step + 1) * accumulate]]
+        assert torch.equal(batch.images, torch.cat([p.images for p in mine]))
+        assert batch.captions == [caption for p in mine for caption in p.captions]
+
+
+def test_mirrored_and_decoded_from_jpeg_in_place(photos: Path, tmp_path: Path) -> None:
+    plain, mirrored = take(ShardedImages(photos), 6), take(ShardedImages(photos), 6, flip=True)
+    turned = 0
+    for a, b in zip(plain, mirrored, strict=True):
+        for x, y in zip(a.images, b.images, strict=True):
+            assert torch.equal(x, y) or torch.equal(x.flip(-1), y)
+            turned += int(torch.equal(x.flip(-1), y))
+    assert turned
+    file = io.BytesIO()
+    Image.effect_noise((150, 90), 50).convert("RGB").save(file, "JPEG")
+    source = Photos(8)
+    source.__class__ = type(
+        "Jpegs",
+        (Photos,),
+        {"__getitem__": lambda self, i: Sample(f"photo {i}", file.getvalue(), ["x"]), "name": "jpegs"},
+    )
+    write_dataset(source, tmp_path / "j", shapes=SHAPES, progress=False)
+    batch = take(ShardedImages(tmp_path / "j"), 1)[0]
+    assert batch.images.shape == (4, 3, 48, 80) and batch.corrupt == 0
+    assert np.array_equal(batch.images[0].permute(1, 2, 0), ShardedImages(tmp_path / "j").read(0, 0)[0])
+
+
+def test_a_damaged_sample_is_replaced_by_one_of_its_shape(photos: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(photos, tmp_path / "copy"))
+    tar = copy / "train-000000-80x48.tar"
+    data = bytearray(tar.read_bytes())
+    start = data.index(b"\x89PNG")
+    data[start : start + 64] = bytes(64)
+    tar.write_bytes(data)
+    corrupt = [batch.images.shape[2:] for batch in take(ShardedImages(copy), 40) if batch.corrupt]
+    assert corrupt and set(corrupt) == {(48, 80)}
+
+
+def test_stored_images_come_in_batches_of_one_shape_and_previews_in_squares(photos: Path) -> None:
+    images = ShardedImages(photos)
+    found = list(stored_images(images, 60, batch_size=10))
+    assert Counter(tuple(b.shape[2:]) for b in found for _ in b) == {(64, 64): 24, (80, 48): 24, (48, 80): 12}
+    assert held_out_images(images, 64).shape == (8, 3, 64, 64)
+
+
+def test_captions_by_a_vlm_keep_the_shapes(photos: Path, vlm_path: Path, tmp_path: Path) -> None:
+    asked = Captioning(instructions=["describe the picture"], tokens=2)
+    write_captions(photos, tmp_path / "c", str(vlm_path), asked, CPU)
+    before, after = ShardedImages(photos), ShardedImages(tmp_path / "c")
+    assert after.shapes == before.shapes and [*after.kinds] == [*before.kinds]
+    assert after.stored(1, 0)[0] == before.stored(1, 0)[0] and take(after, 1)[0].corrupt == 0
+
+
+def test_what_is_for_squares_alone_refuses_in_one_line(photos: Path) -> None:
+    with pytest.raises(VugenError, match="cannot be mixed"):
+        MixedImages([MixtureSource(path=str(photos), weight=1), MixtureSource(path=str(photos), weight=1)])
+    with pytest.raises(VugenError, match="cannot be resized to 32"):
+        TrainingStream(ShardedImages(photos), 4, seed=0, size=32)
+
+
+# --- training and drawing, by a VLM whose tower reads any shape
+
+
+@pytest.fixture(scope="module")
+def any_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.build("qwen3_vl", tmp_path_factory.mktemp("vlm") / "qwen3_vl")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_pixtral"])
+def test_z_of_a_rectangle_lies_on_its_grid(family: str, tmp_path: Path) -> None:
+    """Windows and blocks of patches, and rows of patches."""
+    vlm = load_vlm(str(families.build(family, tmp_path / family)))
+    for shape in [(80, 48), (48, 80)]:
+        z = vlm.encode(torch.full((1, 3, *shape), 127, dtype=torch.uint8))
+        assert (z.shape[1] > z.shape[2]) == (shape[0] > shape[1])
+        check_aspect(vlm, shape, z)
+        check_grid(vlm, shape)
+
+
+def recipe_of(vlm: Path, *more: str) -> Recipe:
+    dit = ("expert.kind=dit", "expert.width=32", "expert.depth=2", "expert.heads=2")
+    return load_recipe(None, [*tiny_overrides(vlm), *dit, *more])
+
+
+@pytest.fixture(scope="module")
+def drawn_of(photos: Path, any_shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages, of eight steps each on pictures of three shapes."""
+    out = tmp_path_factory.mktemp("shaped")
+    recipe = recipe_of(any_shape, "train_reducer.steps=8", "train_sampler.steps=8", "reducer.merge=2")
+    reducer = train_reducer(recipe, photos, out / "reducer.safetensors", CPU)
+    train_sampler(recipe, reducer, photos, out / "sampler.safetensors", CPU)
+    return out
+
+
+def losses(out: Path) -> list[float]:
+    lines = (out.with_suffix(".run") / "metrics.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def test_a_sampler_draws_each_shape_and_the_square_as_ever(drawn_of: Path) -> None:
+    sampler = load_sampler(drawn_of / "sampler.safetensors")
+    torch.manual_seed(0)
+    torch.nn.init.normal_(sampler.expert.proj_out.weight, std=0.3)
+    assert sampler.card.latents.grid == (4, 4) and sampler.card.data.shapes == SHAPES.split(",")
+
+    def draw(prompt: str, size: tuple[int, int] | None) -> torch.Tensor:
+        return next(sampler.sample([prompt], size=size))[2]
+
+    for shape, grid in [((80, 48), (5, 3)), ((48, 80), (3, 5)), ((96, 80), (6, 5))]:
+        assert sampler.grid(shape) == (shape, grid)
+        picture = draw("a bear", shape)
+        assert picture.shape == (3, *shape) and not torch.equal(picture, draw("a cat", shape))
+    assert torch.equal(draw("a bear", None), draw("a bear", (64, 64)))
+    with pytest.raises(VugenError, match="multiples of 8"):
+        draw("a bear", (80, 50))
+    pictures = VugenPipeline(sampler)("a bear", seed=0, height=80, width=48).images
+    assert np.array_equal(np.asarray(pictures[0]), draw("a bear", (80, 48)).permute(1, 2, 0))
+
+
+def test_the_command_draws_a_shape_and_says_if_it_is_new(drawn_of: Path, tmp_path: Path) -> None:
+    given = ("sample", "a bear", "--sampler", drawn_of / "sampler.safetensors", "--size")
+    done = vugen_here(*given, "48x80", cwd=tmp_path)
+    assert done.returncode == 0 and "none of the sizes" not in done.stdout, done.stderr
+    row = json.loads((tmp_path / "samples" / "samples.jsonl").read_text())
+    assert Image.open(tmp_path / "samples" / row["file"]).size == (48, 80) and row["size"] == "48x80"
+    assert "none of the sizes" in vugen_here(*given, "64x80", cwd=tmp_path).stdout
+    assert "WIDTHxHEIGHT" in vugen_here(*given, "large", cwd=tmp_path).stderr
+
+
+def test_a_cache_of_several_shapes_has_the_losses_of_live_encoding(
+    drawn_of: Path, photos: Path, any_shape: Path, tmp_path: Path
+) -> None:
+    manifest = write_latents(drawn_of / "reducer.safetensors", photos, tmp_path / "z", CPU)
+    assert manifest.latents and manifest.latents.grids == {"64x64": (4, 4), "48x80": (5, 3), "80x48": (3, 5)}
+    assert manifest == read_manifest(tmp_path / "z") and manifest.shapes == SHAPES.split(",")
+    recipe = recipe_of(any_shape, "train_sampler.steps=8", "reducer.merge=2")
+    train_sampler(recipe, drawn_of / "reducer.safetensors", tmp_path / "z", tmp_path / "s.safetensors", CPU)
+    live = losses(drawn_of / "sampler.safetensors")
+    assert len(live) == 8 and losses(tmp_path / "s.safetensors") == pytest.approx(live, rel=2e-3)
+
+
+def test_a_run_that_died_goes_on_to_the_same_weights(
+    drawn_of: Path, photos: Path, any_shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(
+        any_shape, "train_sampler.steps=8", "reducer.merge=2", "train_sampler.checkpoint_every=3"
+    )
+    reducer, out, calls = drawn_of / "reducer.safetensors", tmp_path / "s.safetensors", []
+
+    def dies(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) == 6:
+            raise RuntimeError("the power is out")
+        return flow_matching_loss(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vugen_cli.stages.train_sampler.flow_matching_loss", dies)
+        with pytest.raises(RuntimeError, match="the power"):
+            train_sampler(recipe, reducer, photos, out, CPU)
+        assert not out.exists()
+        train_sampler(recipe, reducer, photos, out, CPU)
+    assert len(calls) == 6 + 5  # from step 3 on
+    again, whole = load_file(out), load_file(drawn_of / "sampler.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_what_reads_or_draws_squares_alone_refuses_in_one_line(
+    photos: Path, vlm_path: Path, any_shape: Path, drawn_of: Path, trained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x.safetensors"
+    with pytest.raises(VugenError, match="48x80 as .* it is for squares; take a VLM") as refused:
+        train_reducer(recipe_of(vlm_path), photos, out, CPU)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(VugenError, match="decoder needs sides that are multiples of 32"):
+        train_reducer(recipe_of(any_shape, "decoder.patch=16"), photos, out, CPU)
+    with pytest.raises(VugenError, match=r"decoder\.image_size=32 cannot resize"):
+        train_reducer(recipe_of(any_shape, "decoder.image_size=32"), photos, out, CPU)
+    copied = load_recipe(None, [*tiny_overrides(any_shape), "reducer.merge=2"])
+    with pytest.raises(VugenError, match=r"set expert\.kind=dit"):
+        train_sampler(copied, drawn_of / "reducer.safetensors", photos, out, CPU)
+    with pytest.raises(VugenError, match=r"draws 64x64 alone.*expert\.kind=dit"):
+        next(load_sampler(trained / "sampler.safetensors").sample(["a bear"], size=(80, 48)))
