@@ -132,8 +132,6 @@ def prepare(
         raise VugenError("--data, --flip, --vlm and --device go with --latents")
     if pairs is not None and dataset is not Dataset.openmoji:
         raise VugenError("--pairs goes with --dataset openmoji")
-    if shapes and (size or dataset in (Dataset.openmoji, Dataset.openmoji_edits)):
-        raise VugenError("--shapes goes without --size, and with pictures of your own: drawn ones are square")
     if dataset is None and (source or count or strict or size or shapes):
         raise VugenError(
             "--source, --size, --shapes, --count and --strict go with --dataset, not with --latents"
@@ -141,10 +139,18 @@ def prepare(
     if latents is not None:
         return prepare_latents(latents, data, out, vlm, device, flip, workers)
     assert dataset is not None
+    if shapes:
+        check_shapes(dataset, size)
     out = out or Path("data") / dataset.value
     size = size or (64 if dataset in (Dataset.openmoji, Dataset.openmoji_edits) else 256)
     opened = partial(open_source, dataset, source, split.value, size, count, seed, pairs)
     return prepare_images(opened, out, split.value, size, shapes, shard_size, workers, seed, count, strict)
+
+
+def check_shapes(dataset: Dataset, size: int | None) -> None:
+    """Refuse what does not go with `--shapes`."""
+    if size or dataset in (Dataset.openmoji, Dataset.openmoji_edits):
+        raise VugenError("--shapes goes without --size, and with pictures of your own: drawn ones are square")
 
 
 def prepare_images(
@@ -182,8 +188,9 @@ def prepare_images(
     of = Counter[str]()
     for shard in entry.shards:
         of[shard.shape or str(manifest.size)] += shard.samples
-    sizes = ", ".join(f"{count} of {shape}" for shape, count in of.items()) if shapes else f"of {size}"
-    typer.echo(f"{out}: {split}, {entry.count} images {sizes} px in {len(entry.shards)} shards{skipped}")
+    parts = ", ".join(f"{count} of {shape}" for shape, count in of.items())
+    images = f"{entry.count} images: {parts} px" if shapes else f"{entry.count} images of {size} px"
+    typer.echo(f"{out}: {split}, {images} in {len(entry.shards)} shards{skipped}")
     return Prepared(
         out=str(out),
         split=split,

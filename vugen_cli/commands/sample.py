@@ -3,11 +3,15 @@
 import gc
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption
+
+if TYPE_CHECKING:
+    from vugen_cli.card import Card
+    from vugen_cli.data.shapes import Shape
 
 
 class SolverName(StrEnum):
@@ -116,7 +120,7 @@ def sample(
     gc.disable()
     try:
         from vugen_cli.commands.answers import Drawn
-        from vugen_cli.data.shapes import parse_shape, shape_name
+        from vugen_cli.data.shapes import parse_shape
         from vugen_cli.engine.device import pick_device
         from vugen_cli.metrics.samples import read_samples
         from vugen_cli.processes import is_first, join
@@ -139,9 +143,8 @@ def sample(
         loaded.quantize()
     if compile_:
         loaded.compile()
-    known = loaded.card.data.shapes or [shape_name((loaded.card.image_size, loaded.card.image_size))]
-    if shape and shape_name(shape) not in known and is_first():
-        typer.echo(f"{size} is none of the sizes that it learned from: {', '.join(known)}")
+    if shape and is_first():
+        say_if_new(loaded.card, shape)
     pictures = tuple(open_picture(path, loaded.card.data.size) for path in image or [])
     asked = [Prompt(text, pictures) for text in texts]
     folder = draw(
@@ -149,3 +152,12 @@ def sample(
     )
     typer.echo(f"wrote {len(texts) * n} pictures, grid.png and samples.jsonl to {folder}/")
     return Drawn(out=str(folder), images=read_samples(folder), unknown_words=unknown) if is_first() else None
+
+
+def say_if_new(card: "Card", shape: "Shape") -> None:
+    """A line, where a sampler of this card learned from pictures of other sizes."""
+    from vugen_cli.data.shapes import shape_name
+
+    known = card.data.shapes or [shape_name((card.image_size, card.image_size))]
+    if shape_name(shape) not in known:
+        typer.echo(f"{shape_name(shape)} is none of the sizes that it learned from: {', '.join(known)}")
