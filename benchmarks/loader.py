@@ -201,7 +201,7 @@ def memory(key):
 
 before, began = memory("VmRSS"), time.perf_counter()
 stream = TrainingStream(ShardedImages(sys.argv[1]), 4096, seed=0)
-stream.order.at(5, 0)
+stream.orders[0].at(5, 0)
 print(f"{time.perf_counter() - began:.1f} s, {time.process_time():.1f} s of processor time with imports")
 print(f"{before:.0f} MiB before, {memory('VmRSS'):.0f} after, at most {memory('VmHWM'):.0f}")
 print(f"a worker is sent {len(pickle.dumps(stream)) / 1e6:.1f} MB")

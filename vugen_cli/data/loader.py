@@ -14,7 +14,7 @@ import os
 import random
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Generic, TypeAlias, TypeVar
@@ -122,7 +122,7 @@ class ShardedImages:
         self.counts = np.array([s.samples for s in shards], dtype=np.int64)
         self.lengths = np.array([s.bytes for s in shards], dtype=np.int64)
         self.shapes = [parse_shape(shape) for shape in self.manifest.shapes or [str(self.manifest.size)]]
-        self.kinds = np.array([self._kind(s) for s in shards], dtype=np.int64)  # of shapes
+        self.kinds = self._kinds(shards)
         self.digests = np.frombuffer(b"".join(bytes.fromhex(s.sha256) for s in shards), np.uint8)
         if not is_remote(path):
             there = set(os.listdir(path))
@@ -133,15 +133,18 @@ class ShardedImages:
         self.keep_open = 8
         self._start_reading()
 
-    def _kind(self, shard: Shard) -> int:
-        try:
-            names = [shape_name(shape) for shape in self.shapes]
-            return names.index(shard.shape or shape_name(as_shape(self.manifest.size)))
-        except ValueError as error:
+    def _kinds(self, shards: Sequence[Shard]) -> np.ndarray:
+        numbers = {shape_name(shape): number for number, shape in enumerate(self.shapes)}
+        usual = numbers.get(shape_name(as_shape(self.manifest.size)), -1)
+        found = (numbers.get(shard.shape, -1) if shard.shape else usual for shard in shards)
+        kinds = np.fromiter(found, np.int64, len(shards))
+        if (kinds < 0).any():
+            wrong = shards[int(kinds.argmin())]
             raise VugenError(
-                f"dataset.json of {self.directory} is damaged: it names no shape {shard.shape}, that of "
-                f"{shard.name}; run `vugen prepare` again"
-            ) from error
+                f"dataset.json of {self.directory} is damaged: it names no shape {wrong.shape}, that of "
+                f"{wrong.name}; run `vugen prepare` again"
+            )
+        return kinds
 
     def _start_reading(self) -> None:
         self._open: OrderedDict[int, tuple[IO[bytes], np.ndarray, int]] = OrderedDict()
