@@ -6,7 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vugen_cli.card import AdapterCard, BaseCard
 from vugen_cli.checkpoint import fingerprint, save_checkpoint, select, with_prefix
@@ -98,14 +98,8 @@ def train_sampler(
         try_expert(expert, vlm, latents)
     if further:
         trained = select(stored, "expert")
-        if recipe.expert.reference:  # learned from here on, if it was not before
-            new = {k: v for k, v in expert.state_dict().items() if k.startswith("reference_embed.")}
-            if rank and not new.keys() <= trained.keys():
-                raise VugenError(
-                    f"expert.reference: {reducer} does not read references, and an adapter cannot teach it "
-                    "to: train it further without --adapter first"
-                )
-            trained = new | trained
+        if recipe.expert.reference:
+            trained = with_references(trained, expert, reducer, learns=not rank)
         load_weights(expert, trained, reducer, assign=sharded)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
     begun = {"expert": fingerprint(expert, "expert.")} if further else {}
@@ -214,6 +208,23 @@ def train_sampler(
     train(stage, stream, settings, recipe, run, device, options)
     write(out, settings.steps)
     return out
+
+
+def with_references(
+    trained: dict[str, Tensor], expert: nn.Module, sampler: Path, learns: bool
+) -> dict[str, Tensor]:
+    """A sampler's expert with what reads references, new where it has none: it is learned from here on.
+
+    Raises:
+        VugenError: it has none and cannot learn it, because an adapter alone is trained.
+    """
+    new = {k: v for k, v in expert.state_dict().items() if k.startswith("reference_embed.")}
+    if not learns and not new.keys() <= trained.keys():
+        raise VugenError(
+            f"expert.reference: {sampler} does not read references, and an adapter cannot teach it "
+            "to: train it further without --adapter first"
+        )
+    return new | trained
 
 
 def attend_eagerly(expert: GenerationExpert, attempt: Callable[[GenerationExpert], None] | None) -> None:
