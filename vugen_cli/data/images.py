@@ -54,7 +54,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             a side below `MIN_SIDE`, or an aspect ratio above `MAX_ASPECT`. The message is short enough for a
             list.
     """
-    pixels = _decode_plain_jpeg(data, max_pixels) if data[:2] == b"\xff\xd8" else None
+    pixels = _decode_plain_jpeg(data, max_pixels) if is_jpeg(data) else None
     return _decode_with_pillow(data, max_pixels) if pixels is None else pixels
 
 
@@ -212,6 +212,11 @@ def is_lossless(data: bytes) -> bool:
         return data[12:16] == b"VP8L"
     starts = (b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P4", b"P5", b"P6")
     return data.startswith(starts)
+
+
+def is_jpeg(data: bytes) -> bool:
+    """Whether a file begins as a JPEG does; what `vugen prepare` stores is that or a PNG."""
+    return data[:2] == b"\xff\xd8"
 
 
 def encode(image: Image.Image | np.ndarray, lossless: bool = False) -> tuple[str, bytes]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vugen_cli.card import DataCard
-from vugen_cli.data.images import adm_crop
+from vugen_cli.data.images import adm_crop, is_jpeg
 from vugen_cli.data.index import shard_index
 from vugen_cli.data.manifest import Shard, read_manifest
 from vugen_cli.data.order import Order, StreamOrder, Turns, random_bits, stream_count
@@ -334,7 +334,7 @@ def decode_stored(data: bytes, size: int | Shape, place: np.ndarray | None = Non
         Exception: the bytes are damaged, or the picture is of another size.
     """
     shape = as_shape(size)
-    if data[:2] == b"\xff\xd8":
+    if is_jpeg(data):
         found = simplejpeg.decode_jpeg_header(data)[:2]
         if found != shape:
             raise ValueError(f"a picture of {shape_name(found)} pixels, not {shape_name(shape)}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vugen_cli.checkpoint import fingerprint
+from vugen_cli.data.images import is_jpeg
 from vugen_cli.data.loader import Chunk, Damaged, ShardedImages, StoredChunks, batches
 from vugen_cli.data.manifest import (
     FORMAT,
@@ -155,7 +156,7 @@ def _write_shard(
                 meta = with_captions(samples[row][0], samples[row][1], known)
                 lines = meta.pop("captions")
                 picture = images.stored(shard, row)[0]
-                kind = "jpg" if picture[:2] == b"\xff\xd8" else "png"
+                kind = "jpg" if is_jpeg(picture) else "png"
                 add_member(tar, f"{row:09d}.{kind}", picture)
                 add_member(tar, f"{row:09d}.json", json.dumps(meta, ensure_ascii=False).encode())
                 add_member(tar, f"{row:09d}.txt", ("\n".join(lines) + "\n").encode())

@@ -17,6 +17,7 @@ import torch
 
 from vugen_cli.card import Card
 from vugen_cli.checkpoint import fingerprint
+from vugen_cli.data.images import is_jpeg
 from vugen_cli.data.loader import Chunk, ShardedImages, StoredChunks, batches
 from vugen_cli.data.manifest import FORMAT, Manifest, dataset_card, write_manifest
 from vugen_cli.data.shapes import shape_name
@@ -132,7 +133,7 @@ def write_latents(
         missing = [
             which for which in shards[rank() :: world_size()] if not finished_shard(out, notes_of[which])
         ]
-        chunks = batches(StoredChunks(missing, ENCODE_BATCH), workers)
+        chunks = batches(StoredChunks(missing, ENCODE_BATCH), workers if missing else 0)
         for images, shard in missing:
             with passes(precision, device, training=True)():
                 entry = _write_shard(out, images, shard, chunks, encode, frozen.prompts.caption_tokens)
@@ -211,7 +212,7 @@ def _write_shard(
                 add_member(tar, f"{row:09d}.txt", ("\n".join(captions) + "\n").encode())
                 add_member(tar, f"{row:09d}.json", json.dumps(meta, ensure_ascii=False).encode())
                 for number, source in enumerate(sources):  # as they are: the VLM reads their pixels
-                    kind = "jpg" if source[:2] == b"\xff\xd8" else "png"
+                    kind = "jpg" if is_jpeg(source) else "png"
                     add_member(tar, f"{row:09d}.source{number}.{kind}", source)
     entry = {"name": name, "samples": count, "bytes": facts["bytes"], "sha256": facts["sha256"]}
     return entry | ({"shape": shape_name(images.shape(shard))} if len(images.shapes) > 1 else {})
