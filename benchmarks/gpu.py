@@ -112,7 +112,8 @@ def stages(device: torch.device, rehearse: bool) -> Found:
     alone = ["--workers", 1] if rehearse else []
     finish("prepare", "--dataset", "openmoji", "--count", 64 if rehearse else 2000, "--out", "scenes", *alone)
     steps, batch = (8, 8) if rehearse else (400, 64)
-    sizes = [w for key in TINY for w in ("--set", key)] if rehearse else []
+    tiny = [*TINY, "expert.kind=dit", "expert.depth=1", "expert.width=64"]
+    sizes = [w for key in tiny for w in ("--set", key)] if rehearse else []
     brief = ["--set", "data.workers=0", "--set", "sampling.steps=1"] if rehearse else []
     for stage, before in (("reducer", "--data scenes"), ("sampler", "--reducer reducer.safetensors")):
         command = [
@@ -123,7 +124,7 @@ def stages(device: torch.device, rehearse: bool) -> Found:
             "--device",
             str(device),
         ]
-        command += ["--steps", str(steps), "--batch-size", str(batch), *(sizes if stage == "reducer" else [])]
+        command += ["--steps", str(steps), "--batch-size", str(batch), *sizes]
         command += ["--set", f"train_{stage}.checkpoint_every={steps // 4}", *brief]
         run, job = Path(f"{stage}.run"), vugen(*command)
         while job.poll() is None and not list(run.glob("state-*.safetensors")):
@@ -143,7 +144,7 @@ def stages(device: torch.device, rehearse: bool) -> Found:
             f"{rows[-1]['loss']:.3f}, {rows[-1]['memory_gb']:.2f} GB",
         )
         yield f"{stage}: a step that saves", saving(rows, steps // 4)
-    yield from losses(device)
+    yield from losses(device, sizes)
 
 
 def saving(rows: list[dict[str, float]], every: int) -> str:
@@ -153,7 +154,7 @@ def saving(rows: list[dict[str, float]], every: int) -> str:
     return f"{median(beside) / median(seconds.values()):.2f} times one that does not"
 
 
-def losses(device: torch.device) -> Found:
+def losses(device: torch.device, sizes: list[str]) -> Found:
     """The first losses of stage 2 on the device beside the CPU's."""
     found = {}
     for name, where, precision in (
@@ -162,7 +163,7 @@ def losses(device: torch.device) -> Found:
         finish(
             "train-sampler", "--reducer", "reducer.safetensors", "--out", f"{name}.safetensors", "--steps", 6,
             "--batch-size", 8, "--device", where, "--set", f"train_sampler.precision={precision}",
-            "--set", "engine.compile=false", "--set", "data.workers=0", "--set", "sampling.steps=1",
+            "--set", "engine.compile=false", "--set", "data.workers=0", "--set", "sampling.steps=1", *sizes,
         )  # fmt: skip
         found[name] = [row["loss"] for row in metrics(Path(f"{name}.run"))]
     for name in ("float32", "bfloat16"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from conftest import tiny_overrides, vugen
+from conftest import tiny_overrides, vugen_here
 from safetensors import safe_open
 
 from vugen_cli.checkpoint import read_card
@@ -249,7 +249,7 @@ def test_chat_asks_the_vlm_of_a_sampler(trained: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("RGB", (80, 60), "green").save(tmp_path / "a.png")
-    alone = vugen(
+    alone = vugen_here(
         "chat",
         "a.png",
         "what is it?",
@@ -259,7 +259,7 @@ def test_chat_asks_the_vlm_of_a_sampler(trained: Path, tmp_path: Path) -> None:
         read_card(trained / "sampler.safetensors").vlm.name,
         cwd=tmp_path,
     )
-    beside = vugen(
+    beside = vugen_here(
         "chat",
         "a.png",
         "what is it?",
@@ -270,13 +270,13 @@ def test_chat_asks_the_vlm_of_a_sampler(trained: Path, tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert alone.returncode == 0 and beside.stdout == alone.stdout
-    assert vugen("chat", "none.png", cwd=tmp_path).stderr.startswith("error: no picture at none.png")
+    assert vugen_here("chat", "none.png", cwd=tmp_path).stderr.startswith("error: no picture at none.png")
 
 
 def test_understanding_is_shown_to_be_preserved(trained: Path, tmp_path: Path) -> None:
     import json
 
-    result = vugen("study", "understanding", "--sampler", trained / "sampler.safetensors", cwd=tmp_path)
+    result = vugen_here("study", "understanding", "--sampler", trained / "sampler.safetensors", cwd=tmp_path)
     assert result.returncode == 0 and "preserved, bit for bit" in result.stdout
     (score,) = json.loads((tmp_path / "understanding.json").read_text())["scores"]
     assert score["preserved"] and score["logits_that_differ"] == 0 < score["logits_compared"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_overrides, vugen
+from conftest import tiny_overrides, vugen_here
 
 from vugen_cli.checkpoint import read_card
 from vugen_cli.data.loader import ShardedImages, TrainingStream, batches
@@ -129,9 +129,9 @@ def test_a_cache_is_refused_where_it_does_not_belong(
 
 
 def test_the_command(scenes: Path, trained: Path, tmp_path: Path) -> None:
-    done = vugen("prepare", "--latents", trained / "reducer.safetensors", "--out", "z", cwd=tmp_path)
+    done = vugen_here("prepare", "--latents", trained / "reducer.safetensors", "--out", "z", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     z, _ = next(ShardedImages(tmp_path / "z", latents=True).in_order(1))
     assert z.dtype == np.float16 and z.shape[0] == 1
-    done = vugen("prepare", "--size", "32", cwd=tmp_path)
+    done = vugen_here("prepare", "--size", "32", cwd=tmp_path)
     assert done.returncode != 0 and "--dataset" in done.stderr and "Traceback" not in done.stderr

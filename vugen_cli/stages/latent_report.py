@@ -93,8 +93,11 @@ def save_latent_report(report: dict[str, Any], out: Path) -> Path:
     shown = min(PANELS, len(report["std"]))
     columns = min(4, shown + 1)
     rows = math.ceil((shown + 1) / columns)
+    wide, high = 3.0 * columns, 2.2 * rows  # inches; margins are set, since measuring all labels takes seconds
+    margins = {"left": 0.45 / wide, "right": 1 - 0.1 / wide, "bottom": 0.3 / high, "top": 1 - 0.3 / high}
+    spaces = {"wspace": 0.2, "hspace": 0.35}
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3 * columns, 2.2 * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(wide, high), gridspec_kw=margins | spaces, squeeze=False
     )
     first, *panels = axes.flat
     first.bar(range(1, len(report["eigenvalues"]) + 1), report["eigenvalues"])
