@@ -142,7 +142,9 @@ def test_image_sizes_that_do_not_fit_the_patches_are_refused(training: NanoTrain
 def test_train_vlm_writes_a_model_that_loads(scenes: Path, vlm_path: Path, tmp_path: Path) -> None:
     sizes = [f"nano_vlm.{k}={v}" for k, v in TINY.model_dump().items()]
     options = [p for o in [*tiny_overrides(vlm_path), *sizes] for p in ("--set", o)]
-    result = vugen_here("train-vlm", "--data", scenes, "--out", "made", "--steps", "3", *options, cwd=tmp_path)
+    result = vugen_here(
+        "train-vlm", "--data", scenes, "--out", "made", "--steps", "3", *options, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert "held_out_subject" in result.stdout
     z = load_vlm(str(tmp_path / "made")).encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))

@@ -93,7 +93,7 @@ def save_latent_report(report: dict[str, Any], out: Path) -> Path:
     shown = min(PANELS, len(report["std"]))
     columns = min(4, shown + 1)
     rows = math.ceil((shown + 1) / columns)
-    wide, high = 3.0 * columns, 2.2 * rows  # inches; margins are set, since measuring all labels takes seconds
+    wide, high = 3.0 * columns, 2.2 * rows  # inches; margins are set: measuring labels takes seconds
     margins = {"left": 0.45 / wide, "right": 1 - 0.1 / wide, "bottom": 0.3 / high, "top": 1 - 0.3 / high}
     spaces = {"wspace": 0.2, "hspace": 0.35}
     figure, axes = plt.subplots(
