@@ -23,8 +23,17 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {  # what makes a documented command finish in seconds; everything else runs as it is written
     "prepare": ["--count", "40", "--workers", "1"],
-    "train-reducer": ["--steps", "2", "--batch-size", "4"],
-    "train-sampler": ["--steps", "2", "--batch-size", "4"],
+    "train-reducer": ["--steps", "2", "--batch-size", "4", "--set", "data.workers=0"],
+    "train-sampler": [
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--set",
+        "data.workers=0",
+        "--set",
+        "sampling.steps=2",
+    ],
     "train-vlm": ["--steps", "2", "--batch-size", "4"],
     "train-judge": ["--steps", "2", "--batch-size", "4"],
 }
