@@ -42,7 +42,9 @@ class Prompt:
         Raises:
             VugenError: the text places more or fewer pictures than there are.
         """
-        text = instruction.replace("{prompt}", self.text) if self.text else ""
+        # An instruction may say the prompt twice; its pictures stand in the first.
+        again = self.text.replace(PICTURE, "") if self.pictures else self.text
+        text = instruction.replace("{prompt}", self.text, 1).replace("{prompt}", again) if self.text else ""
         pieces = text.split(PICTURE) if self.pictures else [text]
         if len(pieces) == 1:
             return [*[None] * len(self.pictures), *([text] if text else [])]
