@@ -1,4 +1,4 @@
-"""`vugen demo`: the whole line on the embedded default, from scenes to scores, and one page about it."""
+"""`vugen demo`: the bundled sampler is taught a thing that it never saw, and a page shows what came of it."""
 
 import html
 import os
@@ -6,28 +6,29 @@ import shutil
 import time
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import torch
 from pydantic import Field
 
+from vugen_cli.checkpoint import read_card
 from vugen_cli.data.manifest import read_manifest
+from vugen_cli.data.sample import Sample
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.files import bundle, whole_file, write_json
 from vugen_cli.metrics.encoders import vlm_extractor
-from vugen_cli.metrics.report import Record, Report, Score
+from vugen_cli.metrics.report import Record, Report
 from vugen_cli.metrics.scores import score_sets
-from vugen_cli.nano.scenes import OpenMojiScenes
-from vugen_cli.recipe import Expert, load_recipe
+from vugen_cli.nano.painting import draw_scene
+from vugen_cli.nano.scenes import DRAWING, Drawings, OpenMojiScenes
+from vugen_cli.nano.vocabulary import SETTINGS, UNSEEN
+from vugen_cli.recipe import ADAPTER_TRAINING, Recipe, parse_recipe
+from vugen_cli.sampling.adapters import import_peft
 from vugen_cli.sampling.draw import draw
-from vugen_cli.sampling.sampler import Sampler
-from vugen_cli.sampling.trained import load_sampler, new_expert
-from vugen_cli.stages.train_reducer import train_reducer
+from vugen_cli.sampling.trained import load_sampler
 from vugen_cli.stages.train_sampler import train_sampler
-from vugen_cli.studies.reconstruct import Reconstruction, reconstruct
 
 PAGE = Path(__file__).with_name("report.html")
-PROMPTS = [
+KNOWN = [
     "a bear in a forest",
     "a rocket in space",
     "a penguin in the snow",
@@ -37,97 +38,132 @@ PROMPTS = [
     "an apple on a beach",
     "a snake in a desert",
 ]
-GALLERY = 4  # images of each prompt that the bundled sampler draws
-PER_PROMPT = 12  # images of each prompt that are scored
-SCENES = {"train": 4000, "val": 500}
-# Sized for about five minutes on two CPU cores; the full recipe trains many times longer.
-SETTINGS = [
-    "train_reducer.steps=260",
-    "train_reducer.batch_size=16",
-    "train_reducer.ema=0.98",
-    "train_sampler.steps=320",
-    "train_sampler.batch_size=16",
-    "train_sampler.ema=0.98",
-    "train_reducer.warmup=30",
-    "train_sampler.warmup=30",
-    "train_reducer.checkpoint_every=130",
-    "train_sampler.checkpoint_every=130",
-    "train_reducer.preview_every=130",
-    "train_sampler.preview_every=160",
-    "sampling.steps=10",
-]
+THING = "flamingo"
+PLACES = {  # where the pictures to learn from show it, and where it is asked for
+    "train": ("forest", "beach", "snow", "meadow", "desert", "city"),
+    "val": ("sea", "mountains", "farm", "living room", "volcano", "space"),
+}
+PICTURES = {"train": 30, "val": 300}
+SCENES = 300  # as it knows them, mixed in: without them it would draw nothing else any more
+PER_PROMPT = 12  # pictures that are scored
+RANK = 16
+TRAINING: dict[str, object] = {**ADAPTER_TRAINING, "preview_every": 100}
+
+
+class Flamingos(Drawings):
+    """A `Source` of one unseen thing: "train" and "val" show it in places of their own.
+
+    Args:
+        split: "train" or "val".
+        size: of the pictures, in pixels a side.
+    """
+
+    name = "flamingos"
+    classes = tuple(UNSEEN)
+
+    def __init__(self, split: str, size: int = 64):
+        super().__init__(PICTURES[split], split, size, seed=0)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells sets apart that were drawn by other code or from other pictures."""
+        return f"{self.origin}, drawing {DRAWING}"
+
+    def __getitem__(self, index: int) -> Sample:
+        """Picture `index` and its caption."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"picture {index} of {self.count}")
+        place = PLACES[self.split][index % len(PLACES[self.split])]
+        scene = {
+            "kind": "single",
+            "relation": None,
+            "setting": place,
+            "subjects": [{"name": THING, "count": 1, "color": None}],
+        }
+        return Sample(
+            key=f"flamingo-{self.split}-{index:04d}",
+            image=draw_scene(scene, self.size, f"{self.split}/{index}"),
+            captions=[said(place)],
+            meta={"class": THING},
+        )
 
 
 class Demonstrated(Record):
     """What `vugen demo` leaves; beside `page`, what `scores.json` holds."""
 
     page: str = Field(description="the page to open")
-    untrained: Report = Field(description="of pictures before training")
-    samples: Report = Field(description="of pictures after it")
-    reconstruction: Reconstruction = Field(description="of held-out scenes")
+    before: Report = Field(description="of pictures of the new thing before the adapter was trained")
+    after: Report = Field(description="of such pictures after it, from the same noise")
+
+
+def said(place: str) -> str:
+    """The prompt of the new thing in a place."""
+    return f"a {THING} {SETTINGS[place].place}"
 
 
 def run_demo(out: Path, device: torch.device) -> Path:
-    """Run every stage into a folder and return the page about it.
+    """Teach the bundled sampler the new thing, in a folder, and return the page about it.
 
     Args:
         out: made if missing; finished training is not repeated.
-        device: where to train and sample.
+        device: where to train and draw.
+
+    Raises:
+        VugenError: `peft`, which trains adapters, is not installed.
     """
+    import_peft()
     started = time.perf_counter()
-    recipe = load_recipe("nano", SETTINGS)
-    data = out / "data"
-    draw(load_sampler(bundle("sampler.safetensors"), device=device), PROMPTS, GALLERY, out / "gallery")
-    _say(f"what the bundled sampler draws: {out / 'gallery/grid.png'}; now a new one is trained, for minutes")
-    _say(f"1/6 prepare: draw {SCENES['train']:,} scenes to train on and {SCENES['val']:,} to compare with")
-    for split, count in SCENES.items():
-        write_dataset(OpenMojiScenes(count, split, 64), data, split, 64, workers=2)
+    base, adapter = bundle("sampler.safetensors"), out / f"{THING}.safetensors"
+    size = read_card(base).data.size
+    sampler = load_sampler(base, device=device)
+    _say(f"1/5 sample: what it draws before, and what it makes of a {THING}, which it never saw")
+    draw(sampler, KNOWN, 4, out / "known-before")
+    draw(sampler, list(map(said, PLACES["val"])), PER_PROMPT, out / "before")
 
-    _say("2/6 train-reducer: what of the VLM's latents is kept, and how to draw it")
-    reducer = train_reducer(recipe, data, out / "reducer.safetensors", device)
+    _say(f"2/5 prepare: {PICTURES['train']} pictures of a {THING}, and {SCENES} scenes as it knows them")
+    things, scenes = out / "data/flamingos", out / "data/scenes"
+    for split, count in PICTURES.items():
+        write_dataset(Flamingos(split, size), things, split, size, shard_size=count, workers=1)
+    write_dataset(OpenMojiScenes(SCENES, size=size), scenes, "train", size, workers=1)
 
-    _say("3/6 train-sampler: a velocity field in that space, given a prompt")
-    trained = load_sampler(
-        train_sampler(recipe, reducer, data, out / "sampler.safetensors", device), device=device
-    )
+    _say(f"3/5 train-sampler --adapter {RANK}: minutes; the sampler itself stays as it is")
+    recipe = recipe_of(base, [things, scenes])
+    train_sampler(recipe, base, None, adapter, device, further=True, rank=RANK)
 
-    _say("4/6 sample: before training and after")
-    for name, sampler in (("untrained", _untrained(trained)), ("samples", trained)):
-        draw(sampler, PROMPTS, PER_PROMPT, out / name)
+    _say("4/5 sample: the same prompts from the same noise, with the adapter")
+    taught = load_sampler(base, device=device, adapters=[str(adapter)])
+    draw(taught, KNOWN, 4, out / "known-after")
+    draw(taught, list(map(said, PLACES["val"])), PER_PROMPT, out / "after")
 
-    _say("5/6 reconstruct: held-out scenes through the reducer and back")
-    reconstruction = reconstruct(reducer, data, out, count=64, device=device)
-
-    _say("6/6 score: Fréchet distance to held-out scenes, on the VLM's own features")
-    extractor = vlm_extractor(trained.vlm, device)
-    reports = {name: score_sets(out / name, data, extractor) for name in ("untrained", "samples")}
-    written = {name: report.written() for name, report in reports.items()}
-    write_json(out / "scores.json", {**written, "reconstruction": reconstruction.written()})
-    scores = {name: report.scores[0] for name, report in reports.items()}
+    _say("5/5 score: Fréchet distance to drawn flamingos in the same places, on the VLM's own features")
+    extractor = vlm_extractor(sampler.vlm, device)
+    reports = {name: score_sets(out / name, things, extractor) for name in ("before", "after")}
+    write_json(out / "scores.json", {name: report.written() for name, report in reports.items()})
 
     minutes = (time.perf_counter() - started) / 60
-    report = out / "report.html"
-    with whole_file(report) as temporary:
-        temporary.write_text(
-            report_page(out, recipe.model_dump(), scores, reconstruction, minutes, device), encoding="utf-8"
-        )
-    before, after = scores["untrained"].value, scores["samples"].value
+    page = out / "report.html"
+    with whole_file(page) as temporary:
+        temporary.write_text(report_page(out, recipe, reports, minutes, device), encoding="utf-8")
+    distances = {name: report.scores[0].value for name, report in reports.items()}
     _say(
-        f"done in {minutes:.1f} min: Fréchet distance {before:.2f} before training, {after:.2f} after; "
-        f"reconstruction {reconstruction.psnr:.1f} dB"
+        f"done in {minutes:.1f} min: Fréchet distance {distances['before']:.2f} before, "
+        f"{distances['after']:.2f} after; the adapter has {adapter.stat().st_size / 1000:.0f} KB"
     )
-    return report
+    return page
+
+
+def recipe_of(base: Path, mixture: list[Path]) -> Recipe:
+    """How the adapter is trained: as the base was, for minutes, on the new pictures and the old in turn."""
+    stored = read_card(base).recipe
+    changed = {
+        "data": {"mixture": [{"path": str(path)} for path in mixture], "workers": 0},
+        "train_sampler": {**stored["train_sampler"], **TRAINING},
+    }
+    return parse_recipe({**stored, **changed}, str(base))
 
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _untrained(trained: Sampler) -> Sampler:
-    """The same sampler with the generation expert as it was before its first step."""
-    torch.manual_seed(0)
-    expert = new_expert(trained.vlm, trained.card.latents, Expert())
-    return Sampler(trained.vlm, expert.eval(), trained.autoencoder, trained.card, "untrained")
 
 
 def device_name(device: torch.device) -> str:
@@ -138,53 +174,41 @@ def device_name(device: torch.device) -> str:
 
 
 def report_page(
-    out: Path,
-    recipe: dict[str, Any],
-    scores: dict[str, Score],
-    reconstruction: Reconstruction,
-    minutes: float,
-    device: torch.device,
+    out: Path, recipe: Recipe, reports: dict[str, Report], minutes: float, device: torch.device
 ) -> str:
     """The demo's page; it opens from disk, and the pictures it shows lie beside it in `out`."""
-    manifest = read_manifest(out / "data")
-    for stage in ("reducer", "sampler"):
-        shutil.copyfile(out / f"{stage}.run" / "curves.png", out / f"curves-{stage}.png")
-    counts = {split: f"{facts.count:,}" for split, facts in manifest.splits.items()}
-    steps = {stage: recipe[f"train_{stage}"]["steps"] for stage in ("reducer", "sampler")}
-    count, quality = reconstruction.images.count, f"{reconstruction.psnr:.1f} dB"
+    things = read_manifest(out / "data/flamingos")
+    shutil.copyfile(out / f"{THING}.run" / "curves.png", out / "curves.png")
+    before, after = (reports[name].scores[0] for name in ("before", "after"))
+    size = (out / f"{THING}.safetensors").stat().st_size
     cards = [
         (
-            "Fréchet distance to held-out scenes",
-            f"{scores['untrained'].value:.2f} → {scores['samples'].value:.2f}",
-            "before → after training; on VLM features, not FID; lower is better. "
-            + (scores["samples"].warning or ""),
+            f"Fréchet distance to drawn {UNSEEN[THING].plural}",
+            f"{before.value:.2f} → {after.value:.2f}",
+            f"before → after, on VLM features, not FID; lower is better. {after.warning or ''}",
         ),
-        ("Reconstruction", quality, f"PSNR of {count} held-out scenes; SSIM {reconstruction.ssim:.3f}"),
-        ("Time", f"{minutes:.1f} min", f"every stage, on this machine ({device_name(device)})"),
+        ("What was learnt", f"{size / 1000:.0f} KB", "an adapter; the sampler's own weights are as before"),
+        ("Time", f"{minutes:.1f} min", f"all of it, on this machine ({device_name(device)})"),
     ]
+    steps = recipe.train_sampler.steps
     figures = [
         (
-            "What the bundled sampler draws",
-            "gallery/grid.png",
-            "One row a prompt, four seeds. It was trained by the same commands, for longer.",
+            "Asked for a flamingo, before",
+            "before/grid.png",
+            "A row a prompt. The word means nothing to this model, which knows 64 other things.",
         ),
         (
-            "What this demo's sampler draws",
-            "samples/grid.png",
-            f"The same prompts after {steps['sampler']} steps, made by this machine just now.",
+            "The same prompts from the same noise, after",
+            "after/grid.png",
+            f"{steps} steps later. None of the {PICTURES['train']} pictures showed one in these places.",
         ),
+        ("What it knew, before", "known-before/grid.png", "A row a prompt, four seeds."),
         (
-            "The same prompts before training",
-            "untrained/grid.png",
-            "Before its first step the expert's velocity is zero, so the decoder is shown pure noise.",
+            "What it knew, after",
+            "known-after/grid.png",
+            "The same seeds with the adapter: what it knew stays.",
         ),
-        (
-            "Reconstruction",
-            "reconstruction.png",
-            "Rows of originals, each above what the pixel decoder makes of its reduced latents.",
-        ),
-        ("Training the reducer and the pixel decoder", "curves-reducer.png", f"{steps['reducer']} steps."),
-        ("Training the sampler", "curves-sampler.png", f"{steps['sampler']} steps."),
+        ("Training the adapter", "curves.png", f"{steps} steps."),
     ]
     tiles = [
         f"<div class=card><small>{title}</small><b>{value}</b><small>{about}</small></div>"
@@ -198,8 +222,8 @@ def report_page(
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
         tiles="\n".join(tiles),
         pictures="\n".join(pictures),
-        train=counts["train"],
-        val=counts["val"],
-        licence=html.escape(manifest.licence or ""),
-        prompts=html.escape("; ".join(PROMPTS)),
+        count=PICTURES["train"],
+        scenes=SCENES,
+        licence=html.escape(things.licence or ""),
+        prompts=html.escape("; ".join([*map(said, PLACES["val"]), *KNOWN])),
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from vugen_cli.nano.vocabulary import COLORS, SUBJECTS, Entry, Scene
+from vugen_cli.nano.vocabulary import COLORS, SUBJECTS, UNSEEN, Entry, Scene
 
 RGB = tuple[int, int, int]
 
@@ -42,7 +42,7 @@ def _sprite(name: str, color: str | None, pixels: int) -> Image.Image:
     """
     import resvg_py
 
-    subject = SUBJECTS[name]
+    subject = SUBJECTS.get(name) or UNSEEN[name]
     svg = _svg(subject.codepoint)
     paints = COLORS[color] if color else subject.natural
     for fill, paint in zip(subject.fills, paints, strict=False):

@@ -166,6 +166,7 @@ OPPOSITES = {
 
 
 SUBJECT_NAMES = tuple(SUBJECTS)
+UNSEEN = {"flamingo": Subject("1F9A9", "animal", "flamingos")}  # in no scene: for an adapter to be taught
 
 
 SETTING_NAMES = tuple(SETTINGS)

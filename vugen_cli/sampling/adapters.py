@@ -6,6 +6,7 @@ Trained by `peft` beside the frozen expert; added to its matrices wherever it dr
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,17 +36,27 @@ def inject(expert: nn.Module, rank: int) -> None:
     Raises:
         VugenError: `peft` is not installed, or the rank is no smaller than the matrices.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise VugenError("--adapter trains by peft: pip install 'vugen-cli[adapters]'") from error
+    peft = import_peft()
     inside = {id(part) for block in blocks(expert) for part in block.modules()}
     matrices = {n: m for n, m in expert.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
     chosen = list(filter(carries, matrices)) or list(matrices)
     smallest = min(min(matrices[name].weight.shape) for name in chosen)
     if rank >= smallest:
         raise VugenError(f"--adapter {rank}: the expert's matrices are of rank {smallest}; give less")
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen), expert)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen), expert)
+
+
+def import_peft() -> Any:
+    """The library that trains adapters.
+
+    Raises:
+        VugenError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise VugenError("adapters are trained by peft: pip install 'vugen-cli[adapters]'") from error
+    return peft
 
 
 def carries(name: str) -> bool:
