@@ -100,6 +100,15 @@ def test_the_recipes_solver_is_the_default() -> None:
 # --- losses beside flow matching ---
 
 
+def test_the_gradient_loss_forgives_another_brightness_and_counts_each_step_that_is_not_there() -> None:
+    (weight, of_gradient) = picture_losses(DecoderLosses(gradient=0.5), None, 8, CPU)["gradient"]
+    true = torch.rand(2, 3, 8, 8)
+    assert weight == 0.5 and float(of_gradient(true + 0.25, true, true)) < 1e-6
+    stepped = true.clone()
+    stepped[..., 4:] += 1.0  # one of seven steps a row is wrong by 1, and none of a column
+    assert float(of_gradient(stepped, true, true)) == pytest.approx(1 / 7 / 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("size", [64, 96])
 def test_differentiable_features_are_those_of_the_vlm(vlm: FrozenVLM, size: int) -> None:
     see = VisionFeatures(vlm)

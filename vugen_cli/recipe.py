@@ -135,12 +135,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class PictureLosses(Section):
-    """Weights of losses that look at pictures through other networks; 0 leaves one out."""
+    """Weights of losses that look at whole pictures; 0 leaves one out."""
 
     perceptual: float = Field(
         0.0, ge=0, description="1 - cosine between what the VLM's own encoder sees in the two pictures"
     )
     lpips: float = Field(0.0, ge=0, description="LPIPS; its weights are taken from torch's hub folder")
+    gradient: float = Field(
+        0.0, ge=0, description="mean |error| of the differences of neighbouring pixels (arXiv 1511.05440)"
+    )
 
 
 class DecoderLosses(PictureLosses):

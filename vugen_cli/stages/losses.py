@@ -1,8 +1,9 @@
 """What decoders learn from beside flow matching or pixels: how a picture looks to other networks.
 
 Least squares averages over all pictures that a noised or coded one may have been, which blurs what is
-uncertain. These losses compare the predicted picture with the true one in features where blur is expensive.
-None of the networks changes: gradients pass through them to the pixels only.
+uncertain. These losses compare the predicted picture with the true one in features where blur is expensive,
+or in steps from pixel to pixel, where grain is. None of the networks changes: gradients pass through them to
+the pixels only.
 """
 
 from collections.abc import Callable
@@ -53,7 +54,18 @@ def picture_losses(
             weights.lpips,
             lambda predicted, true, _: lpips(predicted.float() / 2 + 0.5, true.float() / 2 + 0.5).mean(),
         )
+    if weights.gradient:
+        losses["gradient"] = (weights.gradient, lambda predicted, true, _: gradient_error(predicted, true))
     return losses
+
+
+def gradient_error(predicted: Tensor, true: Tensor) -> Tensor:
+    """Mean |error| of the differences of neighbouring pixels [B, 3, H, W], a scalar (arXiv 1511.05440).
+
+    Squares forgive small errors, and in a flat area small errors are grain.
+    """
+    error = predicted.float() - true.float()
+    return (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:

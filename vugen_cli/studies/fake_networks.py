@@ -20,7 +20,14 @@ from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import PictureLosses, Recipe, Training
 from vugen_cli.sampling.trained import new_expert
-from vugen_cli.stages.losses import Alignment, PictureLoss, VisionFeatures, cosine_distance, reducer_loss
+from vugen_cli.stages.losses import (
+    Alignment,
+    PictureLoss,
+    VisionFeatures,
+    cosine_distance,
+    gradient_error,
+    reducer_loss,
+)
 from vugen_cli.stages.train_vae import VAETraining
 from vugen_cli.studies.fake_step import Cost, cost, faked, flops_of
 from vugen_cli.vlm.configured import configured_vlm
@@ -163,6 +170,8 @@ class FakeNetworks:
             convolutions: list[Any] = [vgg[layer - 1] for layer in LAYERS]
             lpips = lpips_of(faked(vgg), [torch.ones(1, c.out_channels, 1, 1) for c in convolutions], "cpu")
             losses["lpips"] = (weights.lpips, lambda x, y, _: lpips(x / 2 + 0.5, y / 2 + 0.5).mean())
+        if weights.gradient:
+            losses["gradient"] = (weights.gradient, lambda x, y, _: gradient_error(x, y))
         return losses
 
 
