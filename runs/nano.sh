@@ -1,6 +1,6 @@
 #!/bin/sh
-# The bundled model from nothing: the scenes, the small VLM, the latent space, the sampler, the decoder of one step.
-# About ten hours on two CPU cores; the numbers are in recipes/nano.yaml and below.
+# The bundled model from nothing: the scenes, the small VLM, the latent space, the sampler, the decoder.
+# About five hours on one CPU core; the numbers are in recipes/nano.yaml and below.
 #
 #     sh runs/nano.sh             # everything, into out/nano
 #     VLM=nano sh runs/nano.sh    # with the VLM that ships: the reducer, the sampler and the decoder only
@@ -23,47 +23,40 @@ train() {
 }
 
 # -----------------------------------------------------------------------------
-# Scenes. Two subjects in one scene take the most training, so the later parts learn from a set rich in them.
+# Scenes. Two subjects in one scene take the most training, so there is a set rich in them.
 
 vugen prepare --dataset openmoji --count "$COUNT"
 vugen prepare --dataset openmoji --count "$HELD_OUT" --split val
 vugen prepare --dataset openmoji --count "$COUNT" --pairs 0.6 --seed 1 --out data/pairs
 
 # -----------------------------------------------------------------------------
-# The VLM. After the first part its vision side stays as it is, and only the language side learns: two subjects
-# need their share of the pictures, the number of one subject needs the standard set again.
+# The VLM. First its vision side alone, which then stays as it is: what it keeps of the pixels is what can be drawn.
+# Then the language side, on two subjects first, which need the most, and on the standard set at the end.
 
 if [ -z "${VLM:-}" ]; then
-    train vlm vlm-1 --data data/openmoji
-    train vlm vlm-2 --data data/openmoji --init vlm-1 --steps 3200 --batch-size 32 --set train_vlm.lr=8e-4
-    train vlm vlm-3 --data data/pairs --init vlm-2 --steps 1800 --batch-size 32 --set train_vlm.lr=8e-4
-    train vlm vlm --data data/openmoji --init vlm-3 --steps 600 --batch-size 32 --set train_vlm.lr=5e-4
+    train vlm vlm-1 --data data/openmoji --steps 2600
+    train vlm vlm-2 --data data/pairs --init vlm-1 --steps 1200 --batch-size 32
+    train vlm vlm --data data/openmoji --init vlm-2 --steps 500 --batch-size 32 --set train_vlm.lr=8e-4
     VLM=vlm
 fi
 
 # -----------------------------------------------------------------------------
-# Stage 1: z to z̃ of 24 channels, with a decoder. Then z̃ of every scene, once: the sampler needs no encoder.
+# Stage 1: z to z̃ of 48 channels, with a decoder. Then z̃ of every scene, once: the sampler needs no encoder.
 
 train reducer reducer.safetensors --data data/openmoji --vlm "$VLM"
 vugen prepare --latents reducer.safetensors --data data/openmoji --out latents
 vugen prepare --latents reducer.safetensors --data data/pairs --out latents-pairs
 
 # -----------------------------------------------------------------------------
-# Stage 2: the velocity field in z̃, in four parts.
+# Stage 2: the velocity field in z̃.
 
-train sampler sampler-1.safetensors --reducer reducer.safetensors --data latents
-train sampler sampler-2.safetensors --init sampler-1.safetensors --data latents --steps 8400
-train sampler sampler-3.safetensors --init sampler-2.safetensors --data latents-pairs --steps 10800
-train sampler sampler.safetensors --init sampler-3.safetensors --data latents-pairs --steps 13800 \
-    --set train_sampler.lr=2.1e-3 --set train_sampler.cooldown=0.4
+train sampler sampler.safetensors --reducer reducer.safetensors \
+    --set "data.mixture=[{path: latents}, {path: latents-pairs}]"
 
 # -----------------------------------------------------------------------------
-# The decoder, further and then in one step. It needs the reducer only: on a second machine it can run beside stage 2.
+# The decoder, further. It needs the reducer only: on a second machine it can run beside stage 2.
 
-train reducer decoder.safetensors --reducer reducer.safetensors --steps 1500
-train reducer one-step.safetensors --distill decoder.safetensors --steps 700 --batch-size 16 \
-    --set decoder.steps=8 --set decoder.losses.perceptual=0.1 --set train_reducer.ema=0.99 \
-    --set train_reducer.optimizer=adamw --set train_reducer.lr=4e-4
+train reducer decoder.safetensors --reducer reducer.safetensors --steps 3000 --set decoder.losses.gradient=0.1
 
 # -----------------------------------------------------------------------------
 # The judges: scenes of their own, that nothing else learns from; the lenient one looks at reconstructions too.
@@ -71,13 +64,13 @@ train reducer one-step.safetensors --distill decoder.safetensors --steps 700 --b
 vugen prepare --dataset openmoji --count "$COUNT" --pairs 0.4 --seed 2 --out data/judged
 vugen prepare --dataset openmoji --count "$HELD_OUT" --split val --pairs 0.4 --seed 2 --out data/judged
 train judge strict.safetensors --data data/judged
-train judge lenient.safetensors --data data/judged --init strict.safetensors --reducer one-step.safetensors \
+train judge lenient.safetensors --data data/judged --init strict.safetensors --reducer decoder.safetensors \
     --steps 500 --set train_judge.lr=1e-3 --set train_judge.cooldown=0.7
 
 # -----------------------------------------------------------------------------
 # Look at it, and measure it. benchmarks/make_bundle.py puts these files into the package.
 
 vugen sample "a bear in a forest" "two apples next to a tree" -n 4 --sampler sampler.safetensors \
-    --decoder one-step.safetensors
+    --decoder decoder.safetensors
 vugen study composition --sampler sampler.safetensors --count "$JUDGED"
-vugen reconstruct --reducer one-step.safetensors --images data/openmoji --count 500
+vugen reconstruct --reducer decoder.safetensors --images data/openmoji --count 500
