@@ -31,10 +31,8 @@ is no list of supported models in the code: one path serves all.
   unconditional branch.
 - **Pictures in the prompt** ([edits](editing.md)) go through the model's own processor, tiling included, and
   the whole model reads them as when it is asked about them; rotary positions after a picture are those that
-  the model itself counts. Tried on tiny models of LLaVA (CLIP, SigLIP, Pixtral), LLaVA-OneVision, InternVL,
-  Qwen2.5-VL, Qwen3-VL, PaliGemma, Gemma 3, Idefics 3, Perception LM and Mistral 3 with their processors:
-  alone and in a padded batch a prompt with pictures gives the same prefix and velocities (1e-5). SmolVLM's
-  processor wants the package num2words.
+  the model itself counts. A model that would read a prompt otherwise beside others (it reads padding, or
+  counts the pictures of the whole batch) reads such prompts one by one.
 - **The generation expert** is a copy of the decoder (`expert.init: vlm` starts from its weights, `fresh` does
   not), which reads the prompt's keys and values in every layer. Image tokens take the rotary positions after
   the prompt; with M-RoPE, rows and columns. Where layers keep none of their own (linear attention,
@@ -54,15 +52,17 @@ in `-hf`.
 ## Every type that transformers {version} knows
 
 {total} types are mapped as image-text-to-text. **{works} work, {dit} more work with `expert.kind: dit`
-only, {refused} are refused.** Each is built tiny, with random weights, from its own default config, saved,
-and loaded as a user would load it. Then: each of 16 parts of a picture moves its own part of z; prompts in
-a padded batch give the keys, values and velocities that each gives alone (1e-5 in float32);
-gradients reach the expert; the VLM's weights are the same bytes before and after. `z` is of
-a 64 px picture (some types need larger ones) in the tiny model and shows how tokens merge; the parameters
-are those of the type's default config at full size, in billions, and of the expert that copies its decoder.
+only, {refused} are refused; {pictures} of those that work read pictures in a prompt.** Each is built tiny,
+with random weights, from its own default config, saved, and loaded as a user would load it. Then: each of 16
+parts of a picture moves its own part of z; prompts in a padded batch give the keys, values and velocities
+that each gives alone (1e-5 in float32); so do prompts with a picture, which goes through the type's own
+processor, and with another picture they give others; gradients reach the expert; the VLM's weights are the
+same bytes before and after. `z` is of a 64 px picture (some types need larger ones) in the tiny model and
+shows how tokens merge; the parameters are those of the type's default config at full size, in billions, and
+of the expert that copies its decoder.
 
-| type | | z is read at | z | VLM | expert |
-|---|---|---|---|---|---|
+| type | | pictures in the prompt | z is read at | z | VLM | expert |
+|---|---|---|---|---|---|---|
 """
 SIZES = """
 ## Ten well-known sizes
@@ -84,6 +84,14 @@ LAST = """
 ## What works with `expert.kind: dit` only
 
 | type | why no copy of its decoder can follow |
+|---|---|
+"""
+TEXT_ALONE = """
+## What reads no pictures in a prompt, and why
+
+It draws from texts all the same; `vugen` says this in one line where a prompt has a picture.
+
+| type | reason given |
 |---|---|
 """
 UNDERSTANDS = """
@@ -112,13 +120,15 @@ def page(found: dict[str, Any]) -> str:
         works=counts[WORKS],
         dit=counts[DIT],
         refused=counts[REFUSED],
+        pictures=sum(entry.get("pictures") == WORKS for entry in types.values()),
     )
     for name, entry in types.items():
         if entry["result"] == REFUSED:
             continue
         rows, columns = entry["grid"]
         text += (
-            f"| {name} | {'works' if entry['result'] == WORKS else '`dit`'} | `{entry['tap']}` "
+            f"| {name} | {'works' if entry['result'] == WORKS else '`dit`'} "
+            f"| {'works' if entry['pictures'] == WORKS else 'no'} | `{entry['tap']}` "
             f"| {rows}x{columns}x{entry['width']} | {billions(entry, 'parameters')} "
             f"| {billions(entry, 'expert') if entry['result'] == WORKS else ''} |\n"
         )
@@ -134,6 +144,10 @@ def page(found: dict[str, Any]) -> str:
         for name, entry in types.items():
             if entry["result"] == result:
                 text += f"| {name} | {entry['reason']} |\n"
+    text += TEXT_ALONE
+    for name, entry in types.items():
+        if entry.get("pictures", WORKS) != WORKS:
+            text += f"| {name} | {entry['pictures']} |\n"
     return text + UNDERSTANDS
 
 

@@ -44,16 +44,24 @@ TEXT = {
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE tokenizer with the special tokens of every family, padding on the left as chat models do."""
+def tokenizer(more: dict[str, str] | None = None, places: bool = True) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer with the special tokens of every family, padding on the left as chat models do.
+
+    Args:
+        more: special tokens, by name.
+        places: it names the token of a picture's places; else processors bring their own name for it.
+    """
     texts = [caption for i in range(40) for caption in OpenMojiScenes(40)[i].captions]
     trained = train_tokenizer(texts, 400)
+    special = SPECIAL | (more or {})
+    if not places:
+        special["a_place"] = special.pop("image_token")
     return PreTrainedTokenizerFast(
         tokenizer_object=trained.backend_tokenizer,
         bos_token=trained.bos_token,
         eos_token=trained.eos_token,
         pad_token=trained.pad_token,
-        extra_special_tokens=SPECIAL,
+        extra_special_tokens=special,
         padding_side="left",
     )
 

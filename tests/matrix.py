@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from vugen_cli.stages.train_reducer import train_reducer
 from vugen_cli.stages.train_sampler import train_sampler
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 from vugen_cli.vlm.latents import check_grid
+from vugen_cli.vlm.prefix import Prefix
+from vugen_cli.vlm.prompts import Prompt
 
 PROMPTS = ["a bear", "two apples to the left of a red car in a city at night", ""]
 RESULTS = Path(__file__).parent.parent / "docs" / "vlms.json"
@@ -51,18 +54,19 @@ def examine(model_type: str, folder: Path, scenes: Path | None = None) -> dict[s
         found = {"tap": vlm.taps[0].name, "grid": list(z.shape[1:3]), "width": z.shape[3]}
         before = combined_digest(weight_digests(vlm.model))
         try:
-            check_expert(vlm, z, Expert())
+            reads = check_expert(vlm, z, Expert())
             found = {"result": "works", **found}
         except VugenError as error:
             if DIT not in str(error):
                 raise
-            check_expert(vlm, z, Expert(kind="dit", width=32, heads=2, depth=2))
+            reads = check_expert(vlm, z, Expert(kind="dit", width=32, heads=2, depth=2))
             why = (
                 reason(error, vlm.name)
                 .removesuffix(f": set {DIT}")
                 .removesuffix(", so no copy of its decoder can follow")
             )
             found = {"result": "works with `expert.kind: dit` only", **found, "reason": why}
+        found["pictures"] = pictures(vlm, reads)
         if scenes:
             check_line(vlm.name, "dit" if "reason" in found else "copy", scenes, folder)
         assert combined_digest(weight_digests(vlm.model)) == before
@@ -77,8 +81,12 @@ def reason(error: Exception, name: str) -> str:
     return str(error).replace(f"{name} ", "").replace("cannot be used: ", "")
 
 
-def check_expert(vlm: FrozenVLM, z: Tensor, recipe: Expert) -> None:
-    """A padded batch gives prefix and velocities as each prompt does alone; gradients reach the expert."""
+def check_expert(vlm: FrozenVLM, z: Tensor, recipe: Expert) -> list[int] | None:
+    """A padded batch gives prefix and velocities as each prompt does alone; gradients reach the expert.
+
+    Returns:
+        The layers whose inputs the expert reads; None: it reads keys and values.
+    """
     side = min(4, *z.shape[1:3])
     latents = LatentsCard(channels=4, grid=(side, side), width=z.shape[3])
     torch.manual_seed(0)
@@ -103,6 +111,43 @@ def check_expert(vlm: FrozenVLM, z: Tensor, recipe: Expert) -> None:
             torch.testing.assert_close(together[i], single, atol=1e-5, rtol=1e-5)
         other = expert(x, t, vlm.prefix(["a cat on a beach"] * 3, hidden=expert.reads))
     assert (other - together).abs().max() > 1e-6
+    return expert.reads
+
+
+def pictures(vlm: FrozenVLM, reads: Sequence[int] | None) -> str:
+    """What becomes of prompts with a picture: `works`, or in one line why not.
+
+    Works: in a padded batch each gives the prefix that it gives alone, and another picture gives another one.
+
+    Args:
+        vlm: of any type.
+        reads: the layers whose inputs its expert reads; None: it reads keys and values.
+    """
+    one, two, three = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    prompts = [
+        Prompt("put it in the snow", (one,)),
+        "a bear",
+        Prompt("two apples", (two,)),
+        Prompt("", (two,)),
+    ]
+    try:
+        batch = vlm.prefix(prompts, hidden=reads)
+    except VugenError as error:
+        return str(error).partition("cannot read pictures in a prompt: ")[2] or reason(error, vlm.name)
+    for i, prompt in enumerate(prompts):
+        alone = vlm.prefix([prompt], hidden=reads)
+        length = int(alone.lengths)
+        assert length == batch.lengths[i] and alone.first_free == batch.first_free[i]
+        for mine, theirs in zip(states(batch), states(alone), strict=True):
+            torch.testing.assert_close(mine[i, ..., :length, :], theirs[0], atol=1e-5, rtol=1e-5)
+    other, alone = (vlm.prefix([Prompt("put it in the snow", (p,))], hidden=reads) for p in (three, one))
+    assert not all(map(torch.equal, states(other), states(alone)))  # pictures are read
+    return "works"
+
+
+def states(prefix: Prefix) -> list[Tensor]:
+    """What an expert reads of a prompt: [B, heads, T, d] or [B, T, d]."""
+    return prefix.keys + prefix.values + prefix.hidden
 
 
 def check_line(vlm: str, kind: str, scenes: Path, folder: Path) -> None:

@@ -43,6 +43,7 @@ KINDS = {
     "pixels under another name": "video_llava",
     "a tower to be run by itself": "instructblip",
     "masks of tiles": "granite_docling",
+    "pictures beside the tokens": "git",
     "linear attention": "qwen3_5",
     "an encoder-decoder": "t5gemma2",
     "cross-attention": "mllama",
@@ -76,6 +77,10 @@ def test_every_type_of_the_library_was_tried() -> None:
     assert sum(result.startswith("works") for result in results) >= 65
     for entry in FOUND["types"].values():
         assert "\n" not in entry.get("reason", "") and ("reason" in entry) == (entry["result"] != "works")
+        assert "\n" not in entry.get("pictures", "") and ("pictures" in entry) == (
+            entry["result"] != "refused"
+        )
+    assert sum(entry.get("pictures") == "works" for entry in FOUND["types"].values()) >= 65
 
 
 def test_the_page_is_up_to_date() -> None:

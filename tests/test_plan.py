@@ -20,10 +20,11 @@ from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.recipe import RECIPES, Recipe, load_recipe
+from vugen_cli.sampling.sampler import for_vlm, read_prompts
 from vugen_cli.sampling.trained import load_sampler, new_expert
 from vugen_cli.stages.losses import reducer_loss
 from vugen_cli.studies.fake_networks import FakeNetworks
-from vugen_cli.studies.fake_step import MODE, FakeTensor, cost
+from vugen_cli.studies.fake_step import MODE, FakeTensor, cost, flops_of
 from vugen_cli.studies.plan import (
     GPUS,
     RESERVED,
@@ -37,6 +38,7 @@ from vugen_cli.studies.plan import (
 )
 from vugen_cli.vlm.configured import configured_vlm
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
+from vugen_cli.vlm.prompts import Prompt
 
 IMAGES, TOKENS, SIZE = 4, 24, 64
 H100 = Machine("h100", 1, 1, 0.35)
@@ -59,8 +61,8 @@ class Real:
         z = self.autoencoder.z(self.vlm, images(count))
         return reducer_loss(self.autoencoder, z, images(count), self.recipe, self.generator, {})[0]
 
-    def sampler(self, count: int) -> Tensor:
-        prefix = self.vlm.prefix([[0] * TOKENS] * count)
+    def sampler(self, count: int, prompt: list[int] | Prompt = [0] * TOKENS) -> Tensor:
+        prefix = read_prompts(self.vlm, self.expert, self.autoencoder.eval(), [prompt] * count)
         with torch.no_grad():
             target = self.autoencoder.eval().encode(self.vlm, images(count))
         t = draw_times(count, "uniform", 1.0, self.generator)
@@ -151,6 +153,43 @@ def test_memory_of_a_step_is_what_the_allocator_gave(
         peak = max(peak, held)
     planned = getattr(FakeNetworks(recipe, SIZE, TOKENS, gpu=False), f"{stage}_cost")()
     assert planned.peak(IMAGES, gradients=True) == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("reference", [True, "only"])
+def test_pictures_of_edits_are_counted_as_a_real_step_reads_them(
+    reference: bool | str, recipe: Recipe, real: Real
+) -> None:
+    mine = recipe.model_copy(update={"expert": recipe.expert.model_copy(update={"reference": reference})})
+    step = Real(mine, real.vlm)
+    edit = Prompt("put it in the snow", tuple(images(2)))
+    text = step.vlm.prompt_length(for_vlm(edit, step.expert))
+    fake = FakeNetworks(mine, SIZE, TOKENS)
+    fake.prompt_tokens = text - (0 if reference == "only" else 2 * fake.picture_tokens)
+    step.vlm.prefix([edit] * 2)  # tries out once whether a batch is read together
+    with FlopCounterMode(display=False) as counter:
+        read_prompts(step.vlm, step.expert, step.autoencoder, [edit] * IMAGES)
+    read = flops_of(lambda count: fake.prefix(count, 2))
+    assert read == pytest.approx(counter.get_total_flops() / IMAGES, rel=0.02)
+    with FlopCounterMode(display=False) as counter:
+        step.sampler(IMAGES, edit).backward()
+    planned = fake.sampler_cost(2)  # fused attention computes some of it again going back
+    assert planned.flops == pytest.approx(counter.get_total_flops() / IMAGES, rel=0.1)
+    assert planned.flops > 1.2 * fake.sampler_cost().flops
+
+
+def test_a_mixture_with_edits_is_planned_with_their_pictures(
+    scenes: Path, edits: Path, recipe: Recipe
+) -> None:
+    mixture = [{"path": str(scenes), "weight": 1.0}, {"path": str(edits), "weight": 3.0}]
+    plan = make_plan(Recipe.model_validate(recipe.model_dump() | {"data": {"mixture": mixture}}), H100)
+    fake = FakeNetworks(recipe, SIZE, recipe.prompt_tokens)
+    (planned,) = (stage for stage in plan.stages if stage.name == "train-sampler")
+    texts, edited = fake.sampler_cost(), fake.sampler_cost(1)
+    assert planned.flops == pytest.approx(texts.flops / 4 + 3 * edited.flops / 4)
+    held = planned.memory["ddp"]
+    assert held.activations + held.gradients == pytest.approx(edited.peak(planned.micro_batch, True))
+    assert (plan.sources, plan.picture_tokens) == (1, 64)
+    assert any("75% of the samples are edits, taken to have 1 source pictures of 64" in n for n in plan.notes)
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(fake: FakeNetworks) -> None:

@@ -1,5 +1,6 @@
 """Prompts to token ids: templates, lengths, and the same in a worker process."""
 
+import copy
 import pickle
 
 import pytest
@@ -36,6 +37,14 @@ def test_a_longer_caption_is_cut_to_its_first_tokens(nano: FrozenVLM, longest: i
 def test_a_longer_prompt_is_refused_with_the_key_that_says_so(nano: FrozenVLM) -> None:
     with pytest.raises(VugenError, match=r"a prompt of 5\d\d\d tokens is too long: .* prompt_tokens"):
         nano.prompts.tokens("bear " * 5000)
+
+
+def test_the_tokenizer_does_not_warn_before_it(nano: FrozenVLM) -> None:
+    tokenizer = copy.deepcopy(nano.processor.tokenizer)
+    tokenizer.model_max_length, tokenizer.deprecation_warnings = 4, {}
+    with pytest.raises(VugenError, match="too long"):
+        Prompts(tokenizer, "nano", "{prompt}", 8).tokens("bear " * 20)
+    assert not tokenizer.deprecation_warnings  # where it notes that it has warned
 
 
 def test_a_model_of_few_positions_keeps_half_of_them_for_the_image(nano: FrozenVLM) -> None:

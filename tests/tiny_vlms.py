@@ -8,7 +8,9 @@ rules stands in `OVERRIDES`, one line each.
 import vugen_cli.vlm  # noqa: F401 - repairs torchvision before transformers imports it
 
 # isort: split
+import copy
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 TYPES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 PATCH, SIDE = 8, 64  # pixels a patch, pixels an image: 8 x 8 patches
@@ -138,6 +142,7 @@ WIDE = {
     "decoder_ffn_dim",
 }  # feed-forward, as *intermediate_size*
 IDS = ("_token_id", "_token_index", "_patch_id", "_start_id", "_end_id", "_newline_id")
+LACKING = [("vision_start_token_id", f"{name}_thinker") for name in ("qwen2_5_omni", "qwen3_omni_moe")]
 MROPE = ("cosmos3", "ernie4", "glm4", "glmga", "glm_ocr", "hunyuan", "minicpm", "paddleocr", "qwen")
 OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_vl": {"text_config": {"full_attn_idxs": [1], "layer_types": ["conv", "full_attention"]}},
@@ -230,6 +235,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         }
     },
     "step3p7": {"vision_config": {"image_size": 128}, "text_config": {"sliding_window": 32}},
+    "minicpmv4_6": {"insert_layer_id": 0},  # in the tower's first layer, not its seventh
+    "minicpmv4_7": {"insert_layer_id": 0},
+    "minicpm_ocr": {"insert_layer_id": 0},
     "muse_glimmer": {"out_hidden_size": 128, "projector_hidden_size": 48},
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "emu3": {"vocabulary_map": {"<image>": 5}},
@@ -252,7 +260,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
     },
     "glm5_next": {"text_config": {"num_key_value_heads": 4}},
+    "llava_next": {"image_grid_pinpoints": [[64, 128], [128, 64]]},
+    "llava_next_video": {"image_grid_pinpoints": [[64, 128], [128, 64]]},
     "granite4_vision": {
+        "image_grid_pinpoints": [[64, 128], [128, 64]],
         "deepstack_layer_map": [[-1, 0]],
         "spatial_target_layers": [0, 0, 1, 1],
         "downsample_rate": "4/8",
@@ -323,21 +334,125 @@ PROCESSOR_OVERRIDES: dict[str, dict[str, Any]] = {
     "fast_vlm": {"size": {"shortest_edge": 256}, "crop_size": {"height": 256, "width": 256}},
     "gemma3n": {"size": {"height": 256, "width": 256}},
     "perception_lm": {"tile_size": SIDE},
+    "cohere2_vision": {"patch_size": 4},
+    "paligemma": {"image_seq_length": 64},
+    "llava_next": {"image_grid_pinpoints": [[64, 128], [128, 64]]},
+    "llava_next_video": {"image_grid_pinpoints": [[64, 128], [128, 64]]},
+    "granite4_vision": {"image_grid_pinpoints": [[64, 128], [128, 64]]},
     "pi0": {"size": {"max_height": 224, "max_width": 224}},
     "dots3_note": {"temporal_patch_size": 1},
-    "step3p7": {"size": {"height": 128, "width": 128}},
+    "step3p7": {"size": {"height": 128, "width": 128}, "vision_patch_size": PATCH},
     "minicpmv4_6": {"scale_resolution": SIDE},
     "minicpmv4_7": {"scale_resolution": SIDE},
     "minicpm_ocr": {"scale_resolution": SIDE},
 }
 
 
+# Processors that the mapping does not name, as their pages do; and what they need beside the rules.
+PROCESSOR_CLASSES: dict[str, str] = {
+    "cosmos3_omni": "Qwen3VLProcessor",
+    "fast_vlm": "LlavaProcessor",
+    "glm_ocr": "Glm46VProcessor",
+    "glmga": "Glm46VProcessor",
+    "kosmos-2": "Kosmos2Processor",
+    "qwen2_5_omni_thinker": "Qwen2_5OmniProcessor",
+    "qwen3_omni_moe_thinker": "Qwen3OmniMoeProcessor",
+}
+# The token in whose places a model puts a picture, and the one that its text has for one, where it is not
+# `<image>`.
+PLACES: dict[str, str] = {
+    "aya_vision": "<|IMG_PATCH|>",
+    "got_ocr2": "<imgpad>",
+    "llama4": "<|patch|>",
+    "ovis2": "<IMG_ATOM>",
+    "pp_chart2table": "<imgpad>",
+    "step3p7": "<im_patch>",
+    "dots3_note": "<|imgpad|>",
+    "cohere_compass": "<|IMAGE_PAD|>",
+    "muse_glimmer": "<|patch|>",
+    "minimax_m3_vl": "]<]image[>[",
+    "molmo2": "<im_patch>",
+}
+WRITTEN: dict[str, str] = {
+    "gemma3": "<boi>",
+    "llama4": "<|image|>",
+    "step3p7": "<im_patch>",
+    "got_ocr2": "<imgpad>",
+    "dots3_note": "<|imgpad|>",
+    "cohere_compass": "<|IMAGE_PAD|>",
+    "muse_glimmer": "<|patch|>",
+    "minimax_m3_vl": "]<]image[>[",
+    "hunyuan_vl": "<img><image></img>",
+    "pp_chart2table": "<imgpad>" * 4,
+}
+REFUSED = ("emu3", "fuyu")  # by design; their processors want more words of their own
+UNNAMED = ("blip-2", "instructblip", "cohere_compass")  # their processors name the token themselves
+_NAMES = """
+<|IMG_PATCH|> <|IMG_LINE_BREAK|> <|START_OF_IMG|> <|END_OF_IMG|> <imgpad> <|image_start|>
+<|image_end|> <|image|> <|patch|> <|tile_x_separator|> <|tile_y_separator|> <IMG_START> <IMG_ATOM>
+<IMG_GRID> <IMG_COL> <IMG_ROW> <IMG_END> <im_patch> <patch_newline> <patch_start> <patch_end>
+<im_start> <im_end> <im_col> <im_low> <low_res_im_start> <|imgpad|> <|IMAGE_PAD|> <|VIDEO_PAD|>
+<|VISION_START|> <|VISION_END|> <|video|> <|img_thumbnail|> <|audio_comp_pad|> <|video_pad|>
+]<]image[>[ ]<]video[>[ </image> <frame_start> <frame_end>
+"""
+TOKENS = _NAMES.split()
+NAMED = {
+    "img_line_break_token": "<|IMG_LINE_BREAK|>",
+    "audio_token": "<audio>",
+    "audio_bos_token": "<boa>",
+    "audio_eos_token": "<eoa>",
+    "boa_token": "<boa>",
+    "eoa_token": "<eoa>",
+    "image_start_token": "<img>",
+    "image_end_token": "</img>",
+    "video_start_token": "<vid>",
+    "video_end_token": "</vid>",
+    "image_boundary_token": "<fake_token_around_image>",
+    "image_break_token": "[IMG_BREAK]",
+    "vision_start_token": "<img>",
+    "vision_end_token": "</img>",
+    "vision_bos_token": "<img>",
+    "vision_eos_token": "</img>",
+    "image_id_start_token": "<image_id>",
+    "image_id_end_token": "</image_id>",
+    "slice_start_token": "<slice>",
+    "slice_end_token": "</slice>",
+}
+WHOLE: dict[str, dict[str, Any]] = {
+    "aya_vision": {"img_size": SIDE, "downsample_factor": 2},
+    "blip-2": {"num_query_tokens": 32},
+    "deepseek_ocr2": {"patch_size": 5.4},  # a picture of 256 px has as many tokens as one of 768
+    "deepseek_vl": {"num_image_tokens": 64},
+    "deepseek_vl_hybrid": {"num_image_tokens": 64},
+    "fast_vlm": {"patch_size": 32},
+    "gemma3": {"image_seq_length": 16},
+    "granite4_vision": {"downsample_rate": "4/8", "num_additional_image_tokens": 1},
+    "granite_docling": {"image_seq_len": 4},
+    "idefics2": {"image_seq_len": 64},
+    "idefics3": {"image_seq_len": 16},
+    "inkling2": {"image_token": "<image>"},
+    "inkling_mm_model": {"image_token": "<image>"},
+    "internvl": {"image_seq_length": 16},
+    "janus": {"num_image_tokens": 64},
+    "llava": {"num_additional_image_tokens": 1},
+    "llava_next": {"num_additional_image_tokens": 1},
+    "llava_next_video": {"num_additional_image_tokens": 1},
+    "llava_onevision": {"num_image_tokens": 64},
+    "mistral3": {"image_token": "<image>"},
+    "mistral_large4": {"image_token": "<image>"},
+    "ovis2": {"image_seq_length": 64},
+    "qianfan_ocr": {"image_seq_length": 16},
+    "smolvlm": {"image_seq_len": 16},
+}
+
+
 @functools.cache
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(places: bool = True) -> PreTrainedTokenizerFast:
     """A tokenizer of some hundred words with the special tokens that configs and processors name."""
     from families import tokenizer
 
-    return tokenizer()
+    named = {f"extra_{i}": token for i, token in enumerate(TOKENS)}
+    return tokenizer(named | NAMED, places)
 
 
 def shrink(values: dict[str, Any], words: int, side: str, ids: dict[str, int]) -> dict[str, Any]:
@@ -434,9 +549,9 @@ def special(key: str, ids: dict[str, int]) -> int:
 
 def config_of(model_type: str) -> Any:
     """The shrunken config of a type."""
-    words = tokenizer()
+    words = tokenizer(model_type not in UNNAMED)
     ids = {
-        "image": words.convert_tokens_to_ids("<image>"),
+        "image": words.convert_tokens_to_ids(PLACES.get(model_type, "<image>")),
         "video": words.convert_tokens_to_ids("<video>"),
         "bos": words.bos_token_id,
         "eos": words.eos_token_id,
@@ -448,6 +563,13 @@ def config_of(model_type: str) -> Any:
     values = shrink(cls().to_dict(), len(words), "text", ids)
     add_sections(values, model_type)
     merge(values, OVERRIDES.get(model_type, {}))
+    for key in (
+        "image_token_id",
+        "image_token_index",
+        "vision_start_token_id",
+    ):  # which some default configs lack
+        if values.get(key, 0) is None or (key, model_type) in LACKING:
+            values[key] = ids["image" if "image" in key else "start"]
     for key in ("_name_or_path", "transformers_version", "architectures", "dtype"):
         values.pop(key, None)
     return cls(**values)
@@ -500,17 +622,56 @@ def image_processor(model_type: str) -> Any:
     return cls(**changes)
 
 
+def processor(model_type: str, config: Any, images: Any, words: Any) -> Any:
+    """The type's whole processor around its image processor, or None where transformers names none."""
+    name = PROCESSOR_CLASSES.get(model_type) or PROCESSOR_MAPPING_NAMES.get(model_type)
+    if name is None or images is None or model_type in REFUSED:
+        return None
+    cls = getattr(transformers, name)
+    vision = getattr(config, "vision_config", config)
+    video = VIDEO_PROCESSOR_MAPPING_NAMES.get(model_type, {"torchvision": "LlavaOnevisionVideoProcessor"})
+    query_words = copy.deepcopy(words)
+    query_words.padding_side = "right"  # as BERT's
+    known = {
+        "image_processor": images,
+        "tokenizer": words,
+        "qformer_tokenizer": query_words,
+        "chat_template": words.chat_template,
+        "patch_size": PATCH,
+    }
+    for key in ("spatial_merge_size", "vision_feature_select_strategy", "num_query_tokens"):
+        known[key] = getattr(config, key, getattr(vision, key, None))
+    takes = inspect.signature(cls.__init__).parameters
+    given = {key: value for key, value in known.items() if key in takes and value is not None}
+    if "video_processor" in takes:
+        drawn = {"draw_on_frames": False} if model_type.startswith("ernie") else {}  # it has no font
+        given["video_processor"] = getattr(transformers, video["torchvision"])(**drawn)
+    if "feature_extractor" in takes:
+        given["feature_extractor"] = transformers.WhisperFeatureExtractor(feature_size=8)
+    try:
+        return cls(**given | WHOLE.get(model_type, {}))
+    except ImportError:  # SmolVLM's wants a package that spells numbers
+        return None
+
+
 def build(model_type: str, path: Path) -> Path:
     """Save a random model of a type as a Hugging Face directory."""
     torch.manual_seed(0)
     config = config_of(model_type)
     try:
-        AutoModelForImageTextToText.from_config(config).float().save_pretrained(path)
+        model = AutoModelForImageTextToText.from_config(config).float()
+        for weight in model.parameters():
+            if weight.ndim > 1 and not weight.any():  # zero at the start, which would hide what lies before
+                torch.nn.init.normal_(weight, std=0.1)
+        model.save_pretrained(path)
     except ValueError:  # named in the mapping, but not of its kind (Evolla)
         config.save_pretrained(path)
-    words = tokenizer()
-    words.chat_template = TEMPLATE
+    words = copy.deepcopy(tokenizer(model_type not in UNNAMED))
+    words.unk_token = words.pad_token  # after which Kosmos-2 has the tokens of its pictures
+    words.chat_template = TEMPLATE.replace("<image>", WRITTEN.get(model_type, "<image>"))
     words.save_pretrained(path)
     if (images := image_processor(model_type)) is not None:
         images.save_pretrained(path)
+    if (whole := processor(model_type, config, images, words)) is not None:
+        whole.save_pretrained(path)
     return path

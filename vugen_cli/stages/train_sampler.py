@@ -94,8 +94,11 @@ def train_sampler(
         autoencoder.check_shapes(vlm, images.shapes)
     torch.manual_seed(recipe.seed)
     expert = new_expert(vlm, latents, recipe.expert, sharded)
-    if not sharded:  # on `meta` there is nothing to try
-        try_expert(expert, vlm, latents)
+    attempt = None if sharded else partial(try_expert, vlm=vlm, latents=latents)  # on `meta` nothing runs
+    if device.type == "cpu" and isinstance(expert, GenerationExpert):
+        attend_eagerly(expert, attempt)
+    elif attempt:
+        attempt(expert)
     if further:
         trained = select(stored, "expert")
         if recipe.expert.reference:
@@ -114,8 +117,6 @@ def train_sampler(
         torch.manual_seed(recipe.seed)
         inject(expert, rank)
         begun["adapter"] = str(rank)
-    if device.type == "cpu" and isinstance(expert, GenerationExpert):
-        attend_eagerly(expert, None if sharded else partial(try_expert, vlm=vlm, latents=latents))
     settings = recipe.train_sampler
     layers = blocks(expert)
     if wants_compile(recipe.engine, device, settings.steps, on_cpu=True):
@@ -233,14 +234,19 @@ def attend_eagerly(expert: GenerationExpert, attempt: Callable[[GenerationExpert
     Args:
         expert: changed in place, unless that code of its family has a fault.
         attempt: runs it once; raises `VugenError` if it does not run. None: it cannot be run yet.
+
+    Raises:
+        VugenError: it runs in neither way.
     """
     before = expert.decoder.config._attn_implementation
     expert.decoder.set_attn_implementation("eager")
+    if attempt is None:
+        return
     try:
-        if attempt:
-            attempt(expert)
+        attempt(expert)
     except VugenError:
         expert.decoder.set_attn_implementation(before)
+        attempt(expert)
 
 
 def prompts_of(

@@ -1,6 +1,7 @@
 """The networks of a recipe as fake tensors, built from configs alone, and the steps that train them."""
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from vugen_cli.stages.train_vae import VAETraining
 from vugen_cli.studies.fake_step import Cost, cost, faked, flops_of
 from vugen_cli.vlm.configured import configured_vlm
 from vugen_cli.vlm.frozen import FrozenVLM
+from vugen_cli.vlm.pictured import picture_tokens
 from vugen_cli.vlm.prefix import Prefix
 
 
@@ -97,12 +99,12 @@ class FakeNetworks:
 
         return self._cost(step, self.recipe.train_reducer, self.autoencoder)
 
-    def sampler_cost(self) -> Cost:
-        """A step of stage 2, from images."""
+    def sampler_cost(self, sources: int = 0) -> Cost:
+        """A step of stage 2, from images; of edits with so many source pictures each."""
         flow = self.recipe.flow
 
         def step(count: int) -> Tensor:
-            prefix = self.prefix(count)
+            prefix = self.prefix(count, sources)
             target = self.encode(count)
             t = draw_times(count, flow.time, self.shift, self.generator)
             return flow_matching_loss(lambda x, t: self.expert(x, t, prefix), target, t, self.generator)
@@ -150,9 +152,35 @@ class FakeNetworks:
 
         return flops_of(step)
 
-    def prefix(self, count: int) -> Prefix:
-        """Of some prompts."""
-        return self.vlm.prefix([[0] * self.prompt_tokens] * count, hidden=self.expert.reads)
+    def prefix(self, count: int, sources: int = 0) -> Prefix:
+        """Of some prompts, with so many pictures each, as `sampler.read_prompts` computes it."""
+        length = self.prompt_tokens
+        if sources and self.expert.reference != "only":
+            length += len(self._picture_tokens(count * sources)) // count
+        prefix = self.vlm.prefix([[0] * length] * count, hidden=self.expert.reads)
+        if not sources or not self.expert.reference:
+            return prefix
+        prefix.references = self.encode(count * sources).unflatten(0, (count, sources))
+        prefix.referred = torch.ones(count, sources, dtype=torch.bool)
+        return prefix
+
+    @cached_property
+    def picture_tokens(self) -> int:
+        """Tokens of a picture in a prompt; those around it, which a chat template adds, are not counted.
+
+        Raises:
+            VugenError: the VLM's own code for pictures does not run without weights.
+        """
+        return len(self._picture_tokens(1))
+
+    @torch.no_grad()
+    def _picture_tokens(self, count: int) -> Tensor:
+        try:
+            return picture_tokens(self.vlm.model, self.vlm.processor.image_processor, self.images(count))
+        except Exception as error:  # as many kinds as there are families
+            raise VugenError(
+                f"{self.vlm.name}: its work on source pictures is not known ({first_line(error)})"
+            ) from error
 
     def _cost(self, step: Callable[[int], Tensor], settings: Training, module: nn.Module) -> Cost:
         module.train()

@@ -147,7 +147,9 @@ class Plan:
     image_size: int = Field(description="pixels a side")
     z: list[int] = Field(description="its shape: height, width, channels")
     latents: list[int] = Field(description="that of z̃")
-    prompt_tokens: int = Field(description="the longest prompt")
+    prompt_tokens: int = Field(description="the longest prompt's text")
+    sources: int = Field(description="source pictures in a prompt, at most; 0 without edits in the mixture")
+    picture_tokens: int = Field(description="of a source picture in a prompt; 0 without edits in the mixture")
     images: int | None = Field(description="of the data set; null where that is not known")
     parameters: dict[str, int] = Field(description="by network")
     stages: list[StagePlan] = Field(description="one object a stage")
@@ -183,7 +185,17 @@ def make_plan(recipe: Recipe, machine: Machine, images: int | None = None) -> Pl
         problems.append(
             f"images of {side} px: the decoder needs a multiple of {multiple}; planned at {networks.size} px"
         )
-    works = list(stages(recipe, networks))
+    notes = []
+    if known.sources:
+        try:
+            notes.append(
+                f"train-sampler: {known.edits:.0%} of the samples are edits, taken to have {known.sources} "
+                f"source pictures of {networks.picture_tokens} tokens each; memory is that of edits alone"
+            )
+        except VugenError as error:
+            notes.append(f"source pictures of edits are left out: {error}")
+            known = known._replace(sources=0)
+    works = list(stages(recipe, networks, known.sources, known.edits))
     passes, encoding = passes_of(recipe, networks, machine)
     planned = [stage_plan(work, recipe, machine) for work in works]
     for stage in [stage for stage in planned if stage.name == "train-sampler"]:
@@ -194,7 +206,7 @@ def make_plan(recipe: Recipe, machine: Machine, images: int | None = None) -> Pl
         "latents": latent_bytes(networks.latents, recipe.data.flip) * (images or 1e6),
         "checkpoints": sum(stage.checkpoint_bytes for stage in planned),
     }
-    notes = [
+    notes += [
         f"memory is that of uncompiled networks; {RESERVED / 1e9:.0f} GB of a GPU are left to CUDA and NCCL"
     ]
     if not images:
@@ -216,6 +228,8 @@ def make_plan(recipe: Recipe, machine: Machine, images: int | None = None) -> Pl
         networks.z,
         networks.latents,
         networks.prompt_tokens,
+        known.sources,
+        networks.picture_tokens if known.sources else 0,
         images,
         parameters(networks),
         planned,
@@ -226,8 +240,15 @@ def make_plan(recipe: Recipe, machine: Machine, images: int | None = None) -> Pl
     )
 
 
-def stages(recipe: Recipe, networks: FakeNetworks) -> Iterator[Work]:
-    """The stages of a recipe, in order; a VAE is trained where it is not there yet."""
+def stages(recipe: Recipe, networks: FakeNetworks, sources: int = 0, edits: float = 0.0) -> Iterator[Work]:
+    """The stages of a recipe, in order; a VAE is trained where it is not there yet.
+
+    Args:
+        recipe: the whole run's.
+        networks: its own.
+        sources: pictures that an edit is made from.
+        edits: share of stage 2's samples that are such. Its memory is that of a batch of edits alone.
+    """
     vlm, expert = networks.vlm.model, networks.expert
     vae = [networks.vae.model] if networks.vae else []
     if is_vae_to_train(recipe):
@@ -239,6 +260,9 @@ def stages(recipe: Recipe, networks: FakeNetworks) -> Iterator[Work]:
         cost = networks.reducer_cost()
         yield Work("train-reducer", recipe.train_reducer, networks.autoencoder, vlm, vae, cost)
     frozen, cost = [networks.autoencoder, *vae], networks.sampler_cost()
+    if sources:
+        edit = networks.sampler_cost(sources)
+        cost = replace(edit, flops=edits * edit.flops + (1 - edits) * cost.flops)
     yield Work("train-sampler", recipe.train_sampler, expert, vlm, frozen, cost, blocks(expert))
 
 
@@ -376,11 +400,13 @@ def parameters(networks: FakeNetworks) -> dict[str, int]:
 
 
 class Data(NamedTuple):
-    """What is known of the images: pixels a side, how many, and the bytes of each on disk."""
+    """What is known of the images: pixels a side, how many, the bytes of each on disk, and what of edits."""
 
     size: int = 64  # as `vugen prepare` draws them where nothing else is said
     images: int | None = None
     bytes: float | None = None
+    sources: int = 0  # pictures that an edit is made from, at most
+    edits: float = 0.0  # share of the samples that are edits
 
 
 def data_of(recipe: Recipe) -> Data:
@@ -391,7 +417,10 @@ def data_of(recipe: Recipe) -> Data:
     splits = [manifest.splits["train"] for manifest in manifests]
     images = sum(split.count for split in splits)
     stored = sum(shard.bytes for split in splits for shard in split.shards)
-    return Data(max(manifest.size for manifest in manifests), images, stored / images)
+    weights = [source.weight for source in recipe.data.mixture]
+    edits = sum(weight for weight, split in zip(weights, splits, strict=True) if split.sources)
+    size, sources = max(manifest.size for manifest in manifests), max(split.sources for split in splits)
+    return Data(size, images, stored / images, sources, edits / sum(weights))
 
 
 def latent_bytes(latents: list[int], flip: bool) -> int:

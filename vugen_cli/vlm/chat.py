@@ -54,12 +54,14 @@ def conversation(processor: Any, parts: Sequence[str | None]) -> str:
         processor: the model's.
         parts: texts, and None for each picture, in order.
     """
-    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
+    if getattr(processor, "chat_template", None):
         content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
         message = [{"role": "user", "content": content}]
         text: str = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         return text
-    picture = getattr(processor, "image_token", "<image>")
+    picture = str(getattr(processor, "image_token", "<image>"))
+    if getattr(processor, "num_query_tokens", None):  # a Q-Former's: it places the picture itself
+        picture = ""
     return "".join(picture if part is None else part for part in parts)
 
 

@@ -32,11 +32,12 @@ from vugen_cli.vlm.latents import (
     to_grid,
     vision_inputs,
 )
-from vugen_cli.vlm.pictured import picture_inputs, run_vlm
+from vugen_cli.vlm.pictured import first_free, picture_inputs, run_vlm
 from vugen_cli.vlm.prefix import Prefix
 from vugen_cli.vlm.prompts import Prompt, Prompts
 from vugen_cli.vlm.refusals import refuse
 
+PICTURES = "pictures in a prompt"  # what messages call them
 WORDS = "words.json"  # in the directory of a VLM that lists the words of its captions
 PROBE = 224  # pixels a side of the picture, darker to the left, that shows where z is read
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values
@@ -241,12 +242,12 @@ class FrozenVLM:
     ) -> Prefix:
         """The prefix of prompts of which some have pictures: those with pictures alike are read together."""
         groups: dict[Any, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            pictures = prompt.pictures if isinstance(prompt, Prompt) else ()
-            kind: tuple[Any, ...] = tuple(picture.shape for picture in pictures)
-            if kind and self._reads_both_ways:  # padding would be read too
-                kind = (*kind, i)
-            groups.setdefault(kind, []).append(i)
+        kinds: list[tuple[Any, ...]] = [
+            tuple(picture.shape for picture in p.pictures) if isinstance(p, Prompt) else () for p in prompts
+        ]
+        apart = sum(map(bool, kinds)) > 1 and self._reads_one_by_one
+        for i, kind in enumerate(kinds):
+            groups.setdefault((*kind, i) if kind and apart else kind, []).append(i)
         parts = [
             self._pictured([p for i in rows if isinstance(p := prompts[i], Prompt)], hidden)
             if kind
@@ -257,18 +258,36 @@ class FrozenVLM:
         order = torch.tensor([i for rows in groups.values() for i in rows], device=self.device).argsort()
         return Prefix.join([part.widened(length) for part in parts]).rows(order)
 
+    @cached_property
+    def _reads_one_by_one(self) -> bool:
+        """Whether a prompt with pictures is another one beside others: where padding is read too (PaliGemma's
+        decoder, InstructBLIP's Q-Former), or where the pictures of a batch are counted through (HunYuan)."""
+        if self._reads_both_ways:
+            return True
+        inputs = self.picture_inputs([Prompt("", (torch.zeros(3, 64, 64, dtype=torch.uint8),))] * 2)
+        if "qformer_input_ids" in inputs:
+            return True
+        with self._vision(PICTURES):
+            one, two = run_vlm(self.model, self.decoder, inputs, use_cache=False).unbind(1)
+        return not torch.equal(one, two)
+
     def _pictured(self, prompts: list[Prompt], hidden: Sequence[int] | None) -> Prefix:
         """The prefix of prompts with pictures of the same number and sizes."""
         inputs = self.picture_inputs(prompts)
-        start: list[Tensor] = []
+        positions: list[Tensor] = []
 
         def run(**cache: Any) -> None:
-            with self._vision("pictures in a prompt"):
-                start.append(run_vlm(self.model, self.decoder, inputs, **cache))
+            with self._vision(PICTURES):
+                positions.append(run_vlm(self.model, self.decoder, inputs, **cache))
 
-        read = self._read(run, len(prompts), hidden)
+        keys, values, states = self._read(run, len(prompts), hidden)
         mask = inputs["attention_mask"].bool()
-        return Prefix(*read[:2], mask, not bool(mask.all()), read[2], start[0])
+        if any(read.shape[-2] != mask.shape[1] for read in (*keys, *states)):
+            raise VugenError(
+                f"{self.name} cannot read {PICTURES}: it does not put them among the prompt's tokens"
+            )
+        start = first_free(positions[0], mask)
+        return Prefix(keys, values, mask, not bool(mask.all()), states, start)
 
     def picture_inputs(self, prompts: list[Prompt]) -> dict[str, Any]:
         """What the VLM reads of prompts with as many pictures each; see `pictured.picture_inputs`.
@@ -278,7 +297,7 @@ class FrozenVLM:
         """
         for prompt in prompts:
             self.prompts.tokens(prompt.text)  # as long as it may be without pictures
-        with self._vision("pictures in a prompt"):
+        with self._vision(PICTURES):
             return picture_inputs(self.model, self.processor, prompts, self.recipe.instruction)
 
     def prompt_length(self, prompt: str | Prompt) -> int:
@@ -523,7 +542,7 @@ def _load_processor(source: str, local: bool) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     options = {"local_files_only": local, "trust_remote_code": False}
-    missing = "its processor is a tokenizer alone"
+    missing = "its processor is not one of images and texts"
     try:
         processor = AutoProcessor.from_pretrained(source, **options)
         if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):

@@ -31,16 +31,22 @@ def picture_inputs(
     """
     if not callable(processor):
         raise VugenError(f"{type(model).__name__} cannot read pictures in a prompt: {processor.missing}")
-    picture = getattr(processor, "image_token", "<image>")
+    picture = str(getattr(processor, "image_token", "<image>"))
     texts = []
     for prompt in prompts:
         # A text that spells the token of pictures would ask for one more of them.
         parts = [part and part.replace(picture, "") for part in prompt.parts(instruction)]
         texts.append(conversation(processor, parts))
     nested = [[picture.to(model.device) for picture in prompt.pictures] for prompt in prompts]
-    inputs = processor(images=nested, text=texts, return_tensors="pt", padding=True)
+    # A model that counts places by rows and columns asks which tokens are a picture's; not all processors
+    # say it unasked.
+    asks = "mm_token_type_ids" in inspect.signature(model.base_model.forward).parameters
+    more = {"return_mm_token_type_ids": True} if asks else {}
+    inputs = processor(images=nested, text=texts, return_tensors="pt", padding=True, **more)
     inputs = dict(inputs.to(model.device, model.dtype))
     inputs.pop("labels", None)  # PaliGemma's, for training
+    if "qformer_input_ids" in inputs:  # InstructBLIP's, of no integers where there is no text
+        inputs["qformer_input_ids"] = inputs["qformer_input_ids"].long()
     ids = inputs["input_ids"]
     mask = inputs.setdefault("attention_mask", torch.ones_like(ids)).bool()
     if not mask.all():
@@ -50,6 +56,22 @@ def picture_inputs(
             if isinstance(value, Tensor) and value.shape == ids.shape:
                 inputs[key] = value.gather(1, order)
     return inputs
+
+
+def picture_tokens(model: Any, image_processor: Any, images: Tensor) -> Tensor:
+    """What a VLM puts into a prompt for some pictures, [tokens, D]; its processor cuts views and tiles.
+
+    Args:
+        model: an image-text-to-text model.
+        image_processor: its own.
+        images: uint8 [B, 3, H, W].
+    """
+    inputs = dict(image_processor(images=list(images), return_tensors="pt"))
+    takes = inspect.signature(model.get_image_features).parameters
+    features = model.get_image_features(**{key: value for key, value in inputs.items() if key in takes})
+    found = getattr(features, "pooler_output", features)
+    parts = found if isinstance(found, Sequence) else [found]
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
 def run_vlm(model: Any, decoder: Any, inputs: dict[str, Any], **cache: Any) -> Tensor:
@@ -62,7 +84,7 @@ def run_vlm(model: Any, decoder: Any, inputs: dict[str, Any], **cache: Any) -> T
         cache: `past_key_values` and `use_cache`.
 
     Returns:
-        The first free rotary position after each prompt, int64 [B].
+        The rotary positions of its tokens, int64 [A, B, T]: one, or with M-RoPE one an axis.
     """
     seen: dict[str, Any] = {}
 
@@ -76,14 +98,24 @@ def run_vlm(model: Any, decoder: Any, inputs: dict[str, Any], **cache: Any) -> T
     if "logits_to_keep" in parameters:
         whole["logits_to_keep"] = 1
     hook = decoder.register_forward_pre_hook(keep, with_kwargs=True)
+    more = cache if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else {}  # handed on (BLIP-2)
     try:
-        runs(**{key: value for key, value in whole.items() if key in parameters})
+        runs(**{key: value for key, value in whole.items() if key in parameters or key in more})
     finally:
         hook.remove()
     mask = inputs["attention_mask"].bool()
     positions = seen.get("position_ids")
     if positions is None:
-        return mask.sum(1)
-    if positions.ndim == 3:  # M-RoPE: time, row and column, and before them perhaps the place in the text
-        positions = positions[-3:].amax(0)
-    return positions.expand(mask.shape).masked_fill(~mask, -1).amax(1) + 1
+        return mask.cumsum(1)[None] - 1
+    return positions if positions.ndim == 3 else positions.expand(mask.shape)[None]
+
+
+def first_free(positions: Tensor, mask: Tensor) -> Tensor:
+    """The first free rotary position after each prompt, int64 [B], from those of its tokens.
+
+    Args:
+        positions: [A, B, T], from `run_vlm`; of M-RoPE time, row and column stand last, and before them
+            perhaps the place in the text.
+        mask: bool [B, T], False at padding.
+    """
+    return positions[-3:].amax(0).masked_fill(~mask, -1).amax(1) + 1

@@ -152,14 +152,16 @@ class Prompts:
         return cut
 
     def _ids(self, prompt: str) -> list[int]:
-        ids: list[int] = self.tokenizer(self.text(prompt), add_special_tokens=self.template is None)[
-            "input_ids"
-        ]
+        ids = self._tokenized(self.text(prompt), self.template is None)
         # A model without a template or a start token would give the image nothing to attend to.
         return ids or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id or 0]
 
     def _own_ids(self, prompt: str) -> list[int]:
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return self._tokenized(prompt, False)
+
+    def _tokenized(self, text: str, special: bool) -> list[int]:
+        # Not verbose: what is too long is refused or cut here, and needs no warning before.
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return ids
 
     def _decode(self, ids: list[int]) -> str:
