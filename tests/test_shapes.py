@@ -17,6 +17,7 @@ from conftest import tiny_overrides, vugen_here
 from PIL import Image
 from safetensors.torch import load_file
 
+from vugen_cli.checkpoint import load_checkpoint, save_checkpoint
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import (
     Batch,
@@ -34,6 +35,7 @@ from vugen_cli.data.shapes import nearest, parse_shape, parse_shapes, shape_name
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import flow_matching_loss
+from vugen_cli.models.embeddings import stretched
 from vugen_cli.recipe import Captioning, MixtureSource, Recipe, load_recipe
 from vugen_cli.sampling.pipeline import VugenPipeline
 from vugen_cli.sampling.trained import load_sampler
@@ -372,6 +374,74 @@ def test_the_command_draws_a_shape_and_says_if_it_is_new(drawn_of: Path, tmp_pat
     assert Image.open(tmp_path / "samples" / row["file"]).size == (48, 80) and row["size"] == "48x80"
     assert "none of the sizes" in vugen_here(*given, "64x80", cwd=tmp_path).stdout
     assert "WIDTHxHEIGHT" in vugen_here(*given, "large", cwd=tmp_path).stderr
+
+
+@pytest.fixture(scope="module")
+def large(drawn_of: Path, any_shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Squares of 96 px, and a decoder for them of the reducer that learned from 64 px."""
+    out = tmp_path_factory.mktemp("large")
+    write(out / "photos", 8, shapes=None, size=96)
+    recipe = recipe_of(any_shape, "train_reducer.steps=1", "reducer.merge=2", "flow.shift=2")
+    train_reducer(recipe, out / "photos", out / "r.safetensors", CPU, drawn_of / "reducer.safetensors")
+    return out
+
+
+def test_a_sampler_goes_on_at_a_larger_size_and_draws_it_from_then_on(
+    drawn_of: Path, large: Path, tmp_path: Path
+) -> None:
+    init, small = drawn_of / "sampler.safetensors", ("train_sampler.lr=1e-9", "train_sampler.weight_decay=0")
+    words = ["train-sampler", "--init", init, "--reducer", large / "r.safetensors", "--steps", "1"]
+    done = vugen_here(*words, *(w for key in small for w in ("--set", key)), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sampler, before = load_sampler(tmp_path / "sampler.safetensors"), load_sampler(init)
+    assert (sampler.card.image_size, sampler.card.data.size, sampler.card.latents.grid) == (96, 96, (6, 6))
+    for name, tensor in before.expert.state_dict().items():
+        assert torch.allclose(sampler.expert.state_dict()[name], tensor, atol=1e-6), name
+    assert next(sampler.sample(["a bear"]))[2].shape == (3, 96, 96)
+    assert sampler.shift == pytest.approx(1.5 * before.shift)  # the square root of 36 places for 16
+
+
+def test_the_positions_that_a_copy_learned_are_stretched_over_a_larger_grid(
+    drawn_of: Path, large: Path, any_shape: Path, scenes: Path, tmp_path: Path
+) -> None:
+    brief = ("reducer.merge=2", "train_sampler.steps=1")
+    copied = load_recipe(None, [*tiny_overrides(any_shape), *brief])
+    init = train_sampler(copied, drawn_of / "reducer.safetensors", scenes, tmp_path / "a.safetensors", CPU)
+    copied = load_recipe(None, [*tiny_overrides(any_shape), *brief, "train_sampler.lr=1e-9"])
+    given = copied, large / "r.safetensors", large / "photos", tmp_path / "b.safetensors", CPU
+    before, after = load_sampler(init), load_sampler(train_sampler(*given, init=init))
+    wanted = stretched(before.expert.pos_embed, (4, 4), (6, 6))
+    assert torch.allclose(after.expert.pos_embed, wanted, atol=1e-6)
+    assert next(after.sample(["a bear"]))[2].shape == (3, 96, 96)
+
+
+def test_learned_positions_are_interpolated_and_kept_on_their_own_grid() -> None:
+    ramp = torch.stack(torch.meshgrid(torch.arange(6.0), torch.arange(8.0), indexing="ij"), -1).flatten(0, 1)
+    assert torch.equal(stretched(ramp, (6, 8), (6, 8)), ramp)
+    rows, columns = stretched(ramp, (6, 8), (12, 16)).unflatten(0, (12, 16)).unbind(-1)
+    middle = slice(4, -4)  # away from the edges; what lies at 1 of 6 covers 2 and 3 of 12
+    assert torch.allclose(rows[middle, middle], (torch.arange(12.0) / 2 - 0.25)[middle, None].expand(-1, 8))
+    assert torch.allclose(columns[middle, middle], (torch.arange(16.0) / 2 - 0.25)[middle].expand(4, -1))
+
+
+def test_another_size_is_refused_in_one_line_where_it_would_not_be_drawn(
+    drawn_of: Path, large: Path, any_shape: Path, tmp_path: Path
+) -> None:
+    sampler, recipe, out = drawn_of / "sampler.safetensors", recipe_of(any_shape), tmp_path / "s.safetensors"
+    forgot = r"latents of 6 x 6 places, and .* is for 4 x 4: .*train-reducer --reducer .*sampler\.safetensors"
+    with pytest.raises(VugenError, match=forgot):
+        train_sampler(recipe, sampler, large / "photos", out, CPU, init=sampler)
+    with pytest.raises(VugenError, match="latents of 6 x 6 places, and"):
+        write_latents(sampler, large / "photos", tmp_path / "z", CPU)
+    with pytest.raises(VugenError, match=r"r\.safetensors is for pictures of 96 px.*--init .*--reducer"):
+        load_sampler(sampler, decoder=large / "r.safetensors")
+    tensors, card = load_checkpoint(large / "r.safetensors")
+    tensors["autoencoder.reducer.mean"] += 1
+    save_checkpoint(tmp_path / "other.safetensors", tensors, card)
+    with pytest.raises(
+        VugenError, match=r"sampler\.safetensors draws .* than .*other\.safetensors has: make"
+    ):
+        train_sampler(recipe, tmp_path / "other.safetensors", large / "photos", out, CPU, init=sampler)
 
 
 def test_a_cache_of_several_shapes_has_the_losses_of_live_encoding(
