@@ -292,6 +292,53 @@ def test_stored_images_come_in_batches_of_one_shape_and_previews_in_squares(phot
     assert held_out_images(images, 64).shape == (8, 3, 64, 64)
 
 
+@pytest.fixture(scope="module")
+def mixed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[MixtureSource]:
+    """Three of four from the photographs of three shapes, the rest from squares and from one more shape."""
+    out = tmp_path_factory.mktemp("other") / "other"
+    write(out, 20, shapes="64x64,40x96,80x48")
+    return [MixtureSource(path=str(photos), weight=3), MixtureSource(path=str(out), weight=1)]
+
+
+def test_sets_of_several_shapes_mix_by_weight_and_an_epoch_has_each_sample_once(
+    photos: Path, mixed: list[MixtureSource]
+) -> None:
+    images = MixedImages(mixed)
+    assert list(map(shape_name, images.shapes)) == [*SHAPES.split(","), "40x96"]
+    assert images.card().shapes == [*SHAPES.split(","), "40x96"]
+    parts = [ShardedImages(source.path) for source in mixed]
+    stream = TrainingStream(images, 4, seed=1, window=30)
+    drawn: Counter[tuple[int, str]] = Counter()
+    seen: dict[int, Counter[tuple[int, int, int]]] = {0: Counter(), 1: Counter()}
+    for batch in range(BLOCK):
+        order, number = stream.turns.at(batch)
+        for row in range(4):
+            epoch, shard, index = stream.orders[order].at(0, 4 * number + row)
+            part = int(shard >= len(parts[0].counts))
+            own = shard - part * len(parts[0].counts)
+            assert parts[part].shape(own) == images.shape(shard) == images.shapes[stream.kinds[order]]
+            drawn[part, shape_name(images.shape(shard))] += 1
+            seen[part][epoch, own, index] += 1
+    assert all(set(times.values()) == {1} for times in seen.values())
+    for part, (images_of, share) in enumerate(zip(parts, (0.75, 0.25), strict=True)):
+        for kind, shape in enumerate(images_of.shapes):
+            wanted = 4 * BLOCK * share * images_of.counts[images_of.kinds == kind].sum() / len(images_of)
+            assert abs(drawn[part, shape_name(shape)] - wanted) < 24, (part, shape)
+
+
+def test_a_mixture_of_shapes_is_the_same_when_resumed_and_in_parts(
+    mixed: list[MixtureSource],
+) -> None:
+    images = MixedImages(mixed)
+    whole = take(images, 12)
+    assert len({batch.images.shape for batch in whole}) > 2
+    halves = [take(images, 12, part=(rank, 2)) for rank in range(2)]
+    for a, b in zip(whole[4:], take(images, 8, start=4), strict=True):
+        assert same(a, b)
+    for a, left, right in zip(whole, *halves, strict=True):
+        assert torch.equal(a.images, torch.cat([left.images, right.images]))
+
+
 def test_captions_by_a_vlm_keep_the_shapes(photos: Path, vlm_path: Path, tmp_path: Path) -> None:
     asked = Captioning(instructions=["describe the picture"], tokens=2)
     write_captions(photos, tmp_path / "c", str(vlm_path), asked, CPU)
@@ -301,8 +348,6 @@ def test_captions_by_a_vlm_keep_the_shapes(photos: Path, vlm_path: Path, tmp_pat
 
 
 def test_what_is_for_squares_alone_refuses_in_one_line(photos: Path) -> None:
-    with pytest.raises(VugenError, match="cannot be mixed"):
-        MixedImages([MixtureSource(path=str(photos), weight=1), MixtureSource(path=str(photos), weight=1)])
     with pytest.raises(VugenError, match="cannot be resized to 32"):
         TrainingStream(ShardedImages(photos), 4, seed=0, size=32)
 

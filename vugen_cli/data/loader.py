@@ -179,6 +179,10 @@ class ShardedImages:
         grids = self.latents.grids or {}
         return (*grids.get(shape_name(self.shapes[kind]), self.latents.grid), self.latents.channels)
 
+    def weight(self, kind: int) -> float:
+        """How much of all that is drawn is of one of the shapes, in proportion: its samples."""
+        return float(self.counts[self.kinds == kind].sum())
+
     def refuse_shapes(self, why: str) -> None:
         """End what is only for squares.
 
@@ -406,7 +410,7 @@ class TrainingStream(IterableDataset[Batch]):
             images.refuse_shapes(f"which cannot be resized to {self.size}: prepare others")
         self.kinds = [kind for kind in range(len(images.shapes)) if images.counts[images.kinds == kind].any()]
         self.orders = [images.order(seed, window, batch_size, part[1], kind) for kind in self.kinds]
-        self.turns = Turns([int(images.counts[images.kinds == kind].sum()) for kind in self.kinds], seed)
+        self.turns = Turns([images.weight(kind) for kind in self.kinds], seed)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(wds.DataPipeline(self.numbers, wds.map(self.batch)))
