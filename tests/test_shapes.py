@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,39 @@ def test_stored_images_come_in_batches_of_one_shape_and_previews_in_squares(phot
     assert held_out_images(images, 64).shape == (8, 3, 64, 64)
 
 
+class Edits(Photos):
+    """Each photograph is made from itself."""
+
+    name = "photo edits"
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        return replace(sample, sources=[sample.image])
+
+
+@pytest.fixture(scope="module")
+def shaped_edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("edits") / "edits"
+    write_dataset(Edits(20), out, "train", shapes=SHAPES, progress=False)
+    return out
+
+
+def test_edits_have_the_shape_of_their_target_and_mix_with_pictures_of_shapes(
+    photos: Path, shaped_edits: Path
+) -> None:
+    edits = ShardedImages(shaped_edits)
+    assert edits.most_sources == 1 and edits.manifest.splits["train"].skipped_count == 0
+    images = MixedImages([MixtureSource(path=str(path)) for path in (photos, shaped_edits)])
+    for images_of, least in ((edits, 1), (images, 0)):
+        found = take(images_of, 12, sources=True, flip=True)
+        assert len({batch.images.shape for batch in found}) > 1
+        for batch in found:
+            assert batch.sources is not None and batch.corrupt == 0
+            for image, sources in zip(batch.images, batch.sources, strict=True):
+                assert least <= len(sources) <= 1 and all(torch.equal(image, source) for source in sources)
+        assert any(sources for batch in found for sources in batch.sources or [])
+
+
 @pytest.fixture(scope="module")
 def mixed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[MixtureSource]:
     """Three of four from the photographs of three shapes, the rest from squares and from one more shape."""
@@ -487,6 +521,21 @@ def test_another_size_is_refused_in_one_line_where_it_would_not_be_drawn(
         VugenError, match=r"sampler\.safetensors draws .* than .*other\.safetensors has: make"
     ):
         train_sampler(recipe, tmp_path / "other.safetensors", large / "photos", out, CPU, init=sampler)
+
+
+def test_a_sampler_of_shaped_edits_reads_and_draws_a_shape(
+    drawn_of: Path, shaped_edits: Path, any_shape: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(any_shape, "expert.reference=true", "train_sampler.steps=4", "reducer.merge=2")
+    train_sampler(recipe, drawn_of / "reducer.safetensors", shaped_edits, tmp_path / "e.safetensors", CPU)
+    Image.new("RGB", (100, 160), "red").save(tmp_path / "red.png")
+    words = ["sample", "it", "--image", "red.png", "--sampler", "e.safetensors", "--size"]
+    done = vugen_here(*words, "48x80", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "samples" / "samples.jsonl").read_text())
+    found = [Image.open(tmp_path / "samples" / name).size for name in (row["file"], *row["sources"])]
+    assert found == [(48, 80), (48, 80)]
+    assert "learned from none of 96x80: leave" in vugen_here(*words, "96x80", cwd=tmp_path).stderr
 
 
 def test_a_cache_of_several_shapes_has_the_losses_of_live_encoding(

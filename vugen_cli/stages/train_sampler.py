@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vugen_cli.card import AdapterCard, BaseCard
 from vugen_cli.checkpoint import fingerprint, save_checkpoint, select, with_prefix
-from vugen_cli.data.loader import Batch, ShardedImages, decode_stored, training_batches
+from vugen_cli.data.loader import Batch, ShardedImages, decode_source, training_batches
 from vugen_cli.data.mixture import open_dataset
 from vugen_cli.data.sample import PICTURE
 from vugen_cli.engine.compiling import compile_layers, wants_compile
@@ -280,12 +280,13 @@ def prompts_of(
 
 
 def held_out_prompts(images: ShardedImages, count: int = 16) -> list[Prompt]:
-    """The prompts of a preview: those of the first held-out samples that have captions."""
+    """The prompts of a preview: those of the first held-out samples with captions; pictures are squares."""
     found = []
     for _, meta in images.held_out().in_order(count):
-        pictures = [torch.from_numpy(decode_stored(data, images.size)) for data in meta.get("sources", [])]
+        sources = [decode_source(data, images.shapes, images.size) for data in meta.get("sources", [])]
+        pictures = tuple(torch.from_numpy(source).permute(2, 0, 1) for source in sources)
         if meta["captions"]:
-            found.append(Prompt(meta["captions"][0], tuple(p.permute(2, 0, 1) for p in pictures)))
+            found.append(Prompt(meta["captions"][0], pictures))
     return found
 
 
