@@ -47,7 +47,7 @@ def main() -> None:
         for number in range(2):
             for way, data in (("live", options.data), ("cached", cache)):
                 out = Path(folder) / f"{way}{number}.safetensors"
-                train_sampler(recipe, options.sampler, data, out, device, further=True)
+                train_sampler(recipe, options.sampler, data, out, device, init=options.sampler)
                 rows = map(json.loads, (out.with_suffix(".run") / "metrics.jsonl").read_text().splitlines())
                 rates = [row["images_per_s"] for row in rows if "images_per_s" in row]
                 seconds[way] += [options.batch_size / rate for rate in rates[2:]]

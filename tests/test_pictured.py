@@ -287,8 +287,8 @@ def test_a_sampler_of_texts_is_trained_further_to_read_references_alone(
     trained: Path, edits: Path, vlm_path: Path, tmp_path: Path
 ) -> None:
     recipe = load_recipe(None, [*tiny_overrides(vlm_path), "expert.reference=only", "train_sampler.steps=1"])
-    out = tmp_path / "e.safetensors"
-    train_sampler(recipe, trained / "sampler.safetensors", edits, out, CPU, further=True)
+    out, init = tmp_path / "e.safetensors", trained / "sampler.safetensors"
+    train_sampler(recipe, init, edits, out, CPU, init=init)
     sampler = load_sampler(out)
     asked = Prompt("put {image} in the snow", tuple(noise(1)))
     assert for_vlm(asked, sampler.expert).text == "put  in the snow"

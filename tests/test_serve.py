@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,12 +32,13 @@ from torch import Tensor
 
 from vugen_cli import load_sampler
 from vugen_cli.commands.serve import _token, serve
+from vugen_cli.data.shapes import Shape, shape_name
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Sampling
 from vugen_cli.sampling.sampler import Kind, Sampler, open_picture
 from vugen_cli.serve import guard
 from vugen_cli.serve.app import Service, make_app, page
-from vugen_cli.serve.drawer import Drawer, QueueFull, Stopping
+from vugen_cli.serve.drawer import Drawer, Job, QueueFull, Stopping
 from vugen_cli.serve.run import address, hosts_of, listen, run
 from vugen_cli.serve.shelf import Shelf
 from vugen_cli.vlm.prompts import Prompt
@@ -63,7 +65,11 @@ class Gated:
         return 0, False, 32
 
     def draw_together(
-        self, keys: list[tuple[int, Prompt, int]], settings: Sampling, each_step: Callable[[], None]
+        self,
+        keys: list[tuple[int, Prompt, int]],
+        settings: Sampling,
+        each_step: Callable[[], None],
+        size: Shape | None = None,
     ) -> Tensor:
         self.batches.append([prompt.text for _, prompt, _ in keys])
         self.drawing.set()
@@ -71,7 +77,7 @@ class Gated:
             each_step()
         if "fail" in keys[0][1].text:
             raise RuntimeError("a secret of the server")
-        return torch.full((len(keys), 3, 64, 64), 128, dtype=torch.uint8)
+        return torch.full((len(keys), 3, *(size or (64, 64))), 128, dtype=torch.uint8)
 
 
 @contextlib.contextmanager
@@ -246,6 +252,22 @@ def test_what_waits_and_is_alike_is_drawn_together_first_come_first_served(gated
     for job in [*first, *jobs]:
         job.future.result(5)
     assert gated.batches == [["first"], ["b", "c", "d"], ["other"], ["e"]]
+
+
+def test_each_size_that_was_learned_is_drawn_apart_and_no_other(gated: Gated) -> None:
+    gated.card.data.shapes = ["64x64", "48x80"]
+    gated.gate.set()
+    with running(service_of(gated)) as url:
+        ask = partial(HTTP.post, f"{url}v1/images/generations")
+        for size, wanted in (("auto", (64, 64)), ("64x64", (64, 64)), ("48x80", (48, 80))):
+            answer = ask(json={"prompt": BEAR, "size": size}).json()
+            file = base64.b64decode(answer["data"][0]["b64_json"])
+            assert Image.open(io.BytesIO(file)).size == wanted and answer["size"] == shape_name(wanted[::-1])
+        assert HTTP.get(f"{url}v1/models").json()["data"][0]["vugen"]["sizes"] == ["64x64", "48x80"]
+        refused = ask(json={"prompt": BEAR, "size": "80x48"})
+        assert refused.status_code == 400 and "draws 64x64, 48x80" in refused.json()["error"]["message"]
+    jobs = [Job(0, Prompt(BEAR), 0, Sampling(), (0, False, 32), size) for size in ((64, 64), (80, 48))]
+    assert jobs[0].alike(jobs[0]) and not jobs[0].alike(jobs[1])
 
 
 def test_a_full_queue_says_when_to_come_back(gated: Gated) -> None:

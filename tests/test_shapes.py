@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from conftest import tiny_overrides, vugen_here
 from PIL import Image
 from safetensors.torch import load_file
 
+from vugen_cli.checkpoint import load_checkpoint, save_checkpoint
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import (
     Batch,
@@ -34,6 +36,7 @@ from vugen_cli.data.shapes import nearest, parse_shape, parse_shapes, shape_name
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import flow_matching_loss
+from vugen_cli.models.embeddings import stretched
 from vugen_cli.recipe import Captioning, MixtureSource, Recipe, load_recipe
 from vugen_cli.sampling.pipeline import VugenPipeline
 from vugen_cli.sampling.trained import load_sampler
@@ -290,6 +293,86 @@ def test_stored_images_come_in_batches_of_one_shape_and_previews_in_squares(phot
     assert held_out_images(images, 64).shape == (8, 3, 64, 64)
 
 
+class Edits(Photos):
+    """Each photograph is made from itself."""
+
+    name = "photo edits"
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        return replace(sample, sources=[sample.image])
+
+
+@pytest.fixture(scope="module")
+def shaped_edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("edits") / "edits"
+    write_dataset(Edits(20), out, "train", shapes=SHAPES, progress=False)
+    return out
+
+
+def test_edits_have_the_shape_of_their_target_and_mix_with_pictures_of_shapes(
+    photos: Path, shaped_edits: Path
+) -> None:
+    edits = ShardedImages(shaped_edits)
+    assert edits.most_sources == 1 and edits.manifest.splits["train"].skipped_count == 0
+    images = MixedImages([MixtureSource(path=str(path)) for path in (photos, shaped_edits)])
+    for images_of, least in ((edits, 1), (images, 0)):
+        found = take(images_of, 12, sources=True, flip=True)
+        assert len({batch.images.shape for batch in found}) > 1
+        for batch in found:
+            assert batch.sources is not None and batch.corrupt == 0
+            for image, sources in zip(batch.images, batch.sources, strict=True):
+                assert least <= len(sources) <= 1 and all(torch.equal(image, source) for source in sources)
+        assert any(sources for batch in found for sources in batch.sources or [])
+
+
+@pytest.fixture(scope="module")
+def mixed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[MixtureSource]:
+    """Three of four from the photographs of three shapes, the rest from squares and from one more shape."""
+    out = tmp_path_factory.mktemp("other") / "other"
+    write(out, 20, shapes="64x64,40x96,80x48")
+    return [MixtureSource(path=str(photos), weight=3), MixtureSource(path=str(out), weight=1)]
+
+
+def test_sets_of_several_shapes_mix_by_weight_and_an_epoch_has_each_sample_once(
+    photos: Path, mixed: list[MixtureSource]
+) -> None:
+    images = MixedImages(mixed)
+    assert list(map(shape_name, images.shapes)) == [*SHAPES.split(","), "40x96"]
+    assert images.card().shapes == [*SHAPES.split(","), "40x96"]
+    parts = [ShardedImages(source.path) for source in mixed]
+    stream = TrainingStream(images, 4, seed=1, window=30)
+    drawn: Counter[tuple[int, str]] = Counter()
+    seen: dict[int, Counter[tuple[int, int, int]]] = {0: Counter(), 1: Counter()}
+    for batch in range(BLOCK):
+        order, number = stream.turns.at(batch)
+        for row in range(4):
+            epoch, shard, index = stream.orders[order].at(0, 4 * number + row)
+            part = int(shard >= len(parts[0].counts))
+            own = shard - part * len(parts[0].counts)
+            assert parts[part].shape(own) == images.shape(shard) == images.shapes[stream.kinds[order]]
+            drawn[part, shape_name(images.shape(shard))] += 1
+            seen[part][epoch, own, index] += 1
+    assert all(set(times.values()) == {1} for times in seen.values())
+    for part, (images_of, share) in enumerate(zip(parts, (0.75, 0.25), strict=True)):
+        for kind, shape in enumerate(images_of.shapes):
+            wanted = 4 * BLOCK * share * images_of.counts[images_of.kinds == kind].sum() / len(images_of)
+            assert abs(drawn[part, shape_name(shape)] - wanted) < 24, (part, shape)
+
+
+def test_a_mixture_of_shapes_is_the_same_when_resumed_and_in_parts(
+    mixed: list[MixtureSource],
+) -> None:
+    images = MixedImages(mixed)
+    whole = take(images, 12)
+    assert len({batch.images.shape for batch in whole}) > 2
+    halves = [take(images, 12, part=(rank, 2)) for rank in range(2)]
+    for a, b in zip(whole[4:], take(images, 8, start=4), strict=True):
+        assert same(a, b)
+    for a, left, right in zip(whole, *halves, strict=True):
+        assert torch.equal(a.images, torch.cat([left.images, right.images]))
+
+
 def test_captions_by_a_vlm_keep_the_shapes(photos: Path, vlm_path: Path, tmp_path: Path) -> None:
     asked = Captioning(instructions=["describe the picture"], tokens=2)
     write_captions(photos, tmp_path / "c", str(vlm_path), asked, CPU)
@@ -299,8 +382,6 @@ def test_captions_by_a_vlm_keep_the_shapes(photos: Path, vlm_path: Path, tmp_pat
 
 
 def test_what_is_for_squares_alone_refuses_in_one_line(photos: Path) -> None:
-    with pytest.raises(VugenError, match="cannot be mixed"):
-        MixedImages([MixtureSource(path=str(photos), weight=1), MixtureSource(path=str(photos), weight=1)])
     with pytest.raises(VugenError, match="cannot be resized to 32"):
         TrainingStream(ShardedImages(photos), 4, seed=0, size=32)
 
@@ -372,6 +453,89 @@ def test_the_command_draws_a_shape_and_says_if_it_is_new(drawn_of: Path, tmp_pat
     assert Image.open(tmp_path / "samples" / row["file"]).size == (48, 80) and row["size"] == "48x80"
     assert "none of the sizes" in vugen_here(*given, "64x80", cwd=tmp_path).stdout
     assert "WIDTHxHEIGHT" in vugen_here(*given, "large", cwd=tmp_path).stderr
+
+
+@pytest.fixture(scope="module")
+def large(drawn_of: Path, any_shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Squares of 96 px, and a decoder for them of the reducer that learned from 64 px."""
+    out = tmp_path_factory.mktemp("large")
+    write(out / "photos", 8, shapes=None, size=96)
+    recipe = recipe_of(any_shape, "train_reducer.steps=1", "reducer.merge=2", "flow.shift=2")
+    train_reducer(recipe, out / "photos", out / "r.safetensors", CPU, drawn_of / "reducer.safetensors")
+    return out
+
+
+def test_a_sampler_goes_on_at_a_larger_size_and_draws_it_from_then_on(
+    drawn_of: Path, large: Path, tmp_path: Path
+) -> None:
+    init, small = drawn_of / "sampler.safetensors", ("train_sampler.lr=1e-9", "train_sampler.weight_decay=0")
+    words = ["train-sampler", "--init", init, "--reducer", large / "r.safetensors", "--steps", "1"]
+    done = vugen_here(*words, *(w for key in small for w in ("--set", key)), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sampler, before = load_sampler(tmp_path / "sampler.safetensors"), load_sampler(init)
+    assert (sampler.card.image_size, sampler.card.data.size, sampler.card.latents.grid) == (96, 96, (6, 6))
+    for name, tensor in before.expert.state_dict().items():
+        assert torch.allclose(sampler.expert.state_dict()[name], tensor, atol=1e-6), name
+    assert next(sampler.sample(["a bear"]))[2].shape == (3, 96, 96)
+    assert sampler.shift == pytest.approx(1.5 * before.shift)  # the square root of 36 places for 16
+
+
+def test_the_positions_that_a_copy_learned_are_stretched_over_a_larger_grid(
+    drawn_of: Path, large: Path, any_shape: Path, scenes: Path, tmp_path: Path
+) -> None:
+    brief = ("reducer.merge=2", "train_sampler.steps=1")
+    copied = load_recipe(None, [*tiny_overrides(any_shape), *brief])
+    init = train_sampler(copied, drawn_of / "reducer.safetensors", scenes, tmp_path / "a.safetensors", CPU)
+    copied = load_recipe(None, [*tiny_overrides(any_shape), *brief, "train_sampler.lr=1e-9"])
+    given = copied, large / "r.safetensors", large / "photos", tmp_path / "b.safetensors", CPU
+    before, after = load_sampler(init), load_sampler(train_sampler(*given, init=init))
+    wanted = stretched(before.expert.pos_embed, (4, 4), (6, 6))
+    assert torch.allclose(after.expert.pos_embed, wanted, atol=1e-6)
+    assert next(after.sample(["a bear"]))[2].shape == (3, 96, 96)
+
+
+def test_learned_positions_are_interpolated_and_kept_on_their_own_grid() -> None:
+    ramp = torch.stack(torch.meshgrid(torch.arange(6.0), torch.arange(8.0), indexing="ij"), -1).flatten(0, 1)
+    assert torch.equal(stretched(ramp, (6, 8), (6, 8)), ramp)
+    rows, columns = stretched(ramp, (6, 8), (12, 16)).unflatten(0, (12, 16)).unbind(-1)
+    middle = slice(4, -4)  # away from the edges; what lies at 1 of 6 covers 2 and 3 of 12
+    assert torch.allclose(rows[middle, middle], (torch.arange(12.0) / 2 - 0.25)[middle, None].expand(-1, 8))
+    assert torch.allclose(columns[middle, middle], (torch.arange(16.0) / 2 - 0.25)[middle].expand(4, -1))
+
+
+def test_another_size_is_refused_in_one_line_where_it_would_not_be_drawn(
+    drawn_of: Path, large: Path, any_shape: Path, tmp_path: Path
+) -> None:
+    sampler, recipe, out = drawn_of / "sampler.safetensors", recipe_of(any_shape), tmp_path / "s.safetensors"
+    forgot = r"latents of 6 x 6 places, and .* is for 4 x 4: .*train-reducer --reducer .*sampler\.safetensors"
+    with pytest.raises(VugenError, match=forgot):
+        train_sampler(recipe, sampler, large / "photos", out, CPU, init=sampler)
+    with pytest.raises(VugenError, match="latents of 6 x 6 places, and"):
+        write_latents(sampler, large / "photos", tmp_path / "z", CPU)
+    with pytest.raises(VugenError, match=r"r\.safetensors is for pictures of 96 px.*--init .*--reducer"):
+        load_sampler(sampler, decoder=large / "r.safetensors")
+    tensors, card = load_checkpoint(large / "r.safetensors")
+    tensors["autoencoder.reducer.mean"] += 1
+    save_checkpoint(tmp_path / "other.safetensors", tensors, card)
+    with pytest.raises(
+        VugenError, match=r"sampler\.safetensors draws .* than .*other\.safetensors has: make"
+    ):
+        train_sampler(recipe, tmp_path / "other.safetensors", large / "photos", out, CPU, init=sampler)
+
+
+def test_a_sampler_of_shaped_edits_reads_and_draws_a_shape(
+    drawn_of: Path, shaped_edits: Path, any_shape: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(any_shape, "expert.reference=true", "train_sampler.steps=4", "reducer.merge=2")
+    train_sampler(recipe, drawn_of / "reducer.safetensors", shaped_edits, tmp_path / "e.safetensors", CPU)
+    Image.new("RGB", (100, 160), "red").save(tmp_path / "red.png")
+    words = ["sample", "it", "--image", "red.png", "--sampler", "e.safetensors", "--size"]
+    done = vugen_here(*words, "48x80", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "samples" / "samples.jsonl").read_text())
+    found = [Image.open(tmp_path / "samples" / name).size for name in (row["file"], *row["sources"])]
+    assert found == [(48, 80), (48, 80)]
+    assert "learned from none of 96x80: leave" in vugen_here(*words, "96x80", cwd=tmp_path).stderr
 
 
 def test_a_cache_of_several_shapes_has_the_losses_of_live_encoding(

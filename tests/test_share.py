@@ -21,7 +21,11 @@ from conftest import vugen_here
 from huggingface_hub import constants
 
 from vugen_cli import hub
+from vugen_cli.card import AdapterCard, BaseCard
+from vugen_cli.checkpoint import fingerprint, load_checkpoint, save_checkpoint, select
 from vugen_cli.errors import VugenError
+from vugen_cli.recipe import load_recipe
+from vugen_cli.vlm.configured import configured_vlm
 from vugen_cli.vlm.frozen import load_vlm
 
 PROMPTS = ["a bear in a forest", "two apples in the snow"]
@@ -238,6 +242,43 @@ def test_a_vlm_is_had_from_the_hub(vlm_path: Path, server: ThreadingHTTPServer) 
     files = {path.name: path.read_bytes() for path in vlm_path.iterdir()}
     server.RequestHandlerClass.repositories["me/vlm"] = files  # type: ignore[attr-defined]
     assert load_vlm("hf:me/vlm").fingerprint == load_vlm(str(vlm_path)).fingerprint
+
+
+def test_a_vlm_on_the_hub_is_planned_with_by_its_configs_alone(
+    vlm_path: Path, server: ThreadingHTTPServer
+) -> None:
+    files = {path.name: path.read_bytes() for path in vlm_path.iterdir()}
+    server.RequestHandlerClass.repositories["me/vlm"] = files  # type: ignore[attr-defined]
+    recipe = load_recipe(None, ["vlm=hf:me/vlm@v1"])
+    planned = configured_vlm(recipe.vlm, recipe)
+    sizes = {name: weight.shape for name, weight in load_vlm(str(vlm_path)).model.named_parameters()}
+    assert {name: weight.shape for name, weight in planned.model.named_parameters()} == sizes
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
+    with pytest.raises(VugenError, match="the VLM hf:me/none cannot be had from the hub"):
+        configured_vlm("hf:me/none", recipe)
+
+
+def test_an_adapter_is_merged_into_a_sampler_of_the_hub(
+    exported: Path, trained: Path, tmp_path: Path, server: ThreadingHTTPServer
+) -> None:
+    files = {p.relative_to(exported).as_posix(): p.read_bytes() for p in exported.rglob("*") if p.is_file()}
+    server.RequestHandlerClass.repositories["me/bears"] = files  # type: ignore[attr-defined]
+    tensors, card = load_checkpoint(trained / "sampler.safetensors")
+    matrix = next(name for name in tensors if name.endswith("q_proj.weight")).removesuffix(".weight")
+    rows, columns = tensors[f"{matrix}.weight"].shape
+    adapter = {
+        f"{matrix}.lora_A.weight": torch.ones(1, columns),
+        f"{matrix}.lora_B.weight": torch.ones(rows, 1),
+    }
+    base = BaseCard(name="bears", fingerprint=fingerprint(select(tensors, "expert"), "expert."))
+    facts = AdapterCard(step=1, rank=1, base=base, recipe={}, data=card.data)
+    save_checkpoint(tmp_path / "mine.safetensors", adapter, facts)
+    words = ["merge", "hf:me/bears@v1", "--adapter", "mine.safetensors:0.5", "--out", "m.safetensors"]
+    done = vugen_here(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    merged, facts_of = load_checkpoint(tmp_path / "m.safetensors")
+    assert torch.equal(merged[f"{matrix}.weight"], tensors[f"{matrix}.weight"] + 0.5)
+    assert facts_of.vlm.fingerprint == load_vlm(facts_of.vlm.name).fingerprint  # as it was downloaded
 
 
 def test_what_the_hub_does_not_give_is_one_line(

@@ -8,7 +8,8 @@ from vugen_cli.errors import VugenError, first_line
 
 PREFIX = "hf:"
 # What a sampler, an adapter or a VLM is made of: no pickles, no code.
-FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+CONFIGS = ("*config.json",)  # what says how large a VLM is
 
 
 def reach_hub(name: str, what: str, seconds: float = 5.0) -> bool:
@@ -51,12 +52,13 @@ def hub_problem(seconds: float = 5.0) -> str:
 
 
 @cache  # a command may ask several times, and must get the same files
-def downloaded(given: str, what: str) -> Path:
+def downloaded(given: str, what: str, files: tuple[str, ...] = FILES) -> Path:
     """The local copy of a repository on the hub, as it is there now or, without a network, as it was.
 
     Args:
         given: `hf:owner/name`, or `hf:owner/name@revision` for a branch, a tag or a commit.
         what: it is, as a message begins: `--sampler`.
+        files: patterns of those that are wanted.
 
     Raises:
         VugenError: it is not there, may not be read, or the hub cannot be reached and it was not downloaded
@@ -73,7 +75,7 @@ def downloaded(given: str, what: str) -> Path:
         folder = snapshot_download(
             name,
             revision=revision or None,
-            allow_patterns=FILES,
+            allow_patterns=list(files),
             local_files_only=bool(problem),
             endpoint=constants.ENDPOINT,
         )

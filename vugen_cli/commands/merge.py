@@ -9,7 +9,9 @@ from vugen_cli.commands.options import Answer
 
 
 def merge(
-    sampler: Annotated[Path, typer.Argument(help="Checkpoint of `vugen train-sampler`.")],
+    sampler: Annotated[
+        Path, typer.Argument(help="Checkpoint of `vugen train-sampler`, exported folder or hf:user/name.")
+    ],
     adapter: Annotated[list[str], typer.Option(help="Adapter, as FILE or FILE:WEIGHT. Repeatable.")],
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")] = Path("merged.safetensors"),
 ) -> Answer:
@@ -18,13 +20,15 @@ def merge(
     \b
     Examples:
       vugen merge sampler.safetensors --adapter mine.safetensors --out merged.safetensors
-      vugen merge sampler.safetensors --adapter mine.safetensors:0.6 --adapter yours.safetensors:0.4
+      vugen merge hf:user/bears@v1 --adapter mine.safetensors:0.6 --adapter yours.safetensors:0.4
     """
     from vugen_cli.commands.answers import Written
     from vugen_cli.commands.options import require_safetensors
     from vugen_cli.sampling.adapters import merge as run
+    from vugen_cli.sampling.trained import located
 
     require_safetensors(out)
-    run(sampler, adapter, out)
+    file, vlm = located(sampler)
+    run(file, adapter, out, vlm)
     typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler {out}')
     return Written(out=str(out))

@@ -111,6 +111,25 @@ def sampler_recipe(
     return parse_recipe({**values, **fixed}, str(reducer), given)
 
 
+def at_size_of(card: "Card", reducer: "Card") -> "Card":
+    """The card of a sampler that is trained further on the latents of another checkpoint of its reducer.
+
+    Its own recipe, with how the other's z̃ are made and drawn. Its `flow.shift` grows with the square root of
+    the places, as the times should by which as much is left of a picture (arXiv 2403.03206, eq. 23).
+    """
+    from math import prod
+
+    from vugen_cli.recipe import parse_recipe
+
+    flow = parse_recipe(card.recipe, "the sampler's card").flow
+    shift = flow.shift_of(card.latents.grid, card.latents.channels)
+    shift *= (prod(reducer.latents.grid) / prod(card.latents.grid)) ** 0.5
+    keys = ("reducer", "decoder", "latents", "vlm_size", "vlm_dtype")
+    theirs = {key: reducer.recipe[key] for key in keys if key in reducer.recipe}
+    recipe = {**card.recipe, **theirs, "flow": {**flow.model_dump(), "shift": shift}}
+    return reducer.model_copy(update={"recipe": recipe})
+
+
 def data_of(
     resolved: "Recipe", data: str | None, card: "Card | None" = None, own_recipe: bool = True
 ) -> str | None:

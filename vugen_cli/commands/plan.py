@@ -7,7 +7,10 @@ import typer
 from vugen_cli.commands.options import Answer, SetOption
 
 Vlm = Annotated[
-    str | None, typer.Option(help="VLM: `nano`, a directory with a config.json, that file, or a hub id.")
+    str | None,
+    typer.Option(
+        help="VLM: `nano`, a directory with a config.json, that file, a hub id, or hf:owner/name@revision."
+    ),
 ]
 
 

@@ -125,7 +125,7 @@ def sample(
         from vugen_cli.metrics.samples import read_samples
         from vugen_cli.processes import is_first, join
         from vugen_cli.sampling.draw import collect_prompts, draw, pick_sampler
-        from vugen_cli.sampling.sampler import open_picture
+        from vugen_cli.sampling.sampler import open_picture, picture_shape
         from vugen_cli.sampling.trained import load_sampler
         from vugen_cli.vlm.prompts import Prompt
 
@@ -145,7 +145,7 @@ def sample(
         loaded.compile()
     if shape and is_first():
         say_if_new(loaded.card, shape)
-    pictures = tuple(open_picture(path, loaded.card.data.size) for path in image or [])
+    pictures = tuple(open_picture(path, picture_shape(loaded.card, shape)) for path in image or [])
     asked = [Prompt(text, pictures) for text in texts]
     folder = draw(
         loaded, asked, n, out, seed, steps, guidance, solver.value if solver else None, image_guidance, shape

@@ -92,7 +92,9 @@ def train_reducer(
         from vugen_cli.stages.train_reducer import train_reducer as run
 
         run(resolved, source, out, where, reducer, options)
-    if given:
+    if given and read_card(out).latents.grid != card.latents.grid:
+        typer.echo(f"wrote {out}; next: vugen train-sampler --init SAMPLER --reducer {out}")
+    elif given:
         typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler SAMPLER --decoder {out}')
     else:
         typer.echo(f"wrote {out}; next: vugen train-sampler --reducer {out}")

@@ -29,7 +29,10 @@ TrainedOnOption = Annotated[
 ]
 InitOption = Annotated[
     Path | None,
-    typer.Option(help="Instead: a sampler to train further, on other images for example; also hf:user/name."),
+    typer.Option(
+        help="Instead: a sampler to train further, on other images for example; also hf:user/name. With "
+        "--reducer: on its latents, which keep the sampler's reducer and are of another size."
+    ),
 ]
 AdapterOption = Annotated[
     int | None,
@@ -68,11 +71,12 @@ def train_sampler(
       vugen train-sampler --reducer ckpt.safetensors
       vugen train-sampler --reducer ckpt.safetensors --data data/coco --out coco.safetensors --steps 20000
       vugen train-sampler --init sampler.safetensors --data data/mine --out mine.safetensors --steps 2000
+      vugen train-sampler --init sampler.safetensors --reducer reducer-512.safetensors --out 512.safetensors
       vugen train-sampler --adapter 16 --data data/mine --out mine.safetensors
     """
     from vugen_cli.checkpoint import read_card
     from vugen_cli.commands.answers import Trained
-    from vugen_cli.commands.options import data_of, require_safetensors, sampler_recipe
+    from vugen_cli.commands.options import at_size_of, data_of, require_safetensors, sampler_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
     from vugen_cli.processes import join
@@ -82,21 +86,20 @@ def train_sampler(
     from vugen_cli.stages.train_sampler import train_sampler as run
 
     require_safetensors(out)
-    if reducer and (init or adapter):
-        raise VugenError(
-            "--reducer begins a sampler, and --init and --adapter go on from one: give --init alone"
-        )
+    if reducer and adapter:
+        raise VugenError("--adapter is for a sampler as it draws: give --init alone, without --reducer")
     init = pick_sampler(init) if adapter else init
     start, vlm = located(init or reducer or Path("reducer.safetensors"), vlm)
-    if start.resolve() == out.resolve():
+    if out.resolve() in {path.resolve() for path in (start, reducer) if path}:
         raise VugenError(f"--out {out} is the checkpoint to start from: give the new one another name")
-    card = read_card(start)
+    card = at_size_of(read_card(start), read_card(reducer)) if init and reducer else read_card(start)
     kept = ("reducer", "decoder", "expert") if init else ("reducer", "decoder")
     training = ADAPTER_TRAINING if adapter else None
     given = (recipe, steps, batch_size, set_, vlm, "train_sampler", kept, log, training)
     resolved, options = sampler_recipe(card, start, *given), RunOptions(profile, change_recipe)
     images, where = data_of(resolved, data, card, recipe is not None), join(pick_device(device))
-    run(resolved, start, images, out, where, allow_vlm_mismatch, init is not None, options, adapter)
+    further = start if init else None
+    run(resolved, reducer or start, images, out, where, allow_vlm_mismatch, further, options, adapter)
     how = f"--adapter {out}" if adapter else f"--sampler {out}"
     typer.echo(f'wrote {out}; next: vugen sample "a prompt" {how}')
     return Trained(out=str(out), run=str(out.with_suffix(".run")), steps=resolved.train_sampler.steps)

@@ -62,7 +62,7 @@ class Batch:
         meta: B dictionaries, the samples' `.json`, with every caption under `captions`.
         corrupt: how many samples of this batch were damaged; others, drawn at random, stand in for them.
         tokens: the captions' token ids, of a latent cache or where the stream was given a tokeniser.
-        sources: the pictures that each image is made from, uint8 [3, S, S] each; none if it is no edit. None
+        sources: the pictures that each image is made from, uint8 [3, H, W] each; none if it is no edit. None
             where the stream was not asked for them.
         cut: how many captions were too long and lost their end.
     """
@@ -178,6 +178,10 @@ class ShardedImages:
             return (*self.shapes[kind], 3)
         grids = self.latents.grids or {}
         return (*grids.get(shape_name(self.shapes[kind]), self.latents.grid), self.latents.channels)
+
+    def weight(self, kind: int) -> float:
+        """How much of all that is drawn is of one of the shapes, in proportion: its samples."""
+        return float(self.counts[self.kinds == kind].sum())
 
     def refuse_shapes(self, why: str) -> None:
         """End what is only for squares.
@@ -345,6 +349,18 @@ def decode_stored(data: bytes, size: int | Shape, place: np.ndarray | None = Non
         return np.array(image.convert("RGB"))
 
 
+def decode_source(data: bytes, shapes: Sequence[Shape], size: int) -> np.ndarray:
+    """A picture that an edit is made from, of one of a data set's shapes, cut to a square: uint8 [S, S, 3].
+
+    Raises:
+        Exception: as `decode_stored`.
+    """
+    for shape in shapes[:-1]:
+        with contextlib.suppress(ValueError):
+            return adm_crop(decode_stored(data, shape), size)
+    return adm_crop(decode_stored(data, shapes[-1]), size)
+
+
 def decode_latents(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     """The latents of an image from their `.npy`, float16 of `shape`.
 
@@ -406,7 +422,7 @@ class TrainingStream(IterableDataset[Batch]):
             images.refuse_shapes(f"which cannot be resized to {self.size}: prepare others")
         self.kinds = [kind for kind in range(len(images.shapes)) if images.counts[images.kinds == kind].any()]
         self.orders = [images.order(seed, window, batch_size, part[1], kind) for kind in self.kinds]
-        self.turns = Turns([int(images.counts[images.kinds == kind].sum()) for kind in self.kinds], seed)
+        self.turns = Turns([images.weight(kind) for kind in self.kinds], seed)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(wds.DataPipeline(self.numbers, wds.map(self.batch)))
@@ -479,8 +495,10 @@ class TrainingStream(IterableDataset[Batch]):
         pixels, meta = self.images.read(shard, index, place)
         stored = meta.pop("sources", [])
         if self.sources and stored:
+            shape = self.images.shape(shard)
+            cut = self.size if len(self.images.shapes) == 1 else shape
             try:
-                decoded = [adm_crop(decode_stored(data, self.images.size), self.size) for data in stored]
+                decoded = [adm_crop(decode_stored(data, shape), cut) for data in stored]
             except Exception as error:  # damaged bytes make decoders raise nearly anything
                 raise Damaged(f"a source of sample {index}: {first_line(error)}") from error
             meta["sources"] = [torch.from_numpy(source).permute(2, 0, 1) for source in decoded]

@@ -6,6 +6,10 @@ same number from every set, shuffled by (seed, stream, block). How many came fro
 then known without counting, and is the sample's number in that set's own stream: each sample comes once in
 its own set's epoch, however long the epochs of the others are. A set too small for as many streams as the
 mixture has gives several of them one of its own, from which they draw in turn.
+
+Sets may hold pictures of several shapes, the same or not, whose squares are of one size. A batch is then of
+one shape, as of one set: each shape has such streams, over the sets that have it. How often a shape comes and
+a set within it follow from the sets' weights and from how much of each set is of that shape.
 """
 
 import hashlib
@@ -19,8 +23,17 @@ import numpy as np
 
 from vugen_cli.card import DataCard
 from vugen_cli.data.loader import ShardedImages
-from vugen_cli.data.order import BLOCK, StreamOrder, block_of, block_shares, ranks_in, stream_count
+from vugen_cli.data.order import (
+    BLOCK,
+    StreamOrder,
+    block_of,
+    block_shares,
+    least_shares,
+    ranks_in,
+    stream_count,
+)
 from vugen_cli.data.sample import Meta
+from vugen_cli.data.shapes import shape_name
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import MixtureSource, Recipe
 
@@ -47,13 +60,17 @@ class MixedImages(ShardedImages):
             if (images.size, images.latents is None) != (first.size, first.latents is None):
                 raise VugenError(
                     f"{first.directory} and {images.directory} cannot be mixed: they hold pictures of "
-                    f"different size, or one is a latent cache; prepare them alike"
+                    f"different size ({first.size} and {images.size} px), or one is a latent cache; prepare "
+                    "them alike, or train at one size after the other (train-sampler --init with --reducer)"
                 )
-            images.refuse_shapes("which cannot be mixed: train on it alone")
-        self.size, self.shapes, self.latents = first.size, first.shapes, first.latents
+        self.size, self.latents = first.size, first.latents
+        self.shapes = list(dict.fromkeys(shape for images in self.parts for shape in images.shapes))
         self.most_sources = max(images.most_sources for images in self.parts)
         self.counts = np.concatenate([images.counts for images in self.parts])
-        self.kinds = np.zeros(len(self.counts), dtype=np.int64)
+        numbers = [[self.shapes.index(shape) for shape in images.shapes] for images in self.parts]
+        self.kinds = np.concatenate(
+            [np.array(of, np.int64)[images.kinds] for of, images in zip(numbers, self.parts, strict=True)]
+        )
         self.names = [f"{images.directory}/{name}" for images in self.parts for name in images.names]
         self.firsts = np.cumsum([0, *(len(images.counts) for images in self.parts)])
         self.shares = block_shares([source.weight for source in sources])
@@ -79,15 +96,45 @@ class MixedImages(ShardedImages):
             counts={"train": sum(card.counts.get("train", 0) for card in cards)},
             sha256=None if None in hashes else hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
             mixture=[source.model_dump(mode="json") for source in self.sources],
+            shapes=[shape_name(shape) for shape in self.shapes] if len(self.shapes) > 1 else None,
         )
+
+    def _of_kind(self, kind: int) -> list[tuple[int, ShardedImages, int, int]]:
+        """The sets that have pictures of a shape: number, set, number of the shape there, samples of it."""
+        found = []
+        for part, images in enumerate(self.parts):
+            if self.shapes[kind] in images.shapes:
+                own = images.shapes.index(self.shapes[kind])
+                if samples := int(images.counts[images.kinds == own].sum()):
+                    found.append((part, images, own, samples))
+        return found
+
+    def _weights(self, kind: int) -> list[float]:
+        """Of the sets that have a shape: their weight by how much of them is of it."""
+        return [
+            self.sources[part].weight * (samples / len(images))
+            for part, images, _, samples in self._of_kind(kind)
+        ]
+
+    def weight(self, kind: int) -> float:
+        """As `ShardedImages.weight`, by the sets' weights."""
+        return sum(self._weights(kind))
+
+    def array_shape(self, kind: int) -> tuple[int, ...]:
+        """As `ShardedImages.array_shape`; a cache notes the grids of its own shapes."""
+        _, images, own, _ = self._of_kind(kind)[0]
+        return images.array_shape(own)
 
     def order(self, seed: int, window: int, batch_size: int, parts: int = 1, kind: int = 0) -> "MixedOrder":
         """As `ShardedImages.order`; every set shuffles a window of its own."""
-        streams = stream_count(batch_size, len(self))
+        sets = self._of_kind(kind)
+        streams = stream_count(batch_size, sum(samples for *_, samples in sets))
         orders = [
-            images.streams(seed, window, stream_count(streams, len(images)), parts) for images in self.parts
+            images.streams(seed, window, stream_count(streams, samples), parts, own)
+            for _, images, own, samples in sets
         ]
-        return MixedOrder(orders, self.shares, self.firsts, seed, streams)
+        firsts = self.firsts[[part for part, *_ in sets]]
+        return MixedOrder(orders, least_shares(self._weights(kind)), firsts, seed, streams)
 
     def read(self, shard: int, index: int, place: np.ndarray | None = None) -> tuple[np.ndarray, Meta]:
         """As `ShardedImages.read`."""

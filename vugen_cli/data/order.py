@@ -162,20 +162,17 @@ class Turns:
     """Which of several orders gives a batch, and which of that one's batches it is.
 
     Args:
-        samples: of each order; at least one batch of a block comes from each.
+        weights: of each order, its samples as a rule; at least one batch of a block comes from each.
         seed: of the run.
     """
 
-    def __init__(self, samples: list[int], seed: int):
-        self.samples, self.seed = samples, seed
-        shares = block_shares(list(map(float, samples)))
-        shares[shares == 0] = 1  # rather too often than never
-        shares[shares.argmax()] -= shares.sum() - BLOCK
-        self.shares = shares
+    def __init__(self, weights: list[float], seed: int):
+        self.weights, self.seed = weights, seed
+        self.shares = least_shares(weights)
         self._block = lru_cache(maxsize=4)(self._shuffle)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Turns, (self.samples, self.seed)
+        return Turns, (self.weights, self.seed)
 
     def at(self, batch: int) -> tuple[int, int]:
         """The order that gives batch number `batch`, and its number among the batches of that order."""
@@ -195,6 +192,14 @@ def block_shares(weights: list[float]) -> np.ndarray:
     shares = np.floor(exact).astype(np.int64)
     for source in np.argsort(shares - exact, kind="stable")[: BLOCK - int(shares.sum())]:
         shares[source] += 1
+    return shares
+
+
+def least_shares(weights: list[float]) -> np.ndarray:
+    """As `block_shares`, but no source is without a place: rather too often than never."""
+    shares = block_shares(weights)
+    shares[shares == 0] = 1
+    shares[shares.argmax()] -= shares.sum() - BLOCK
     return shares
 
 

@@ -486,11 +486,9 @@ def _members(sample: Sample, size: int, shapes: list[Shape]) -> tuple[list[tuple
         "height": height,
         "caption_count": len(sample.captions),
     }
-    sources = _sources(sample, size)
+    sources = _sources(sample, size, shapes[which])
     if sources:
         meta["source_count"] = len(sources)
-        if len(shapes) > 1:
-            raise ValueError("an edit, which --shapes does not cut")
     text = "\n".join(sample.captions) + "\n"
     members = [
         encode(adm_crop(pixels, shapes[which]), lossless),
@@ -520,8 +518,8 @@ def shard_file(path: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, Any]]]:
     write_index(index_path(path), index)
 
 
-def _sources(sample: Sample, size: int) -> list[tuple[str, bytes]]:
-    """The members `source0.png`, ... of an edit, cut as its picture is.
+def _sources(sample: Sample, size: int, shape: Shape) -> list[tuple[str, bytes]]:
+    """The members `source0.png`, ... of an edit, cut to the shape of its picture.
 
     Raises:
         ValueError: one cannot be used, or an instruction places another number of them.
@@ -534,7 +532,7 @@ def _sources(sample: Sample, size: int) -> list[tuple[str, bytes]]:
             pixels, lossless = _pixels(source, size)
         except ValueError as error:
             raise ValueError(f"source picture {number}: {error}") from error
-        kind, data = encode(adm_crop(pixels, size), lossless)
+        kind, data = encode(adm_crop(pixels, shape), lossless)
         members.append((f"source{number}.{kind}", data))
     for caption in sample.captions if members else []:
         if caption.count(PICTURE) not in (0, len(members)):

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vugen_cli.data.sample import MOST_SOURCES
 from vugen_cli.vlm.prefix import Prefix
@@ -25,6 +26,21 @@ def grid_positions(height: int, width: int, channels: int) -> Tensor:
     return torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], -1).flatten(
         0, 1
     )
+
+
+def stretched(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Positions learned for one grid, interpolated for another, as a ViT's are (arXiv 2010.11929, 3.2).
+
+    Args:
+        positions: row by row, [h * w, channels].
+        old: (h, w) of their grid.
+        new: (h', w') of the other.
+
+    Returns:
+        float32 [h' * w', channels]; of the same grid they are the same.
+    """
+    table = positions.float().unflatten(0, old).permute(2, 0, 1)[None]  # [1, channels, h, w]
+    return functional.interpolate(table, new, mode="bilinear")[0].flatten(1).T.contiguous()
 
 
 class TimeEmbedding(nn.Module):

@@ -128,7 +128,7 @@ def run_demo(out: Path, device: torch.device) -> Path:
 
     _say(f"3/5 train-sampler --adapter {RANK}: minutes; the sampler itself stays as it is")
     recipe = recipe_of(base, [things, scenes])
-    train_sampler(recipe, base, None, adapter, device, further=True, rank=RANK)
+    train_sampler(recipe, base, None, adapter, device, init=base, rank=RANK)
 
     _say("4/5 sample: the same prompts from the same noise, with the adapter")
     taught = load_sampler(base, device=device, adapters=[str(adapter)])

@@ -123,12 +123,21 @@ def parse(given: str) -> tuple[str, float]:
         return given, 1.0
 
 
-def merge(sampler: Path, given: Sequence[str], out: Path) -> None:
+def merge(sampler: Path, given: Sequence[str], out: Path, vlm: str | None = None) -> None:
     """Write a sampler with adapters added for good; it draws what the two drew together.
+
+    Args:
+        sampler: its checkpoint.
+        given: see `with_adapters`.
+        out: the checkpoint to write.
+        vlm: where its VLM is, if not where its card says: the new card does.
 
     Raises:
         VugenError: as `load_checkpoint` and `with_adapters`.
     """
     tensors, card = load_checkpoint(sampler, "sampler")
     whole = with_adapters(tensors, given, sampler)
-    save_checkpoint(out, whole, card.model_copy(update={"adapters": [*(card.adapters or []), *given]}))
+    changes: dict[str, object] = {"adapters": [*(card.adapters or []), *given]}
+    if vlm:
+        changes["vlm"] = card.vlm.model_copy(update={"name": vlm})
+    save_checkpoint(out, whole, card.model_copy(update=changes))

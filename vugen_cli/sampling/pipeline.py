@@ -14,7 +14,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.files import write_json
 from vugen_cli.flow import Solver
 from vugen_cli.hub import PREFIX
-from vugen_cli.sampling.sampler import Sampler, open_picture
+from vugen_cli.sampling.sampler import Sampler, open_picture, picture_shape
 from vugen_cli.sampling.trained import VLM, WEIGHTS, load_sampler, save_sampler
 from vugen_cli.vlm.frozen import WORDS
 from vugen_cli.vlm.prompts import Prompt
@@ -163,7 +163,9 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
         given: Any = image or []
         if isinstance(given, str | Path | bytes | Image.Image):
             given = [given]
-        pictures = tuple(open_picture(each, self.sampler.card.data.size) for each in given)
+        card = self.sampler.card
+        size = height or card.image_size, width or card.image_size
+        pictures = tuple(open_picture(each, picture_shape(card, size)) for each in given)
         if not prompts or not (pictures or all(text.strip() for text in prompts)):
             raise VugenError("a prompt is empty: say what to draw")
         if output_type not in ("pil", "np", "pt"):
@@ -175,7 +177,6 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
         if seed is None:
             where = generator.device if generator else torch.device("cpu")
             seed = int(torch.randint(2**63 - 1, (), generator=generator, device=where))
-        side = self.sampler.card.image_size
         asked = [Prompt(text.strip(), pictures) for text in prompts]
         drawn = {}
         with self.progress_bar(total=len(asked) * num_images_per_prompt) as progress:
@@ -187,7 +188,7 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
                 guidance_scale,
                 solver,
                 image_guidance_scale,
-                (height or side, width or side),
+                size,
             ):
                 drawn[p, i] = picture
                 progress.update()

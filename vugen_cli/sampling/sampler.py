@@ -183,7 +183,7 @@ class Sampler:
 
         Args:
             prompts: any texts, with pictures as a `Prompt`; the empty one draws unconditionally. Pictures
-                should be `card.data.size` a side, as `open_picture` cuts them: the expert learned from such.
+                should be cut to `picture_shape`, as `open_picture` does: the expert learned from such.
             n: images for each.
             seed: of the noise.
             steps, guidance, solver, image_guidance: see `Sampling`; None takes the checkpoint's.
@@ -246,9 +246,11 @@ class Sampler:
         """
         wanted = {prompt.key: prompt for _, prompt, _ in keys}
         first, before, (shape, grid) = keys[0][1], known or {}, self.grid(size)
-        if first.pictures and self.expert.reference and grid != self.card.latents.grid:
+        sides = {tuple(picture.shape[1:]) for picture in first.pictures} if self.expert.reference else set()
+        if sides - {shape} and (grid != self.card.latents.grid or any(h != w for h, w in sides)):
             raise VugenError(
-                f"{self.path} reads pictures as references, which are squares: leave the size out"
+                f"{self.path} reads pictures as references, and learned from none of {shape_name(shape)}: "
+                "leave the size out"
             )
         names, width = list(wanted), self.kind(first)[-1]
         if first.pictures and not first.text:  # they are all there is to guide by
@@ -349,12 +351,24 @@ def for_vlm(prompt: T, expert: GenerationExpert | DiTExpert) -> T | Prompt:
     return prompt
 
 
-def open_picture(picture: str | Path | bytes | Image.Image, size: int) -> Tensor:
-    """A picture as prompts take it, uint8 [3, size, size]: decoded and cut as `vugen prepare` does it.
+def picture_shape(card: Card, drawn: int | Shape | None = None) -> Shape:
+    """What a sampler's prompts have their pictures cut to: the size to draw if it learned from such, as edits
+    of several shapes are made, else the square that it learned from.
+
+    Args:
+        card: of the sampler.
+        drawn: see `Sampler.grid`.
+    """
+    shape = as_shape(card.data.size if drawn is None else drawn)
+    return shape if shape_name(shape) in (card.data.shapes or []) else as_shape(card.data.size)
+
+
+def open_picture(picture: str | Path | bytes | Image.Image, size: int | Shape) -> Tensor:
+    """A picture as prompts take it, uint8 [3, H, W]: decoded and cut as `vugen prepare` does it.
 
     Args:
         picture: a file, its bytes, or an open picture.
-        size: pixels a side, a sampler's `card.data.size`.
+        size: pixels a side, or (height, width); see `picture_shape`.
 
     Raises:
         VugenError: there is no such file, or it is none that `vugen prepare` would take.

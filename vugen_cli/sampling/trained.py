@@ -15,6 +15,7 @@ from vugen_cli.flow import Solver
 from vugen_cli.hub import PREFIX, downloaded, reach_hub
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.dit_expert import DiTExpert, spread
+from vugen_cli.models.embeddings import stretched
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import Expert, parse_recipe
@@ -68,13 +69,54 @@ def load_decoder(
         VugenError: as `load_autoencoder`, or its reducer is another one.
     """
     other, _, card = load_autoencoder(path, device)
-    mine, theirs = autoencoder.reducer.state_dict(), other.reducer.state_dict()
-    if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+    if not same_reducer(autoencoder, other):
         raise VugenError(
             f"{path} decodes the latents of another reducer: give one that `vugen train-reducer --distill` "
             "made from this sampler or from the reducer it was trained on"
         )
     return other, card
+
+
+def same_reducer(one: Autoencoder, other: Autoencoder) -> bool:
+    """Whether two on one device reduce z alike, to the bit: what draws z̃ of the one draws the other's."""
+    mine, theirs = one.reducer.state_dict(), other.reducer.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def load_expert(
+    path: Path,
+    reducer: Path,
+    autoencoder: Autoencoder,
+    vlm: FrozenVLM,
+    latents: LatentsCard,
+    allow_vlm_mismatch: bool = False,
+) -> dict[str, Tensor]:
+    """The weights of a sampler's expert for the latents of another checkpoint: of pictures of another size.
+
+    A `dit` has rotary positions, of any grid; those that a copy of the decoder learned are interpolated.
+
+    Args:
+        path: of the sampler.
+        reducer: the checkpoint whose latents they are for, which has the sampler's reducer.
+        autoencoder: of that checkpoint.
+        vlm: of both.
+        latents: of that checkpoint's card.
+        allow_vlm_mismatch: see `FrozenVLM.check`.
+
+    Raises:
+        VugenError: not a sampler, damaged, of another VLM, or of another reducer.
+    """
+    own, tensors, card = load_autoencoder(path, autoencoder.reducer.mean.device, "sampler")
+    if not same_reducer(own, autoencoder):
+        raise VugenError(
+            f"{path} draws the latents of another reducer than {reducer} has: make one that keeps its own by "
+            f"`vugen train-reducer --reducer {path}`"
+        )
+    vlm.check(card, path, allow_vlm_mismatch)
+    weights = select(tensors, "expert")
+    if "pos_embed" in weights and card.latents.grid != latents.grid:
+        weights["pos_embed"] = stretched(weights["pos_embed"], card.latents.grid, latents.grid)
+    return weights
 
 
 def load_weights(
@@ -142,8 +184,8 @@ def load_sampler(
         adapters: added to the expert, each a file or `file:weight`; see `with_adapters`.
 
     Raises:
-        VugenError: not a sampler, damaged, another VLM, a decoder of another reducer, or another sampler's
-            adapter.
+        VugenError: not a sampler, damaged, another VLM, a decoder of another reducer or for another grid, or
+            another sampler's adapter.
     """
     path, vlm = located(path, vlm)
     autoencoder, tensors, card = load_autoencoder(path, torch.device(device), "sampler")
@@ -152,6 +194,11 @@ def load_sampler(
         card = card.model_copy(update={"adapters": [*(card.adapters or []), *adapters]})
     if decoder:
         autoencoder, other = load_decoder(decoder, autoencoder, torch.device(device))
+        if other.latents.grid != card.latents.grid:
+            raise VugenError(
+                f"{decoder} is for pictures of {other.image_size} px, whose latents {path} did not learn: "
+                f"train it further by `vugen train-sampler --init {path} --reducer {decoder}`"
+            )
         drawing = {"recipe": {**card.recipe, "decoder": other.recipe["decoder"]}, "decoder": str(decoder)}
         card = card.model_copy(update={**drawing, "image_size": other.image_size})
     frozen = vlm_of(card, path, vlm, device, allow_vlm_mismatch)

@@ -25,9 +25,10 @@ from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from vugen_cli.data.images import adm_crop
+from vugen_cli.data.shapes import as_shape, parse_shape, shape_name
 from vugen_cli.errors import VugenError
 from vugen_cli.sampling.draw import png
-from vugen_cli.sampling.sampler import SAMPLE_BATCH, Sampler
+from vugen_cli.sampling.sampler import SAMPLE_BATCH, Sampler, picture_shape
 from vugen_cli.serve.asked import MAX_IMAGES, MAX_PROMPT, MAX_STEPS, Edit, Generation, Refusal, invalid
 from vugen_cli.serve.drawer import Drawer, Job, QueueFull, Stopping
 from vugen_cli.serve.guard import Guard
@@ -92,9 +93,10 @@ class Service:
         self.learned_edits = bool(sampler.expert.reference) or data.dataset.endswith("edits")
 
     @property
-    def side(self) -> int:
-        """Of a picture, in pixels."""
-        return self.sampler.card.image_size
+    def sizes(self) -> list[str]:
+        """Of the pictures that it learned to draw, WIDTHxHEIGHT, the usual one first."""
+        usual = shape_name(as_shape(self.sampler.card.image_size))
+        return list(dict.fromkeys([usual, *(self.sampler.card.data.shapes or [])]))
 
     def model(self) -> dict[str, Any]:
         """The one model, as `GET /v1/models` lists it, with what the page wants to know."""
@@ -107,7 +109,8 @@ class Service:
             "vugen": {
                 "version": __version__,
                 "vlm": Path(self.sampler.card.vlm.name).name,
-                "size": self.side,
+                "size": self.sampler.card.image_size,
+                "sizes": self.sizes,
                 "edits": self.learned_edits,
                 "steps": defaults.steps,
                 "guidance": defaults.guidance,
@@ -125,16 +128,18 @@ class Service:
         if asked.model not in (None, self.name):
             said = f"there is no model {asked.model[:60]} here: it is {self.name}"
             raise Refusal(404, said, "model_not_found", "model")
-        if asked.size not in ("auto", f"{self.side}x{self.side}"):
-            raise Refusal(400, f"size: this sampler draws {self.side}x{self.side}", "invalid_value", "size")
+        if asked.size not in ("auto", *self.sizes):
+            said = f"size: this sampler draws {', '.join(self.sizes)}"
+            raise Refusal(400, said, "invalid_value", "size")
+        size = parse_shape(self.sizes[0] if asked.size == "auto" else asked.size)
         by_pictures = asked.image_guidance if isinstance(asked, Edit) else None
         settings = self.sampler.settings(asked.steps, asked.guidance, asked.solver, by_pictures)
-        side = self.sampler.card.data.size  # of the pictures that it learned from
-        pictures = tuple(torch.from_numpy(adm_crop(u, side).copy()).permute(2, 0, 1) for u in uploads)
+        cut = picture_shape(self.sampler.card, size)
+        pictures = tuple(torch.from_numpy(adm_crop(u, cut).copy()).permute(2, 0, 1) for u in uploads)
         # Such that a page's script, whose integers end at 2^53, can say it again.
         seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
         try:
-            return self.drawer.submit(Prompt(asked.prompt, pictures), asked.n, seed, settings)
+            return self.drawer.submit(Prompt(asked.prompt, pictures), asked.n, seed, settings, size)
         except VugenError as error:
             raise Refusal(400, str(error), "invalid_value", "image" if uploads else "prompt") from error
         except QueueFull as error:
@@ -207,10 +212,15 @@ async def answer(
     base = str(request.base_url)
     data = [service.datum(asked, job, file, base) for job, file in zip(jobs, drawn, strict=True)]
     return JSONResponse(
-        {"created": int(time.time()), "data": data, "size": f"{service.side}x{service.side}",
-         "output_format": "png"},
+        {"created": int(time.time()), "data": data, "size": size_of(jobs), "output_format": "png"},
         headers={"cache-control": "no-store"},
     )  # fmt: skip
+
+
+def size_of(jobs: list[Job]) -> str:
+    """What a request's pictures measure, WIDTHxHEIGHT."""
+    assert jobs[0].size
+    return shape_name(jobs[0].size)
 
 
 async def _files(service: Service, jobs: list[Job]) -> list[bytes]:
@@ -226,7 +236,7 @@ async def _events(
     service: Service, asked: Generation, jobs: list[Job], request: Request, event: str
 ) -> AsyncIterator[str]:
     """OpenAI's stream: an event for each picture, and ours on progress between them."""
-    base, size = str(request.base_url), f"{service.side}x{service.side}"
+    base = str(request.base_url)
     file = None
     try:
         for job in jobs:  # which is the order in which they are drawn
@@ -244,7 +254,7 @@ async def _events(
                 **datum,
                 index=job.index,
                 created_at=int(time.time()),
-                size=size,
+                size=size_of(jobs),
                 output_format="png",
                 background="opaque",
                 quality="auto",

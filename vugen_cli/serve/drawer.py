@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from vugen_cli.data.shapes import Shape
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Sampling
 from vugen_cli.sampling.sampler import SAMPLE_BATCH, Kind, Sampler
@@ -47,7 +48,8 @@ class Job:
         seed, prompt, index: what its noise depends on.
         settings: how it is drawn.
         kind: of its prompt; see `Sampler.kind`.
-        future: its pixels, uint8 [3, S, S]; cancelled, it is not drawn.
+        size: see `Sampler.grid`.
+        future: its pixels, uint8 [3, H, W]; cancelled, it is not drawn.
         left: whoever waited has gone, perhaps when it was being drawn already.
         done: the part of its drawing that is done, 0 to 1.
     """
@@ -57,6 +59,7 @@ class Job:
     index: int
     settings: Sampling
     kind: Kind
+    size: Shape | None = None
     future: Future[Tensor] = field(default_factory=Future)
     left: bool = False
     done: float = 0.0
@@ -68,7 +71,7 @@ class Job:
 
     def alike(self, other: "Job") -> bool:
         """Whether both can be in one batch."""
-        return self.kind == other.kind and self.settings == other.settings
+        return (self.kind, self.size, self.settings) == (other.kind, other.size, other.settings)
 
 
 class Drawer:
@@ -102,8 +105,10 @@ class Drawer:
         self._thread = threading.Thread(target=self._run, name="drawer", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt: Prompt, n: int, seed: int, settings: Sampling) -> list[Job]:
-        """Queue images 0 to n - 1 of a prompt.
+    def submit(
+        self, prompt: Prompt, n: int, seed: int, settings: Sampling, size: Shape | None = None
+    ) -> list[Job]:
+        """Queue images 0 to n - 1 of a prompt, of a size as `Sampler.grid` takes it.
 
         Raises:
             VugenError: the prompt is too long, or has pictures that the VLM does not read.
@@ -112,7 +117,7 @@ class Drawer:
         """
         with self._reading:
             kind = self.sampler.kind(prompt)
-        jobs = [Job(seed, prompt, i, settings, kind) for i in range(n)]
+        jobs = [Job(seed, prompt, i, settings, kind, size) for i in range(n)]
         with self._changed:
             if self.stopping:
                 raise Stopping
@@ -200,7 +205,7 @@ class Drawer:
         self._reading.acquire()
         try:
             keys = [(job.seed, job.prompt, job.index) for job in batch]
-            images = self.sampler.draw_together(keys, settings, each_step=each_step)
+            images = self.sampler.draw_together(keys, settings, each_step=each_step, size=batch[0].size)
         except _NobodyWaits:
             error: Exception = Stopping()
         except VugenError as problem:

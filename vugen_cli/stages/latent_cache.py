@@ -48,6 +48,27 @@ def latent_facts(autoencoder: Autoencoder, vlm: FrozenVLM, recipe: Recipe, card:
     }
 
 
+@torch.no_grad()
+def check_size(
+    images: ShardedImages, autoencoder: Autoencoder, vlm: FrozenVLM, card: Card, checkpoint: Path
+) -> None:
+    """Refuse pictures of another size than a checkpoint's, if their z̃ lies on another grid than it notes.
+
+    Raises:
+        VugenError: names both grids.
+    """
+    if images.size == card.data.size:
+        return
+    grey = torch.full((1, 3, images.size, images.size), 127, dtype=torch.uint8)
+    (rows, columns), grid = autoencoder.encode(vlm, grey).shape[1:3], card.latents.grid
+    if (rows, columns) != grid:
+        raise VugenError(
+            f"pictures of {images.size} px have latents of {rows} x {columns} places, and {checkpoint} is "
+            f"for {grid[0]} x {grid[1]}: make one for them that keeps its reducer, by "
+            f"`vugen train-reducer --reducer {checkpoint} --data {images.directory}`"
+        )
+
+
 def check_cache(images: ShardedImages, facts: dict[str, Any], flip: bool) -> None:
     """Refuse a cache that another reducer, VLM or use of it made, or without the mirrored images it needs.
 
@@ -102,6 +123,7 @@ def write_latents(
     autoencoder, _, card = load_autoencoder(checkpoint, device)
     frozen = vlm_of(card, checkpoint, vlm, device)
     splits = {name: ShardedImages(data, name) for name in ShardedImages(data).manifest.splits}
+    check_size(splits["train"], autoencoder, frozen, card, checkpoint)
     source = splits["train"].manifest
     flip = frozen.recipe.data.flip if flip is None else flip
     precision = frozen.recipe.train_sampler.precision  # z̃ is then what that stage would compute itself

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vugen_cli.card import AdapterCard, BaseCard
 from vugen_cli.checkpoint import fingerprint, save_checkpoint, select, with_prefix
-from vugen_cli.data.loader import Batch, ShardedImages, decode_stored, training_batches
+from vugen_cli.data.loader import Batch, ShardedImages, decode_source, training_batches
 from vugen_cli.data.mixture import open_dataset
 from vugen_cli.data.sample import PICTURE
 from vugen_cli.engine.compiling import compile_layers, wants_compile
@@ -34,9 +34,9 @@ from vugen_cli.processes import is_first
 from vugen_cli.recipe import USE_OF_VLM, Recipe, SamplerTraining
 from vugen_cli.sampling.adapters import adapter_weights, base_name, inject
 from vugen_cli.sampling.sampler import Sampler, read_prompts
-from vugen_cli.sampling.trained import load_autoencoder, load_weights, new_expert, try_expert
+from vugen_cli.sampling.trained import load_autoencoder, load_expert, load_weights, new_expert, try_expert
 from vugen_cli.seeds import random_rows
-from vugen_cli.stages.latent_cache import check_cache, latent_facts
+from vugen_cli.stages.latent_cache import check_cache, check_size, latent_facts
 from vugen_cli.vlm.frozen import load_vlm
 from vugen_cli.vlm.latents import resized
 from vugen_cli.vlm.prompts import Prompt, Prompts
@@ -51,7 +51,7 @@ def train_sampler(
     out: Path,
     device: torch.device,
     allow_vlm_mismatch: bool = False,
-    further: bool = False,
+    init: Path | None = None,
     options: RunOptions = RunOptions(),
     rank: int | None = None,
 ) -> Path:
@@ -61,20 +61,22 @@ def train_sampler(
 
     Args:
         recipe: the whole run's recipe; its reducer and decoder are those of the checkpoint.
-        reducer: the checkpoint of stage 1.
+        reducer: the checkpoint of stage 1; or `init` itself.
         data: a prepared data set, or a latent cache of one; None: the recipe's mixture.
         out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
         device: where to train.
         allow_vlm_mismatch: take a VLM of other weights than the reducer was trained on.
-        further: `reducer` is the checkpoint of a sampler, whose expert is trained further (on other images,
-            say) instead of a new one.
+        init: a sampler whose expert is trained further (on other images, say) instead of a new one. With a
+            `reducer` of its own, which must have kept the sampler's, on latents of another size.
         options: of the command line.
-        rank: of the adapter; with `further`.
+        rank: of the adapter; with `init`.
 
     Raises:
         VugenError: bad data, VLM, checkpoint or recipe; a loss that is not finite.
     """
-    autoencoder, stored, reducer_card = load_autoencoder(reducer, device, "sampler" if further else "reducer")
+    autoencoder, stored, reducer_card = load_autoencoder(
+        reducer, device, "sampler" if init == reducer else "reducer"
+    )
     latents = reducer_card.latents
     shift = recipe.flow.shift_of(latents.grid, latents.channels)
     recipe = recipe.model_copy(update={"flow": recipe.flow.model_copy(update={"shift": shift})})
@@ -91,6 +93,7 @@ def train_sampler(
     if images.latents:
         check_cache(images, latent_facts(autoencoder, vlm, recipe, reducer_card), recipe.data.flip)
     else:
+        check_size(images, autoencoder, vlm, reducer_card, reducer)
         autoencoder.check_shapes(vlm, images.shapes)
     torch.manual_seed(recipe.seed)
     expert = new_expert(vlm, latents, recipe.expert, sharded)
@@ -99,18 +102,20 @@ def train_sampler(
         attend_eagerly(expert, attempt)
     elif attempt:
         attempt(expert)
-    if further:
+    if init:
         trained = select(stored, "expert")
+        if init != reducer:
+            trained = load_expert(init, reducer, autoencoder, vlm, latents, allow_vlm_mismatch)
         if recipe.expert.reference:
-            trained = with_references(trained, expert, reducer, learns=not rank)
-        load_weights(expert, trained, reducer, assign=sharded)
+            trained = with_references(trained, expert, init, learns=not rank)
+        load_weights(expert, trained, init, assign=sharded)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
-    begun = {"expert": fingerprint(expert, "expert.")} if further else {}
+    begun = {"expert": fingerprint(expert, "expert.")} if init else {}
     if rank:
         adapter = AdapterCard(
             step=recipe.train_sampler.steps,
             rank=rank,
-            base=BaseCard(name=base_name(reducer), fingerprint=begun["expert"]),
+            base=BaseCard(name=base_name(init or reducer), fingerprint=begun["expert"]),
             recipe=recipe.model_dump(mode="json"),
             data=images.card(),
         )
@@ -281,12 +286,13 @@ def prompts_of(
 
 
 def held_out_prompts(images: ShardedImages, count: int = 16) -> list[Prompt]:
-    """The prompts of a preview: those of the first held-out samples that have captions."""
+    """The prompts of a preview: those of the first held-out samples with captions; pictures are squares."""
     found = []
     for _, meta in images.held_out().in_order(count):
-        pictures = [torch.from_numpy(decode_stored(data, images.size)) for data in meta.get("sources", [])]
+        sources = [decode_source(data, images.shapes, images.size) for data in meta.get("sources", [])]
+        pictures = tuple(torch.from_numpy(source).permute(2, 0, 1) for source in sources)
         if meta["captions"]:
-            found.append(Prompt(meta["captions"][0], tuple(p.permute(2, 0, 1) for p in pictures)))
+            found.append(Prompt(meta["captions"][0], pictures))
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
-from vugen_cli.hub import reach_hub
+from vugen_cli.hub import CONFIGS, PREFIX, downloaded, reach_hub
 from vugen_cli.recipe import Recipe
 from vugen_cli.vlm.frozen import FrozenVLM
 
@@ -21,13 +21,16 @@ def configured_vlm(name: str, recipe: Recipe) -> FrozenVLM:
 
     Args:
         name: `nano`, a Hugging Face directory of which `config.json` is enough, that file itself, or a hub
-            id, of which only configs are loaded.
+            id or `hf:owner/name[@revision]`, of which only configs are loaded.
         recipe: says how the VLM is used.
 
     Raises:
         VugenError: there is no such config, the hub cannot be reached, or it is of no vision-language model.
     """
-    path = bundle("vlm") if name == "nano" else Path(name)
+    if name.startswith(PREFIX):
+        path = downloaded(name, "the VLM", CONFIGS)
+    else:
+        path = bundle("vlm") if name == "nano" else Path(name)
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise VugenError(
             f"no VLM at {path}: give a Hugging Face directory, its config.json, a hub id (owner/name) or "
