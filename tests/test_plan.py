@@ -19,7 +19,7 @@ from vugen_cli.card import LatentsCard
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
 from vugen_cli.models.autoencoder import Autoencoder
-from vugen_cli.recipe import RECIPES, Recipe, load_recipe
+from vugen_cli.recipe import RECIPES, Recipe, load_recipe, parse_recipe
 from vugen_cli.sampling.sampler import for_vlm, read_prompts
 from vugen_cli.sampling.trained import load_sampler, new_expert
 from vugen_cli.stages.losses import reducer_loss
@@ -91,7 +91,8 @@ def fake(recipe: Recipe) -> FakeNetworks:
 
 
 def test_parameters_of_the_bundled_line_are_exact() -> None:
-    sampler, fake = load_sampler(), FakeNetworks(load_recipe("nano"), SIZE, TOKENS)
+    sampler = load_sampler()
+    fake = FakeNetworks(parse_recipe(sampler.card.recipe, "its card"), SIZE, TOKENS)
     parts = [
         (sampler.vlm.model, fake.vlm.model),
         (sampler.vlm.decoder, fake.vlm.decoder),
@@ -102,7 +103,7 @@ def test_parameters_of_the_bundled_line_are_exact() -> None:
     for built, planned in parts:
         shapes = [tuple(p.shape) for p in built.parameters()]
         assert shapes == [tuple(p.shape) for p in planned.parameters()]
-    assert fake.latents == [8, 8, 24]
+    assert fake.latents == [*sampler.card.latents.grid, sampler.card.latents.channels]
 
 
 def test_no_network_has_memory(fake: FakeNetworks) -> None:
@@ -306,9 +307,9 @@ def test_a_mixture_that_is_here_says_how_many_images(scenes: Path, recipe: Recip
     mixed = recipe.model_copy(deep=True)
     mixed.data.mixture = [{"path": str(scenes), "weight": 1.0}]  # type: ignore[list-item]
     mixed = Recipe.model_validate(mixed.model_dump())
-    size, count, each = data_of(mixed)
-    assert (size, count) == (64, 96)
-    assert each == pytest.approx(sum(f.stat().st_size for f in scenes.glob("train-*.tar")) / 96)
+    known = data_of(mixed)
+    assert (known.size, known.images, known.sources) == (64, 96, 0)
+    assert known.bytes == pytest.approx(sum(f.stat().st_size for f in scenes.glob("train-*.tar")) / 96)
 
 
 def test_call_times_are_those_of_the_solver() -> None:

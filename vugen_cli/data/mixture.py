@@ -90,7 +90,7 @@ class MixedImages(ShardedImages):
         hashes = [card.sha256 for card in cards]
         return DataCard(
             path=cards[0].path,
-            dataset=" + ".join(card.dataset for card in cards),
+            dataset=" + ".join(dict.fromkeys(card.dataset for card in cards)),
             size=self.size,
             licence="; ".join(dict.fromkeys(card.licence for card in cards if card.licence)) or None,
             counts={"train": sum(card.counts.get("train", 0) for card in cards)},
