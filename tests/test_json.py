@@ -71,11 +71,7 @@ WRITES = {  # the file whose keys an answer has
 
 def fake_demo(out: Path, _device: Any) -> Path:
     report: dict[str, Any] = {"scores": [{"metric": "fid", "name": "FID", "value": 1.0}]}
-    images = {"path": "data", "count": 2, "bad": []}
-    measured = {"psnr": 20.0, "ssim": 0.5, "frechet": 1.0, "features": "vlm", "images": images}
-    decoded = {**measured, "steps": 1, "seed": 0, "size": 64}
-    written = {"untrained": report, "samples": report, "reconstruction": decoded}
-    write_json(out / "scores.json", written)
+    write_json(out / "scores.json", {"before": report, "after": report})
     return out / "report.html"
 
 
@@ -87,7 +83,7 @@ def fake_plan(recipe: Recipe, machine: plan.Machine, _images: int | None) -> pla
     memory = plan.Memory(1.0, 1.0, 2.0, 1.0, 4.0, 0.0, 3.0, 12.0, 64)
     stage = plan.StagePlan("train-vae", 10, 1, 4, 4, 2.0, {"ddp": memory}, 5.0, 1.0, 24.0, 8.0)
     return plan.Plan(
-        recipe.name, recipe.vlm, machine, 64, [8, 8, 32], [8, 8, 4], 128, None, {"vae": 10}, [stage],
+        recipe.name, recipe.vlm, machine, 64, [8, 8, 32], [8, 8, 4], 128, 0, 0, None, {"vae": 10}, [stage],
         [plan.PassPlan("sample", 1.0, 2.0)], {"vae": 8.0}, [], ["a note"],
     )  # fmt: skip
 
