@@ -41,7 +41,7 @@ if [ -z "${VLM:-}" ]; then
 fi
 
 # -----------------------------------------------------------------------------
-# Stage 1: z to z̃ of 48 channels, with a decoder. Then z̃ of every scene, once: the sampler needs no encoder.
+# Stage 1: z to z̃ of 24 channels, with a decoder. Then z̃ of every scene, once: the sampler needs no encoder.
 
 train reducer reducer.safetensors --data data/openmoji --vlm "$VLM"
 vugen prepare --latents reducer.safetensors --data data/openmoji --out latents
@@ -56,7 +56,7 @@ train sampler sampler.safetensors --reducer reducer.safetensors \
 # -----------------------------------------------------------------------------
 # The decoder, further. It needs the reducer only: on a second machine it can run beside stage 2.
 
-train reducer decoder.safetensors --reducer reducer.safetensors --steps 3000 --set decoder.losses.gradient=0.1
+train reducer decoder.safetensors --reducer reducer.safetensors --steps 2400 --set decoder.losses.gradient=0.1
 
 # -----------------------------------------------------------------------------
 # The judges: scenes of their own, that nothing else learns from; the lenient one looks at reconstructions too.

@@ -11,7 +11,6 @@ from test_training import changed, metrics
 
 from vugen_cli.checkpoint import load_checkpoint
 from vugen_cli.errors import VugenError
-from vugen_cli.files import bundle
 from vugen_cli.metrics.lpips import unit_length
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.pixel_decoder import PixelDecoder
@@ -265,7 +264,6 @@ def test_the_loss_is_least_for_the_true_picture_even_at_the_end(
 
 def test_a_card_without_a_weighting_was_trained_on_the_velocity() -> None:
     assert Decoder.model_validate({"kind": "pdd"}).weighting == "velocity"
-    assert load_autoencoder(bundle("sampler.safetensors"), CPU)[0].decoder.recipe.weighting == "velocity"
 
 
 def test_the_decoder_has_its_own_times_and_the_samplers_where_it_has_none(

@@ -11,9 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_training import changed
 from torch import nn
 
-from vugen_cli.card import FORMAT
 from vugen_cli.checkpoint import fingerprint, load_checkpoint, read_card, read_header
-from vugen_cli.files import bundle
 from vugen_cli.key_map import TRAINED, new_name, old_name
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.generation_expert import GenerationExpert
@@ -21,7 +19,7 @@ from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.models.reducer import Reducer
 from vugen_cli.recipe import Decoder, Recipe
 from vugen_cli.recipe import Reducer as ReducerRecipe
-from vugen_cli.sampling.trained import load_autoencoder, load_sampler, save_sampler
+from vugen_cli.sampling.trained import load_sampler, save_sampler
 from vugen_cli.stages.losses import Alignment
 from vugen_cli.stages.train_reducer import train_reducer
 from vugen_cli.vlm.frozen import FrozenVLM
@@ -58,13 +56,6 @@ def test_a_sampler_of_format_1_is_the_same_and_is_written_in_the_new_format(
     save_sampler(load_sampler(old), tmp_path / "again.safetensors")
     assert read_card(tmp_path / "again.safetensors") == read_card(new)
     assert load_file(tmp_path / "again.safetensors").keys() == after.keys()
-
-
-def test_the_bundled_sampler_is_a_file_of_format_1() -> None:
-    path = bundle("sampler.safetensors")
-    assert read_card(path).format == 1 < FORMAT
-    autoencoder, tensors, _ = load_autoencoder(path, CPU)  # strict: no name may be missing or left over
-    assert torch.equal(autoencoder.decoder.conv_in.bias, tensors["autoencoder.decoder.conv_in.bias"])  # type: ignore[union-attr]
 
 
 def test_a_run_that_format_1_saved_goes_on_as_if_nothing_had_been_renamed(
