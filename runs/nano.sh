@@ -51,7 +51,7 @@ vugen prepare --latents reducer.safetensors --data data/pairs --out latents-pair
 # Stage 2: the velocity field in z̃.
 
 train sampler sampler.safetensors --reducer reducer.safetensors \
-    --set "data.mixture=[{path: latents}, {path: latents-pairs}]"
+    --set "data.mixture=[{path: latents}, {path: latents-pairs}]" --set expert.adaptive_norms=true
 
 # -----------------------------------------------------------------------------
 # The decoder, further. It needs the reducer only: on a second machine it can run beside stage 2.

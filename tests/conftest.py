@@ -94,7 +94,6 @@ def tiny_overrides(vlm_path: Path) -> list[str]:
         "decoder.middle_layers=1",
         "decoder.steps=1",
         "reducer.channels=4",
-        "expert.adaptive_norms=false",
         'instruction="{prompt}"',
         "data.workers=0",
         "sampling.steps=2",

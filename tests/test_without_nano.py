@@ -1,5 +1,6 @@
 """`vugen_cli.nano` is a wing of its own: without it the whole line runs on another VLM and other pictures."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_the_whole_line_runs_without_the_embedded_world(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(12):
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(photos / f"a-red-car-{number}.png")
-    tiny = " ".join(f"--set {each}" for each in tiny_overrides(Path("vlm")))
+    tiny = " ".join(f"--set {shlex.quote(each)}" for each in tiny_overrides(Path("vlm")))
     line = f"""
         prepare --dataset folder --source photos --size 64 --workers 1
         train-reducer --data data/folder {tiny}
