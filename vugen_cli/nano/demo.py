@@ -45,7 +45,7 @@ PLACES = {  # where the pictures to learn from show it, and where it is asked fo
 }
 PICTURES = {"train": 30, "val": 300}
 SCENES = 300  # as it knows them, mixed in: without them it would draw nothing else any more
-PER_PROMPT = 12  # pictures that are scored
+PER_PROMPT = 10  # pictures that are scored; a grid shows 64
 RANK = 16
 TRAINING: dict[str, object] = {**ADAPTER_TRAINING, "preview_every": 100}
 
