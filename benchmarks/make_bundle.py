@@ -2,7 +2,7 @@
 
     python benchmarks/make_bundle.py --sampler sampler.safetensors --decoder decoder.safetensors
 
-Bundled weights must stay under 50 MB together.
+Bundled weights must stay under 40 MB together.
 """
 
 import argparse

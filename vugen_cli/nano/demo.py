@@ -24,6 +24,7 @@ from vugen_cli.nano.vocabulary import SETTINGS, UNSEEN
 from vugen_cli.recipe import ADAPTER_TRAINING, Recipe, parse_recipe
 from vugen_cli.sampling.adapters import import_peft
 from vugen_cli.sampling.draw import draw
+from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.sampling.trained import load_sampler
 from vugen_cli.stages.train_sampler import train_sampler
 
@@ -117,8 +118,7 @@ def run_demo(out: Path, device: torch.device) -> Path:
     size = read_card(base).data.size
     sampler = load_sampler(base, device=device)
     _say(f"1/5 sample: what it draws before, and what it makes of a {THING}, which it never saw")
-    draw(sampler, KNOWN, 4, out / "known-before")
-    draw(sampler, list(map(said, PLACES["val"])), PER_PROMPT, out / "before")
+    draw_both(sampler, out, "before")
 
     _say(f"2/5 prepare: {PICTURES['train']} pictures of a {THING}, and {SCENES} scenes as it knows them")
     things, scenes = out / "data/flamingos", out / "data/scenes"
@@ -132,8 +132,7 @@ def run_demo(out: Path, device: torch.device) -> Path:
 
     _say("4/5 sample: the same prompts from the same noise, with the adapter")
     taught = load_sampler(base, device=device, adapters=[str(adapter)])
-    draw(taught, KNOWN, 4, out / "known-after")
-    draw(taught, list(map(said, PLACES["val"])), PER_PROMPT, out / "after")
+    draw_both(taught, out, "after")
 
     _say("5/5 score: Fréchet distance to drawn flamingos in the same places, on the VLM's own features")
     extractor = vlm_extractor(sampler.vlm, device)
@@ -150,6 +149,12 @@ def run_demo(out: Path, device: torch.device) -> Path:
         f"{distances['after']:.2f} after; the adapter has {adapter.stat().st_size / 1000:.0f} KB"
     )
     return page
+
+
+def draw_both(sampler: Sampler, out: Path, when: str) -> None:
+    """Draw what it knew and the new thing, `before` or `after` the training; the noise is the same."""
+    draw(sampler, KNOWN, 4, out / f"known-{when}")
+    draw(sampler, list(map(said, PLACES["val"])), PER_PROMPT, out / when)
 
 
 def recipe_of(base: Path, mixture: list[Path]) -> Recipe:
