@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vugen_cli.card import AdapterCard, BaseCard
+from vugen_cli.card import AdapterCard, BaseCard, Card, LatentsCard
 from vugen_cli.checkpoint import fingerprint, save_checkpoint, select, with_prefix
 from vugen_cli.data.loader import Batch, ShardedImages, decode_source, training_batches
 from vugen_cli.data.mixture import open_dataset
@@ -28,6 +28,8 @@ from vugen_cli.engine.profiling import mark
 from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import draw_times, flow_matching_loss
+from vugen_cli.models.autoencoder import Autoencoder
+from vugen_cli.models.dit_expert import DiTExpert
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first
@@ -37,7 +39,7 @@ from vugen_cli.sampling.sampler import Sampler, read_prompts
 from vugen_cli.sampling.trained import load_autoencoder, load_expert, load_weights, new_expert, try_expert
 from vugen_cli.seeds import random_rows
 from vugen_cli.stages.latent_cache import check_cache, check_size, latent_facts
-from vugen_cli.vlm.frozen import load_vlm
+from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 from vugen_cli.vlm.latents import resized
 from vugen_cli.vlm.prompts import Prompt, Prompts
 
@@ -81,35 +83,14 @@ def train_sampler(
     shift = recipe.flow.shift_of(latents.grid, latents.channels)
     recipe = recipe.model_copy(update={"flow": recipe.flow.model_copy(update={"shift": shift})})
     images = open_dataset(data, recipe, latents=True)
-    if recipe.expert.kind == "copy":
-        images.refuse_shapes("of which a copy of the VLM's decoder learns one: set expert.kind=dit")
-    sharded, vlm_sharded = shards(recipe.engine), shards_vlm(recipe.engine)
-    if vlm_sharded and images.most_sources:  # each process would run the VLM as often as its samples ask for
-        raise VugenError(
-            f"{images.directory} holds edits, which engine.shard_vlm cannot read: set it to false"
-        )
-    vlm = load_vlm(recipe.vlm, "cpu" if vlm_sharded else device, recipe)
-    vlm.check(reducer_card, reducer, allow_vlm_mismatch)
-    if images.latents:
-        check_cache(images, latent_facts(autoencoder, vlm, recipe, reducer_card), recipe.data.flip)
-    else:
-        check_size(images, autoencoder, vlm, reducer_card, reducer)
-        autoencoder.check_shapes(vlm, images.shapes)
-    torch.manual_seed(recipe.seed)
-    expert = new_expert(vlm, latents, recipe.expert, sharded)
-    attempt = None if sharded else partial(try_expert, vlm=vlm, latents=latents)  # on `meta` nothing runs
-    if device.type == "cpu" and isinstance(expert, GenerationExpert):
-        attend_eagerly(expert, attempt)
-    elif attempt:
-        attempt(expert)
-    if init:
+    vlm = checked_vlm(recipe, images, autoencoder, reducer_card, reducer, device, allow_vlm_mismatch)
+    trained = None
+    if init == reducer:
         trained = select(stored, "expert")
-        if init != reducer:
-            trained = load_expert(init, reducer, autoencoder, vlm, latents, allow_vlm_mismatch)
-        if recipe.expert.reference:
-            trained = with_references(trained, expert, init, learns=not rank)
-        load_weights(expert, trained, init, assign=sharded)
-        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
+    elif init:
+        trained = load_expert(init, reducer, autoencoder, vlm, latents, allow_vlm_mismatch)
+    expert = begin_expert(recipe, vlm, latents, device, trained, init, adapter=bool(rank))
+    stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
     begun = {"expert": fingerprint(expert, "expert.")} if init else {}
     if rank:
         adapter = AdapterCard(
@@ -128,16 +109,9 @@ def train_sampler(
         compile_layers(layers, must=recipe.engine.compile is True)
     if recipe.engine.recompute:
         recompute(layers)
-    if vlm_sharded:
+    if shards_vlm(recipe.engine):
         shard_frozen(vlm.model, recipe.engine, device)
         vlm.device = device
-    empty = any(parameter.is_meta for parameter in expert.parameters())
-
-    def fill_from_vlm() -> None:
-        weights = with_prefix(dict(vlm.decoder.named_parameters()), "decoder")
-        for name, parameter in expert.named_parameters():
-            if name in weights:
-                fill(parameter, weights[name])
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         host = getattr(generator, "host", generator)
@@ -162,25 +136,9 @@ def train_sampler(
     )
     if images.latents:  # rounded to float16: a run goes on with what it began with
         begun["cache"] = "float16"
-    resolved = (
-        card.facts("vlm", "data", "latents")
-        | begun
-        | {
-            "recipe": recipe.model_dump(
-                mode="json",
-                include={
-                    *USE_OF_VLM,
-                    "seed",
-                    "data",
-                    "reducer",
-                    "decoder",
-                    "expert",
-                    "flow",
-                    "train_sampler",
-                },
-            )
-        }
-    )
+    used = {*USE_OF_VLM, "seed", "data", "reducer", "decoder", "expert", "flow", "train_sampler"}
+    resolved = card.facts("vlm", "data", "latents") | begun
+    resolved["recipe"] = recipe.model_dump(mode="json", include=used)
     prompts = held_out_prompts(images)
     if not prompts:
         raise VugenError(f"{images.directory} has no captions: a sampler cannot be trained on it")
@@ -210,10 +168,98 @@ def train_sampler(
 
     write = save_adapter if rank else save
     stage = Stage("sampler", expert, loss, preview, resolved, layers, save=write)
-    stage.fill, stage.adapter = fill_from_vlm if empty else None, bool(rank)
+    if any(parameter.is_meta for parameter in expert.parameters()):
+        stage.fill = partial(fill_from_vlm, expert, vlm)
+    stage.adapter = bool(rank)
     train(stage, stream, settings, recipe, run, device, options)
     write(out, settings.steps)
     return out
+
+
+def checked_vlm(
+    recipe: Recipe,
+    images: ShardedImages,
+    autoencoder: Autoencoder,
+    card: Card,
+    reducer: Path,
+    device: torch.device,
+    allow_vlm_mismatch: bool,
+) -> FrozenVLM:
+    """The recipe's VLM, seen to suit data and checkpoint; on the CPU if it is to be sharded.
+
+    Args:
+        recipe: of the run.
+        images: to train on, or a latent cache of them.
+        autoencoder: of the checkpoint of stage 1.
+        card: of that checkpoint.
+        reducer: its path, for messages.
+        device: where to train.
+        allow_vlm_mismatch: see `FrozenVLM.check`.
+
+    Raises:
+        VugenError: it cannot be used, or one of them does not suit the others.
+    """
+    if recipe.expert.kind == "copy":
+        images.refuse_shapes("of which a copy of the VLM's decoder learns one: set expert.kind=dit")
+    sharded = shards_vlm(recipe.engine)
+    if sharded and images.most_sources:  # each process would run the VLM as often as its samples ask for
+        raise VugenError(
+            f"{images.directory} holds edits, which engine.shard_vlm cannot read: set it to false"
+        )
+    vlm = load_vlm(recipe.vlm, "cpu" if sharded else device, recipe)
+    vlm.check(card, reducer, allow_vlm_mismatch)
+    if images.latents:
+        check_cache(images, latent_facts(autoencoder, vlm, recipe, card), recipe.data.flip)
+    else:
+        check_size(images, autoencoder, vlm, card, reducer)
+        autoencoder.check_shapes(vlm, images.shapes)
+    return vlm
+
+
+def begin_expert(
+    recipe: Recipe,
+    vlm: FrozenVLM,
+    latents: LatentsCard,
+    device: torch.device,
+    trained: dict[str, Tensor] | None,
+    init: Path | None,
+    adapter: bool,
+) -> GenerationExpert | DiTExpert:
+    """The expert as the run begins, seen to run; where it is to be sharded, on the CPU and partly on `meta`.
+
+    Args:
+        recipe: of the run.
+        vlm: whose prefix it reads.
+        latents: shape of z̃.
+        device: where it will train.
+        trained: weights to start from; None: its own, or the VLM's.
+        init: the sampler that they come from.
+        adapter: whether an adapter to them is trained, not they.
+
+    Raises:
+        VugenError: its sizes or the weights do not fit, or its code does not run.
+    """
+    torch.manual_seed(recipe.seed)
+    sharded = shards(recipe.engine)
+    expert = new_expert(vlm, latents, recipe.expert, sharded)
+    attempt = None if sharded else partial(try_expert, vlm=vlm, latents=latents)  # on `meta` nothing runs
+    if device.type == "cpu" and isinstance(expert, GenerationExpert):
+        attend_eagerly(expert, attempt)
+    elif attempt:
+        attempt(expert)
+    if trained and init:
+        if recipe.expert.reference:
+            trained = with_references(trained, expert, init, learns=not adapter)
+        load_weights(expert, trained, init, assign=sharded)
+    return expert
+
+
+def fill_from_vlm(expert: nn.Module, vlm: FrozenVLM) -> None:
+    """Give an expert that was built on `meta` the weights that it starts with, part by part."""
+    weights = with_prefix(dict(vlm.decoder.named_parameters()), "decoder")
+    for name, parameter in expert.named_parameters():
+        if name in weights:
+            fill(parameter, weights[name])
 
 
 def with_references(

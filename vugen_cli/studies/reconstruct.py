@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from vugen_cli.metrics.image_sets import image_batches, open_image_set
 from vugen_cli.metrics.lpips import load_lpips
 from vugen_cli.metrics.pairs import psnr, ssim
 from vugen_cli.metrics.report import Record, Score, SetRecord
+from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.moments import Moments
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import broadcast, gather, is_first, world_size
@@ -29,6 +31,7 @@ from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
 GRID_IMAGES = 16
 COLUMNS = 8
 DECODE_BATCH = 8
+ORIGINAL, REDUCED, FULL = "original", "z reduced", "z in full"  # the grid's rows
 
 
 class Fidelity(Record):
@@ -99,90 +102,135 @@ def reconstruct(
     device = torch.device(device)
     autoencoder, _, card = load_autoencoder(checkpoint, device)
     frozen = vlm_of(card, checkpoint, vlm, device, allow_vlm_mismatch)
-    size = card.image_size
-    ways = {"z reduced": autoencoder}
+    ways = {REDUCED: autoencoder}
     if full:
-        whole, _, full_card = load_autoencoder(full, device)
-        frozen.check(full_card, full, allow_vlm_mismatch)
-        if whole.reducer.recipe.kind != "identity":
-            raise VugenError(
-                f"--full {full} has a reducer of kind {whole.reducer.recipe.kind}: train one on all of z "
-                "with `vugen train-reducer --set reducer.kind=identity`"
-            )
-        if full_card.image_size != size:
-            raise VugenError(f"--full {full} draws {full_card.image_size} px, but {checkpoint} {size} px")
-        ways = {"z in full": whole, **ways}
+        ways = {FULL: load_whole(full, frozen, card.image_size, checkpoint, allow_vlm_mismatch), **ways}
     extractor = vlm_extractor(frozen, device)
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
     with contextlib.suppress(VugenError):  # its weights are not at hand
         measures["lpips"], _ = load_lpips(device)
     source = open_image_set(images, limit=count)
-    reference = Moments()
-    moments = {name: Moments() for name in ways}
-    quality: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ways}  # by image
-    shown: dict[str, dict[int, Tensor]] = {name: {} for name in ("original", *ways)}
+    seen = {name: Seen() for name in (ORIGINAL, *ways)}
     judged: dict[int, tuple[Tensor, Tensor]] = {}
     bar = progress_bar(total=source.total, desc="reconstruct", unit="img")
     with bar as progress, torch.no_grad():
         for indices, chunk in image_batches(source, DECODE_BATCH):
-            squares = [adm_crop(i.transpose(1, 2, 0), size).copy() for i in chunk]
+            squares = [adm_crop(i.transpose(1, 2, 0), card.image_size).copy() for i in chunk]
             originals = torch.stack([torch.from_numpy(i).permute(2, 0, 1) for i in squares])
-            pictures = {"original": originals}
-            reference.update(extractor.features(originals)["features"])
+            seen[ORIGINAL].add(indices, originals, extractor.features(originals)["features"])
             for name, way in ways.items():
                 decoded = decode_images(frozen, way, originals, seed, steps, indices).cpu()
-                pictures[name] = decoded
-                moments[name].update(extractor.features(decoded)["features"])
-                pair = originals.float() / 255, decoded.float() / 255
-                found = {measure: of_pair(*pair).tolist() for measure, of_pair in measures.items()}
-                for row, index in enumerate(indices):
-                    quality[name][index] = {measure: values[row] for measure, values in found.items()}
+                seen[name].add(indices, decoded, extractor.features(decoded)["features"])
+                seen[name].compare(indices, originals, decoded, measures)
+            # `decoded` is now the last way's, from reduced z.
             if save_images:
                 save_pictures(out / "originals", originals, indices)
-                save_pictures(out / "decoded", pictures["z reduced"], indices)
+                save_pictures(out / "decoded", decoded, indices)
             if judge:
-                judged |= dict(zip(indices, zip(originals, pictures["z reduced"], strict=True), strict=True))
-            for name, rows in shown.items():
-                rows |= dict(zip(indices, pictures[name], strict=True))
-                shown[name] = {index: rows[index] for index in sorted(rows)[:GRID_IMAGES]}
+                judged |= dict(zip(indices, zip(originals, decoded, strict=True), strict=True))
             progress.update(len(originals) * world_size())
     source.merge()
-    for others in gather((reference, moments, quality, shown, judged))[1:]:
-        reference.merge(others[0])
-        for name in ways:
-            moments[name].merge(others[1][name])
-            quality[name] |= others[2][name]
-        for name, rows in shown.items():
-            rows |= others[3][name]
-        judged |= others[4]
+    for others, theirs in gather((seen, judged))[1:]:
+        for name, of_name in others.items():
+            seen[name].merge(of_name)
+        judged |= theirs
     if not source.count:
         raise VugenError(f"no readable image in {images}")
     if not is_first():
         return broadcast(None)
-    figures: dict[str, dict[str, float | None]] = {}
-    for name, of_image in quality.items():
-        rows_of = [of_image[index] for index in sorted(of_image)]
-        figures[name] = {measure: float(np.mean([row[measure] for row in rows_of])) for measure in measures}
-        figures[name]["frechet"] = frechet_distance(moments[name], reference) if source.count > 1 else None
-    about = {
-        "features": extractor.label,
-        "images": SetRecord(path=str(images), count=source.count, bad=source.bad),
-        "checkpoint": str(checkpoint),
-        "steps": steps or autoencoder.decoder.recipe.steps,
-        "seed": seed,
-        "size": size,
-    }
-    report = Reconstruction.model_validate({**figures["z reduced"], **about})
+    report = Reconstruction(
+        **seen[REDUCED].figures(seen[ORIGINAL]),
+        features=extractor.label,
+        images=SetRecord(path=str(images), count=source.count, bad=source.bad),
+        checkpoint=str(checkpoint),
+        steps=steps or autoencoder.decoder.recipe.steps,
+        seed=seed,
+        size=card.image_size,
+    )
     if full:
-        report.full = Fidelity.model_validate({**figures["z in full"], "checkpoint": str(full)})
+        report.full = Fidelity(**seen[FULL].figures(seen[ORIGINAL]), checkpoint=str(full))
     if judge:
         indices = sorted(judged)
         before, after = (torch.stack([judged[index][side] for index in indices]) for side in (0, 1))
         report.judges = judge(frozen, before, after, indices)
     write_json(out / "reconstruction.json", report.written())
-    first = {name: [rows[index] for index in sorted(rows)[:GRID_IMAGES]] for name, rows in shown.items()}
-    save_rows(first, out / "reconstruction.png")
+    save_rows({name: of_name.first() for name, of_name in seen.items()}, out / "reconstruction.png")
     return broadcast(report)
+
+
+def load_whole(
+    path: Path, vlm: FrozenVLM, size: int, checkpoint: Path, allow_vlm_mismatch: bool
+) -> Autoencoder:
+    """What decodes from all of z, as another checkpoint's reduced z is decoded.
+
+    Args:
+        path: of a checkpoint of the identity reducer.
+        vlm: of the other checkpoint.
+        size: of the pictures that the other draws.
+        checkpoint: the other, for messages.
+        allow_vlm_mismatch: see `FrozenVLM.check`.
+
+    Raises:
+        VugenError: it reduces z, or does not suit the other.
+    """
+    whole, _, card = load_autoencoder(path, vlm.device)
+    vlm.check(card, path, allow_vlm_mismatch)
+    if whole.reducer.recipe.kind != "identity":
+        raise VugenError(
+            f"--full {path} has a reducer of kind {whole.reducer.recipe.kind}: train one on all of z "
+            "with `vugen train-reducer --set reducer.kind=identity`"
+        )
+    if card.image_size != size:
+        raise VugenError(f"--full {path} draws {card.image_size} px, but {checkpoint} {size} px")
+    return whole
+
+
+class Seen:
+    """What is kept of a set of pictures, originals or decoded ones, while they stream by."""
+
+    def __init__(self) -> None:
+        self.moments = Moments()
+        self.quality: dict[int, dict[str, float]] = {}
+        self.shown: dict[int, Tensor] = {}
+
+    def add(self, indices: list[int], pictures: Tensor, features: Tensor) -> None:
+        """Take in pictures, uint8 [B, 3, S, S], of these indices in the set, with their features [B, D]."""
+        self.moments.update(features)
+        self._show(dict(zip(indices, pictures, strict=True)))
+
+    def compare(
+        self,
+        indices: list[int],
+        originals: Tensor,
+        decoded: Tensor,
+        measures: dict[str, Callable[[Tensor, Tensor], Tensor]],
+    ) -> None:
+        """Take in how near decoded pictures are to their originals, uint8 [B, 3, S, S] both."""
+        pair = originals.float() / 255, decoded.float() / 255
+        found = {measure: of_pair(*pair).tolist() for measure, of_pair in measures.items()}
+        for row, index in enumerate(indices):
+            self.quality[index] = {measure: values[row] for measure, values in found.items()}
+
+    def merge(self, other: "Seen") -> None:
+        """Take in what another process saw of the set."""
+        self.moments.merge(other.moments)
+        self.quality |= other.quality
+        self._show(other.shown)
+
+    def figures(self, originals: "Seen") -> dict[str, Any]:
+        """The means of what was compared, and `frechet`; in the set's order, so that they round alike."""
+        rows = [self.quality[index] for index in sorted(self.quality)]
+        means = {measure: float(np.mean([row[measure] for row in rows])) for measure in rows[0]}
+        distance = frechet_distance(self.moments, originals.moments) if len(rows) > 1 else None
+        return {**means, "frechet": distance}
+
+    def first(self) -> list[Tensor]:
+        """The first pictures of the set, uint8 [3, S, S] each."""
+        return [self.shown[index] for index in sorted(self.shown)]
+
+    def _show(self, pictures: dict[int, Tensor]) -> None:
+        together = self.shown | pictures
+        self.shown = {index: together[index] for index in sorted(together)[:GRID_IMAGES]}
 
 
 def save_pictures(folder: Path, pictures: Tensor, indices: list[int]) -> None:
