@@ -15,7 +15,7 @@ from vugen_cli.data.loader import ShardedImages, TrainingStream, batches
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe, load_recipe
 from vugen_cli.sampling.trained import load_autoencoder
-from vugen_cli.stages.latent_cache import write_latents
+from vugen_cli.stages.latent_cache import check_cache, write_latents
 from vugen_cli.stages.train_sampler import train_sampler
 from vugen_cli.vlm.frozen import FrozenVLM
 
@@ -114,9 +114,14 @@ def test_a_cache_is_refused_where_it_does_not_belong(
         (other / "dataset.json").write_text(json.dumps(changed))
         with pytest.raises(VugenError, match=f"latents of another {key}"):
             train_sampler(tiny_recipe, reducer, other, out, CPU)
-    recipe = load_recipe(None, [*tiny_overrides(vlm_path), "instruction=Draw {prompt}"])
-    with pytest.raises(VugenError, match="latents of another instruction"):
-        train_sampler(recipe, reducer, cache, out, CPU)
+    for key, value in (("instruction", "Draw {prompt}"), ("prompt_tokens", 256)):
+        recipe = load_recipe(None, [*tiny_overrides(vlm_path), f"{key}={value}"])
+        with pytest.raises(VugenError, match=f"latents of another {key}"):
+            train_sampler(recipe, reducer, cache, out, CPU)
+    facts = {key: value for key, value in manifest["latents"].items() if key != "prompt_tokens"}
+    (other / "dataset.json").write_text(json.dumps({**manifest, "latents": facts}))
+    earlier = ShardedImages(other, latents=True)  # did not note it, and is taken as it was
+    check_cache(earlier, {**manifest["latents"], "prompt_tokens": 256}, flip=False)
     with pytest.raises(VugenError, match="only `vugen train-sampler` reads"):
         ShardedImages(cache)
     write_latents(reducer, scenes, tmp_path / "plain", CPU, flip=False)

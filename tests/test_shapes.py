@@ -18,7 +18,8 @@ from conftest import tiny_overrides, vugen_here
 from PIL import Image
 from safetensors.torch import load_file
 
-from vugen_cli.checkpoint import load_checkpoint, save_checkpoint
+from vugen_cli.checkpoint import load_checkpoint, read_card, save_checkpoint
+from vugen_cli.commands.options import at_size_of_data
 from vugen_cli.data.images import adm_crop
 from vugen_cli.data.loader import (
     Batch,
@@ -478,6 +479,14 @@ def test_a_sampler_goes_on_at_a_larger_size_and_draws_it_from_then_on(
         assert torch.allclose(sampler.expert.state_dict()[name], tensor, atol=1e-6), name
     assert next(sampler.sample(["a bear"]))[2].shape == (3, 96, 96)
     assert sampler.shift == pytest.approx(1.5 * before.shift)  # the square root of 36 places for 16
+
+
+def test_a_decoder_trained_further_draws_the_size_of_the_new_data(drawn_of: Path) -> None:
+    card = read_card(drawn_of / "reducer.safetensors")
+    card.recipe["decoder"]["image_size"] = card.data.size  # as recipes say it for `vugen plan`
+    assert at_size_of_data(card).recipe["decoder"]["image_size"] is None
+    asked = card.model_copy(update={"image_size": 128})  # other than its data's: it was meant
+    assert at_size_of_data(asked).recipe["decoder"]["image_size"] == card.data.size
 
 
 def test_the_positions_that_a_copy_learned_are_stretched_over_a_larger_grid(

@@ -17,7 +17,10 @@ Answer = object
 
 DataOption = Annotated[Path, typer.Option(help="Data set written by `vugen prepare`.")]
 RecipeOption = Annotated[
-    str | None, typer.Option(help="Recipe: a YAML file or the name of a shipped one. [default: nano]")
+    str | None,
+    typer.Option(
+        help="Recipe: a YAML file or the name of a shipped one. [default: the checkpoint's, else nano]"
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -128,6 +131,17 @@ def at_size_of(card: "Card", reducer: "Card") -> "Card":
     theirs = {key: reducer.recipe[key] for key in keys if key in reducer.recipe}
     recipe = {**card.recipe, **theirs, "flow": {**flow.model_dump(), "shift": shift}}
     return reducer.model_copy(update={"recipe": recipe})
+
+
+def at_size_of_data(card: "Card") -> "Card":
+    """The card of a checkpoint whose decoder is trained further, to draw pictures of the size of the data.
+
+    A `decoder.image_size` that is the size of the data it was trained on says nothing of other data.
+    """
+    if card.image_size != card.data.size:
+        return card
+    decoder = {**card.recipe.get("decoder", {}), "image_size": None}
+    return card.model_copy(update={"recipe": {**card.recipe, "decoder": decoder}})
 
 
 def data_of(

@@ -62,7 +62,13 @@ def train_reducer(
     """
     from vugen_cli.checkpoint import read_card
     from vugen_cli.commands.answers import Trained
-    from vugen_cli.commands.options import data_of, require_safetensors, sampler_recipe, training_recipe
+    from vugen_cli.commands.options import (
+        at_size_of_data,
+        data_of,
+        require_safetensors,
+        sampler_recipe,
+        training_recipe,
+    )
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
     from vugen_cli.processes import join
@@ -74,7 +80,7 @@ def train_reducer(
     if given and given.resolve() == out.resolve():
         raise VugenError(f"--out {out} is the checkpoint to start from: give the new one another name")
     if given:
-        card = read_card(given)
+        card = read_card(given) if distill else at_size_of_data(read_card(given))
         kept = ("reducer", "decoder") if distill else ("reducer",)
         resolved = sampler_recipe(
             card, given, recipe, steps, batch_size, set_, vlm, "train_reducer", kept, log

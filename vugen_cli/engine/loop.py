@@ -315,7 +315,7 @@ def not_finite(scalars: dict[str, float], step: int, parts: list[list[str]], run
     return (
         f"the loss of step {step} is {scalars['loss']} (gradient norm {scalars['grad_norm']}): stopped, and "
         f"the last good state is kept in {run}; its batch was {', '.join(keys[:3])}, ... (all {len(keys)} in "
-        f"{listed.name}); try a lower lr or float32"
+        f"{listed.name}); try a lower lr (and muon_lr), or float32"
     )
 
 

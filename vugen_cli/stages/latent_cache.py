@@ -44,6 +44,7 @@ def latent_facts(autoencoder: Autoencoder, vlm: FrozenVLM, recipe: Recipe, card:
         "vae": fingerprint(autoencoder.vae.model) if of_vae and autoencoder.vae else None,
         "grid": list(card.latents.grid),
         "channels": card.latents.channels,
+        "prompt_tokens": recipe.prompt_tokens,
         **recipe.model_dump(mode="json", include=set(USE_OF_VLM)),
     }
 
@@ -57,7 +58,7 @@ def check_size(
     Raises:
         VugenError: names both grids.
     """
-    if images.size == card.data.size:
+    if images.size == card.data.size == card.image_size:
         return
     grey = torch.full((1, 3, images.size, images.size), 127, dtype=torch.uint8)
     (rows, columns), grid = autoencoder.encode(vlm, grey).shape[1:3], card.latents.grid
@@ -81,6 +82,8 @@ def check_cache(images: ShardedImages, facts: dict[str, Any], flip: bool) -> Non
         return
     assert images.manifest.latents and images.manifest.data
     made = images.manifest.latents.model_dump(mode="json")
+    if made["prompt_tokens"] is None:  # of an earlier version, which did not note it
+        facts = {key: value for key, value in facts.items() if key != "prompt_tokens"}
     different = [key for key, value in facts.items() if made.get(key) != value]
     if different:
         raise VugenError(
