@@ -9,7 +9,7 @@ from typing import Any
 
 from vugen_cli.data.folder import image_paths, split_folder
 from vugen_cli.data.listing import Listing, by_first
-from vugen_cli.data.sample import Sample
+from vugen_cli.data.sample import Sample, texts_of
 from vugen_cli.errors import VugenError
 
 PATH_COLUMNS = ("path", "file", "image", "filename", "file_name", "filepath", "image_path")
@@ -46,7 +46,7 @@ class CaptionedImages:
             folder = split_folder(path, split)
             found = (name for name in image_paths(folder) if (folder / name).with_suffix(".txt").exists())
             beside = Listing([name, None] for name in found)
-            tables = sorted(file for file in folder.iterdir() if file.suffix.lower() in TABLES)
+            tables = tables_in(folder)
             if len(beside):
                 self.folder, self.rows = folder, beside
             elif len(tables) == 1:
@@ -83,6 +83,12 @@ class CaptionedImages:
         return Sample(key=path, image=file.read_bytes(), captions=captions)
 
 
+def tables_in(folder: Path) -> list[Path]:
+    """The `.csv`, `.tsv` and `.jsonl` tables of a folder, hidden ones left out."""
+    files = (file for file in folder.iterdir() if not file.name.startswith("."))
+    return sorted(file for file in files if file.suffix.lower() in TABLES)
+
+
 def table_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines of a `.csv`, `.tsv` or `.jsonl` table: number, and values by column in lower case.
 
@@ -107,7 +113,7 @@ def table_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield reader.line_num, _columns(row)
     except OSError as error:
         raise VugenError(f"cannot read {table}: {error.strerror or error}") from error
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise VugenError(f"{table} cannot be read as UTF-8 {table.suffix[1:]}: {error}") from error
 
 
@@ -123,7 +129,7 @@ def _row(table: Path, number: int, row: dict[str, Any]) -> tuple[str, list[str]]
             f"{table} line {number}: expected a column named {', '.join(PATH_COLUMNS[:4])} and one named "
             f"{', '.join(CAPTION_COLUMNS[:3])}; found {', '.join(row) or 'none'}"
         )
-    return path, [caption] if isinstance(caption, str) else [str(line) for line in caption]
+    return path, texts_of(caption)
 
 
 def inside(table: Path, line: int, path: str) -> str:

@@ -3,14 +3,15 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vugen_cli.data.captions import TABLES, inside, table_rows
+from vugen_cli.data.captions import TABLES, inside, table_rows, tables_in
 from vugen_cli.data.folder import split_folder
 from vugen_cli.data.hf import Tables, stored_picture
 from vugen_cli.data.listing import Listing
-from vugen_cli.data.sample import Meta, Sample, Source
+from vugen_cli.data.sample import Meta, Sample, Source, texts_of
 from vugen_cli.data.shards import read_at, shards_of, tar_members
 from vugen_cli.errors import VugenError
 
@@ -64,12 +65,12 @@ def open_edits(path: str | Path, split: str = "train") -> Source:
     if path.is_dir() and not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
         folder = (
             path
-            if any(path.glob("*.parquet")) or any(path.glob("data/*.parquet"))
+            if any(path.glob("[!.]*.parquet")) or any(path.glob("data/[!.]*.parquet"))
             else split_folder(path, split)
         )
-        if any(folder.glob("*.tar")):
+        if any(folder.glob("[!.]*.tar")):
             return EditShards(path, split)
-        tables = sorted(file for file in folder.iterdir() if file.suffix.lower() in TABLES)
+        tables = tables_in(folder)
         if len(tables) == 1:
             return EditTable(tables[0])
     return EditRows(path, split)
@@ -77,10 +78,6 @@ def open_edits(path: str | Path, split: str = "train") -> Source:
 
 def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
     return next((row[name] for name in names if row.get(name)), None)
-
-
-def _texts(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [str(text) for text in value or []]
 
 
 class EditTable:
@@ -107,14 +104,16 @@ class EditTable:
 
     def _read(self) -> Iterator[list[Any]]:
         for line, row in table_rows(self.table):
-            sources, target, texts = _first(row, SOURCES), _first(row, TARGETS), _first(row, TEXTS)
+            sources, target, texts = [], _first(row, TARGETS), []
+            with suppress(ValueError):
+                sources, texts = texts_of(_first(row, SOURCES)), texts_of(_first(row, TEXTS))
             if not sources or not isinstance(target, str) or not texts:
                 raise VugenError(
                     f"{self.table} line {line}: expected source, target and instruction; found "
                     f"{', '.join(name for name, value in row.items() if value) or 'nothing'}"
                 )
-            paths = [inside(self.table, line, path) for path in _texts(sources)]
-            yield [paths, inside(self.table, line, target), _texts(texts), _first(row, KINDS)]
+            paths = [inside(self.table, line, path) for path in sources]
+            yield [paths, inside(self.table, line, target), texts, _first(row, KINDS)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -166,6 +165,8 @@ class EditShards:
         for name, offset, size in tar_members(self.shards[number]):
             folder, _, base = name.rpartition("/")
             stem, _, kind = base.partition(".")
+            if not stem:
+                continue
             sample = f"{folder}/{stem}".removeprefix("./").removeprefix("/")
             if sample != key:
                 if parts:
@@ -197,17 +198,18 @@ class EditShards:
         if not sources or not target:
             raise OSError(0, f"no {'target' if sources else 'source'} picture in the sample", key)
         meta: Meta = {}
-        if facts:
-            try:
-                meta = dict(json.loads(read_at(shard, *facts)))
-            except (ValueError, TypeError) as error:
-                raise OSError(0, f"damaged .json: {error}", key) from error
         texts = read_at(shard, *text).decode("utf-8", "replace").splitlines() if text else []
+        try:
+            if facts:
+                meta = dict(json.loads(read_at(shard, *facts)))
+            texts = texts or texts_of(_first(meta, TEXTS))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise OSError(0, f"damaged .json: {error}", key) from error
         kind = _first(meta, KINDS)
         return Sample(
             key=key,
             image=read_at(shard, *target),
-            captions=texts or _texts(_first(meta, TEXTS)),
+            captions=texts,
             meta={"edit": kind} if kind else {},
             sources=[read_at(shard, *place) for place in sources],
         )
@@ -253,7 +255,7 @@ class EditRows:
         return Sample(
             key=key,
             image=stored_picture(row[self.target], key),
-            captions=_texts(row[self.text]),
+            captions=texts_of(row[self.text]),
             meta={"edit": row[self.kind]} if self.kind else {},
             sources=[stored_picture(s, key) for s in (sources if isinstance(sources, list) else [sources])],
         )

@@ -2,16 +2,19 @@
 
 import bisect
 import json
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vugen_cli.data.captions import CAPTION_COLUMNS
-from vugen_cli.data.sample import Meta, Sample, hash_of
+from vugen_cli.data.sample import Meta, Sample, hash_of, texts_of
 from vugen_cli.errors import VugenError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
+MOST_OPEN = 256  # files kept open: of the 1024 that a process may have as a rule
 
 
 class Tables:
@@ -39,7 +42,8 @@ class Tables:
                 f"there is no {path}: point --source at a save_to_disk directory or parquet files"
             )
         self.files = _find_files(path, split)
-        self._tables: dict[int, Any] = {}  # opened where they are needed, and not sent to workers
+        # Opened where they are needed, and not sent to workers.
+        self._tables: OrderedDict[int, Any] = OrderedDict()
         self.ends: list[int] = []
         rows = 0
         for number in range(len(self.files)):
@@ -49,7 +53,7 @@ class Tables:
         self.fingerprint = hash_of([(file.name, file.stat().st_size) for file in self.files])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": {}}
+        return {**self.__dict__, "_tables": OrderedDict()}
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -61,23 +65,31 @@ class Tables:
         return f"{self.files[number].name}/{index}", row
 
     def _open(self, number: int) -> Any:
-        if number not in self._tables:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
+        """A file, opened; the longest unused one is closed."""
+        if number in self._tables:
+            self._tables.move_to_end(number)
+            return self._tables[number]
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-            file = self.files[number]
-            try:
-                if file.suffix == ".parquet":
-                    self._tables[number] = pq.ParquetFile(file, memory_map=True)
-                else:
-                    self._tables[number] = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-            except (pa.ArrowException, OSError) as error:
-                raise VugenError(f"{file} cannot be read ({error}): copy or download it again") from error
+        file = self.files[number]
+        with _reading(file):
+            if file.suffix == ".parquet":
+                self._tables[number] = pq.ParquetFile(file, memory_map=True)
+            else:
+                self._tables[number] = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+        while len(self._tables) > MOST_OPEN:
+            self._tables.popitem(last=False)  # nobody else holds it: it is closed
         return self._tables[number]
 
     def _rows(self, number: int) -> int:
-        table = self._open(number)
-        return table.metadata.num_rows if self.files[number].suffix == ".parquet" else table.num_rows
+        import pyarrow.parquet as pq
+
+        file = self.files[number]
+        if file.suffix != ".parquet":
+            return int(self._open(number).num_rows)
+        with _reading(file):
+            return int(pq.read_metadata(file).num_rows)
 
     def _columns(self) -> tuple[list[str], dict[str, Any]]:
         """Column names, and the features that `datasets` left in the schema's metadata."""
@@ -97,6 +109,16 @@ class Tables:
                 row, group = row - rows, group + 1
             table = table.read_row_group(group, columns=columns)
         return table.select(columns).slice(row, 1).to_pylist()[0]
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise VugenError(f"{file} cannot be read ({error}): copy or download it again") from error
 
 
 def stored_picture(image: Any, key: str) -> bytes:
@@ -170,7 +192,7 @@ class HuggingFaceDataset:
         return Sample(
             key=key,
             image=image,
-            captions=[captions] if isinstance(captions, str) else [str(line) for line in captions],
+            captions=texts_of(captions),
             meta=meta,
         )
 
@@ -202,7 +224,7 @@ def _find_files(path: Path, split: str) -> list[Path]:
                 "again"
             )
         return files
-    files = [*sorted(path.glob("*.parquet")), *sorted(path.glob("data/*.parquet"))]
+    files = [*sorted(path.glob("[!.]*.parquet")), *sorted(path.glob("data/[!.]*.parquet"))]
     named = {
         name: [f for f in files if f.name.startswith((f"{name}-", f"{name}."))] for name in ("train", *names)
     }

@@ -13,6 +13,7 @@ from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError
 from vugen_cli.progress import progress_bar
 
+_ANY_NAME = ("utf-8", "surrogatepass")  # as Python has file names that are not UTF-8
 _WNID = re.compile(r"n\d{8}")
 _DOWNLOAD = (
     "from image-net.org (Download, ILSVRC2012, after registering) get ILSVRC2012_img_train.tar, and for "
@@ -85,7 +86,7 @@ class ImageNet:
         self.lemmas = [table[wnid] for wnid in found]
         self.wnids = found
         self.classes = [", ".join(lemmas) for lemmas in self.lemmas]
-        self.names = np.array([name.encode() for name in names], dtype=np.bytes_)
+        self.names = np.array([name.encode(*_ANY_NAME) for name in names], dtype=np.bytes_)
         self.labels = np.array([labels[wnid] for wnid in wnids], dtype=np.int16)
         self.places = np.array(
             [files, offsets, sizes], dtype=np.int64
@@ -96,7 +97,7 @@ class ImageNet:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        label, name = int(self.labels[index]), self.names[index].decode()
+        label, name = int(self.labels[index]), self.names[index].decode(*_ANY_NAME)
         file, offset, size = self.places[index].tolist()
         place = self.files[file]
         image = Path(place, name).read_bytes() if offset < 0 else read_at(place, offset, size)

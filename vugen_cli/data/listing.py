@@ -67,7 +67,7 @@ def by_first(keys: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     A key's rows are in their order, and keys in the order of their first rows. Keys are told apart by 64 bits
     of a hash: of a hundred million, two are taken for one with a probability of 3 in 10,000.
     """
-    digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    digests = (hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys)
     hashes = np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.uint64)
     rows = np.argsort(hashes, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(hashes[rows]) != 0]) if len(rows) else np.empty(0, np.int64)

@@ -32,7 +32,7 @@ from vugen_cli.data.images import adm_crop, is_jpeg
 from vugen_cli.data.index import shard_index
 from vugen_cli.data.manifest import Shard, read_manifest
 from vugen_cli.data.order import Order, StreamOrder, Turns, random_bits, stream_count
-from vugen_cli.data.remote import Prefetch, cached_path, fetch, is_remote, open_shard, shard_cache
+from vugen_cli.data.remote import READ_TRIES, Prefetch, cached_path, fetch, is_remote, open_shard, shard_cache
 from vugen_cli.data.sample import Meta
 from vugen_cli.data.shapes import Shape, as_shape, parse_shape, shape_name
 from vugen_cli.errors import VugenError, first_line
@@ -42,7 +42,6 @@ from vugen_cli.recipe import Recipe
 T = TypeVar("T")
 
 MOST_OPEN = 256  # shards a reader keeps open: of the 1024 files that a process may have as a rule
-READ_TRIES = 3  # of a shard that the system will not read: a network file system may be back in a second
 STAND_INS = 96  # tries before a data set counts as unreadable
 JUDGED = 10_000  # samples over which the share of damaged ones is taken
 
@@ -260,6 +259,7 @@ class ShardedImages:
         try:
             meta: Meta = dict(json.loads(facts))
             meta["captions"] = text.decode().splitlines()
+            meta.pop("sources", None)  # a foreign fact of that name
             if sources:
                 if len(sources) != meta["source_count"]:
                     raise ValueError("a picture that it is made from is missing")

@@ -18,7 +18,7 @@ from pydantic import (
 
 from vugen_cli.card import DataCard
 from vugen_cli.data.remote import fetched_bytes, is_remote
-from vugen_cli.data.sample import Source
+from vugen_cli.data.sample import Source, encodable
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.version import __version__
@@ -320,6 +320,15 @@ def read_written(out: Path) -> Manifest | None:
     return manifest
 
 
+def all_classes(manifest: Manifest | None, source: Source) -> list[str]:
+    """The classes of a data set with a split added, which labels index.
+
+    The list stays as the first source gives it, ImageNet's two cranes included, or grows.
+    """
+    known, classes = (manifest and manifest.classes) or [], [encodable(name) for name in source.classes]
+    return [*known, *(name for name in classes if not known or name not in known)]
+
+
 def add_split(
     manifest: Manifest | None, source: Source, split: str, plan: Plan, records: Iterable[Record]
 ) -> Manifest:
@@ -336,23 +345,20 @@ def add_split(
         seed=plan.seed,
         shard_size=plan.shard_size,
         listing=plan.listing,
-        source=source.origin,
+        source=encodable(source.origin),
         shards=shards,
         skipped_count=skipped,
         captions=totals.summary(),
         **({"sources": totals.sources} if totals.sources else {}),
     )
     splits = dict(sorted({**(manifest.splits if manifest else {}), split: entry}.items()))
-    known = (manifest and manifest.classes) or []
-    # Labels index this list: it stays as the source gives it, ImageNet's two cranes included, or grows.
-    new = [name for name in source.classes if name not in known] if known else source.classes
     return Manifest(
         format=SHAPED if plan.shapes else FORMAT,
         dataset=source.name,
         size=plan.size,
         **({"shapes": plan.shapes.split(",")} if plan.shapes else {}),
         splits=splits,
-        classes=[*known, *new],
+        classes=all_classes(manifest, source),
         source=next(iter(splits.values())).source,
         licence=source.licence,
         tool=this_tool(),

@@ -35,6 +35,9 @@ PAUSE = 0.5  # seconds before the second try, about; doubled before each further
 TRIES = 8  # for a shard: a host may be away for a minute
 FIRST_TRIES = 3  # for the manifest: an address that is wrong must not take a minute to say so
 
+READ_TRIES = 3  # of a local file that the system will not read: a network file system may be back in a second
+LARGEST = 1 << 28  # bytes of a small file: the manifest of a million shards has fewer
+
 # Answers and errors that trying again mends. HTTP: too slow, too early, too many requests.
 _PASSING = (408, 425, 429)
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, ImportError)
@@ -104,12 +107,18 @@ def fetched_bytes(base: str, name: str) -> bytes:
     """A small file of a remote data set.
 
     Raises:
-        VugenError: it cannot be had.
+        VugenError: it cannot be had, or is no small file.
     """
 
     def get() -> bytes:
         with opened(base, name) as file:
-            return file.read()
+            data = file.read(LARGEST)
+            if len(data) == LARGEST:
+                raise VugenError(f"{name} of {base} is longer than {LARGEST >> 20} MiB: it is no data set")
+            data += file.read()  # nothing more; of a connection that broke off this tells
+            if not data:
+                raise ConnectionError("not one byte came")
+            return data
 
     return patiently(f"{name} of {base}", get, FIRST_TRIES)
 
@@ -161,9 +170,10 @@ def fetch(base: str, shard: "Shard", folder: Path, wait: bool = True) -> None:
     """
     path = cached_path(shard, folder)
     with _lock(folder, f"lock-{shard.sha256[:2]}", wait) as held:
-        if not held or path.is_file():
+        if held is False or path.is_file():
             return
-        for leftover in folder.glob(f".{path.name}.*"):  # of a process that was killed
+        # Of a process that was killed; without a lock it may be of one that is at it.
+        for leftover in folder.glob(f".{path.name}.*") if held else ():
             leftover.unlink(missing_ok=True)
         make_room(folder, shard.bytes)
         with whole_file(path) as temporary:
@@ -177,6 +187,11 @@ def _copy(base: str, shard: "Shard", target: Path) -> None:
             file.write(chunk)
             digest.update(chunk)
             length += len(chunk)
+            if length > shard.bytes:
+                raise VugenError(
+                    f"{shard.name} of {base} is longer than the {shard.bytes} bytes that its dataset.json "
+                    "notes: it was changed there"
+                )
     if length < shard.bytes:
         raise ConnectionError(f"cut short at {length} of {shard.bytes} bytes")
     if digest.hexdigest() != shard.sha256:
@@ -187,8 +202,10 @@ def _copy(base: str, shard: "Shard", target: Path) -> None:
 
 
 @contextmanager
-def _lock(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file of the cache; False where `wait` is not wished and another process holds it."""
+def _lock(folder: Path, name: str, wait: bool = True) -> Iterator[bool | None]:
+    """Hold a lock file of the cache; False where `wait` is not wished and another process holds it, None on a
+    file system without locks (some NFS): then two may fetch the same shard, each under a name of its own.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / name, "w")  # noqa: SIM115 - closed below
@@ -197,12 +214,14 @@ def _lock(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
             f"cannot write to {folder}: {error.strerror}; set $VUGEN_CACHE to another folder"
         ) from error
     with file:
+        held: bool | None = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield False
-            return
-        yield True
+            held = False
+        except OSError:
+            held = None
+        yield held
 
 
 def make_room(folder: Path, need: int) -> None:

@@ -56,6 +56,26 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+def texts_of(value: Any) -> list[str]:
+    """The captions that a foreign value holds: of a text, of a list without its nulls, none of nothing.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return [str(text) for text in value if text is not None]
+    if not value:
+        return []
+    raise ValueError("caption is no text")
+
+
+def encodable(text: str) -> str:
+    """A text as UTF-8 can hold it: of a file name that is not UTF-8, the bytes that fail become `?`."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def hash_of(parts: Any) -> str:
     """A short hash over a JSON-able value, for the `fingerprint` of a source."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 
 from vugen_cli.data.folder import IMAGE_SUFFIXES, split_folder
-from vugen_cli.data.sample import Meta, Sample, hash_of
+from vugen_cli.data.sample import Meta, Sample, hash_of, texts_of
 from vugen_cli.errors import VugenError
 from vugen_cli.files import user_cache, whole_file
 from vugen_cli.processes import barrier, local_world_size, rank, world_size
@@ -161,18 +161,18 @@ class WebDatasetShards:
         if places[0] < 0:
             raise OSError(0, "no image in the sample", key)
         meta: Meta = {}
-        if places[4] >= 0:
-            try:
-                meta = dict(json.loads(read_at(shard, *places[4:6])))
-            except (ValueError, TypeError) as error:
-                raise OSError(0, f"damaged .json: {error}", key) from error
         captions: list[str] = []
         if places[2] >= 0:
             captions = read_at(shard, *places[2:4]).decode("utf-8", "replace").splitlines()
-        for name in _CAPTION_KEYS:
-            value = meta.pop(name, None)
-            if not captions and value:
-                captions = [value] if isinstance(value, str) else [str(line) for line in value]
+        try:
+            if places[4] >= 0:
+                meta = dict(json.loads(read_at(shard, *places[4:6])))
+            for name in _CAPTION_KEYS:
+                value = meta.pop(name, None)
+                if not captions and value:
+                    captions = texts_of(value)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise OSError(0, f"damaged .json: {error}", key) from error
         return Sample(key=key, image=read_at(shard, *places[0:2]), captions=captions, meta=meta)
 
 
@@ -191,7 +191,7 @@ def shards_of(path: Path, split: str) -> list[Path]:
     if not path.is_dir():
         return [path]
     folder = split_folder(path, split)
-    shards = sorted(folder.glob("*.tar"))
+    shards = sorted(folder.glob("[!.]*.tar"))  # not what is hidden: macOS's ._x.tar, a shard half written
     # A folder with both splits names them in its shards.
     named = {s: [t for t in shards if t.name.startswith(f"{s}-")] for s in ("train", "val")}
     if named["train"] or named["val"]:

@@ -9,15 +9,18 @@ Shards are written with `tarfile`, not webdataset's TarWriter: the same format, 
 imports torch, two seconds that every worker would pay even for drawn pictures.
 """
 
+import errno
 import hashlib
 import io
 import json
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import tarfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -41,13 +44,15 @@ from vugen_cli.data.manifest import (
     Record,
     Skipped,
     add_split,
+    all_classes,
     read_skipped,
     read_written,
     this_tool,
     write_manifest,
     write_skipped,
 )
-from vugen_cli.data.sample import MOST_SOURCES, PICTURE, Sample, Source, hash_of
+from vugen_cli.data.remote import READ_TRIES
+from vugen_cli.data.sample import MOST_SOURCES, PICTURE, Sample, Source, encodable, hash_of
 from vugen_cli.data.shapes import Shape, nearest, parse_shapes, shape_name
 from vugen_cli.data.shuffle import Shuffled
 from vugen_cli.errors import VugenError, first_line
@@ -57,6 +62,20 @@ from vugen_cli.progress import progress_bar
 
 LOSSLESS_UP_TO = 128
 """Pictures from lossless files stay lossless up to this size; above it JPEG costs nothing one can see."""
+
+# Errors of the system, not of a picture: they pass, or else touch every picture that comes after.
+_PASSING = frozenset(
+    (
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOTCONN,
+        errno.ETIMEDOUT,
+        errno.EHOSTDOWN,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+    )
+)
 
 _STAGES = ("planned", "written", "prepared")  # at which the processes of a job wait for each other
 
@@ -73,6 +92,7 @@ class _Job:
     shard_size: int
     order: Shuffled
     strict: bool
+    labels: list[int]  # of the source's classes among those of all splits; empty where they are the same
 
 
 class _Stopped(Exception):
@@ -121,8 +141,9 @@ def write_dataset(
         shapes: see `parse_shapes`; `size` is then the side of the square among them.
 
     Raises:
-        VugenError: bad arguments, an empty source, `out` in use, unwritable, full or holding something else,
-            a picture that cannot be used with `strict`, not one that can without, or a worker that died.
+        VugenError: bad arguments, an empty source or one that the system will not read, `out` in use,
+            unwritable, full or holding something else, a picture that cannot be used with `strict`, not one
+            that can without, or a worker that died.
         KeyboardInterrupt: interrupted; what is finished stays and another run goes on from there.
     """
     if size < 8 or shard_size < 1 or workers < 1 or (count is not None and count < 1):
@@ -145,11 +166,12 @@ def write_dataset(
         items=len(order),
         listing=_listing(source),
     )
-    job = _Job(source, out, split, size, cuts, shard_size, order, strict)
+    job = _Job(source, out, split, size, cuts, shard_size, order, strict, [])
     if not is_first():
         return _help(job, workers)
     with held(out):
         manifest = read_written(out)
+        job.labels = _labels(source, manifest)
         if manifest and split in manifest.splits:
             manifest = _repair(job, plan, manifest, progress)
             for stage in _STAGES:
@@ -182,6 +204,7 @@ def _help(job: _Job, workers: int) -> Manifest:
     """Write this process's share of a plan that the first process of the job has laid; its manifest."""
     barrier("planned")
     if (job.out / ".progress" / f"{job.split}.json").exists():  # else the split was there already
+        job.labels = _labels(job.source, read_written(job.out))
         _write_shards(job, workers, progress=False)
     barrier("written")
     barrier("prepared")
@@ -196,6 +219,23 @@ def _help(job: _Job, workers: int) -> Manifest:
 def _listing(source: Source) -> str:
     given = getattr(source, "fingerprint", None)
     return given or hash_of([source.name, source.origin, len(source), *source.classes])
+
+
+def _labels(source: Source, manifest: Manifest | None) -> list[int]:
+    """See `_Job`.
+
+    Raises:
+        VugenError: other classes than the data set has, two of one name among them.
+    """
+    own, classes = [encodable(name) for name in source.classes], all_classes(manifest, source)
+    if own == classes[: len(own)]:
+        return []
+    if len(set(own)) < len(own) or len(set(classes)) < len(classes):
+        raise VugenError(
+            f"{source.origin} has other classes than the splits that are there, and two of one name, which "
+            "labels cannot tell apart: choose another --out"
+        )
+    return [classes.index(name) for name in own]
 
 
 def held(out: Path) -> AbstractContextManager[None]:
@@ -435,9 +475,9 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> list[Record
             tick()
             key = None
             try:
-                sample = job.source[int(item)]
+                sample = _sample(job.source, int(item))
                 key = sample.key
-                members, which = _members(sample, job.size, job.shapes)
+                members, which = _members(sample, job)
             except (OSError, ValueError) as error:
                 # A source that fails to read names the item in its message; without a key, say which it
                 # was.
@@ -447,7 +487,7 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> list[Record
                     raise VugenError(
                         f"{key}: {reason} (--strict; without it the picture is skipped)"
                     ) from error
-                skipped.append(Skipped(key=str(key), reason=reason))
+                skipped.append(Skipped(key=encodable(str(key)), reason=encodable(reason)))
                 continue
             for kind, data in members:
                 add_member(files[which][0], f"{position:09d}.{kind}", data)
@@ -465,7 +505,29 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> list[Record
     return records
 
 
-def _members(sample: Sample, size: int, shapes: list[Shape]) -> tuple[list[tuple[str, bytes]], int]:
+def _sample(source: Source, item: int) -> Sample:
+    """An item of the source, asked for again where the system fails.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+        VugenError: the system still fails.
+    """
+    for left in reversed(range(READ_TRIES)):
+        try:
+            return source[item]
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            if not left:
+                raise VugenError(
+                    f"cannot read {error.filename or f'item {item}'} of {source.origin}: {error.strerror}; "
+                    "mend that and run the same command again, which goes on"
+                ) from error
+        time.sleep(0.25 * 2 ** (READ_TRIES - 1 - left) * random.SystemRandom().uniform(0.5, 1.5))
+    raise AssertionError("unreachable")
+
+
+def _members(sample: Sample, job: _Job) -> tuple[list[tuple[str, bytes]], int]:
     """A sample's members in a shard: image, meta, captions, sources; and the number of its shape.
 
     The captions are cleaned in place.
@@ -476,9 +538,9 @@ def _members(sample: Sample, size: int, shapes: list[Shape]) -> tuple[list[tuple
     sample.captions = [line for line in (" ".join(caption.split()) for caption in sample.captions) if line]
     if not sample.captions:
         raise ValueError("no caption")
-    pixels, lossless = _pixels(sample.image, size)
+    pixels, lossless = _pixels(sample.image, job.size)
     height, width = pixels.shape[:2]
-    which = nearest(shapes, (height, width))
+    which = nearest(job.shapes, (height, width))
     meta = {
         **sample.meta,
         "source_key": sample.key,
@@ -486,12 +548,14 @@ def _members(sample: Sample, size: int, shapes: list[Shape]) -> tuple[list[tuple
         "height": height,
         "caption_count": len(sample.captions),
     }
-    sources = _sources(sample, size, shapes[which])
+    if job.labels and "label" in meta:
+        meta["label"] = job.labels[meta["label"]]
+    sources = _sources(sample, job.size, job.shapes[which])
     if sources:
         meta["source_count"] = len(sources)
     text = "\n".join(sample.captions) + "\n"
     members = [
-        encode(adm_crop(pixels, shapes[which]), lossless),
+        encode(adm_crop(pixels, job.shapes[which]), lossless),
         ("json", json.dumps(meta, ensure_ascii=False).encode("utf-8", "replace")),
         ("txt", text.encode("utf-8", "replace")),
         *sources,

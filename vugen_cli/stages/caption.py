@@ -175,11 +175,16 @@ def with_captions(meta: Meta, told: Sequence[str], known: int) -> Meta:
         known: how many instructions there were before.
     """
     old = meta["captions"]
+    origins = meta.get("caption_origins")
+    # A set prepared again from a captioned one has numbers that its manifest does not explain.
+    known_all = isinstance(origins, list) and all(number in range(known + 1) for number in origins)
+    if not known_all or len(origins) != len(old):
+        origins = [0] * len(old)
     new = {number: text for number, text in enumerate(told, start=known + 1) if text}
     return {
         **meta,
         "captions": [*old, *new.values()],
-        "caption_origins": [*meta.get("caption_origins", [0] * len(old)), *new],
+        "caption_origins": [*origins, *new],
         "caption_count": len(old) + len(new),
     }
 
