@@ -84,6 +84,12 @@ def test_new_captions_go_on_counting_and_empty_ones_are_left_out() -> None:
     assert twice["class"] == "bear" and twice["caption_count"] == 4
 
 
+@pytest.mark.parametrize("stale", [[0, 1], [0], ["0", None], 3])
+def test_origins_that_the_set_does_not_explain_are_dropped(stale: object) -> None:
+    meta = {"captions": ["a", "b"], "caption_origins": stale}
+    assert with_captions(meta, ["c"], 0)["caption_origins"] == [0, 0, 1]
+
+
 def test_an_interrupted_run_ends_with_the_same_bytes(
     captioned: Path, scenes: Path, vlm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

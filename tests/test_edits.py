@@ -70,6 +70,20 @@ def test_shards_name_source_and_target(tmp_path: Path) -> None:
         source[2]
 
 
+def test_instructions_that_are_no_text_cost_their_edit_alone_and_hidden_files_are_no_edits(
+    tmp_path: Path,
+) -> None:
+    said = {"0": '{"edit": 5}', "1": "[" * 100_000, "2": '{"edit": [null, "make it red"]}'}
+    files = {"._0.source.jpg": b"macOS"}
+    for key, text in said.items():
+        files |= {f"{key}.source.jpg": jpeg(0), f"{key}.target.jpg": jpeg(1), f"{key}.json": text.encode()}
+    source = open_edits(put(tmp_path, {"a.tar": tar_of(files), "._a.tar": b"macOS", "._a.csv": b"\xff"}))
+    assert len(source) == 3 and source[2].captions == ["make it red"]
+    for index in range(2):
+        with pytest.raises(OSError, match=r"damaged \.json"):
+            source[index]
+
+
 class Head:
     """The first samples of a source."""
 
@@ -112,6 +126,8 @@ def test_the_published_parquet_layouts(tmp_path: Path, source: str, target: str,
     [
         ({"a.jsonl": '{"source": "x.jpg", "instruction": "make it red"}'}, "line 1: expected source, targ"),
         ({"a.jsonl": '{"source": "../x.jpg", "target": "y", "text": "t"}'}, "leaves the table's folder"),
+        ({"a.jsonl": '{"source": 5, "target": "y.jpg", "text": "t"}'}, "line 1: expected source, targ"),
+        ({"a.jsonl": '{"source": "x.jpg", "target": "y.jpg", "text": 5}'}, "line 1: expected source, targ"),
         ({"a.tar": tar_of({"0.jpg": jpeg(), "0.txt": b"a bear"})}, "holds no edits .*found 0.jpg, 0.txt"),
         ({"notes.md": "nothing"}, "holds no train split"),
     ],

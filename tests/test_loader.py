@@ -32,6 +32,7 @@ from vugen_cli.data.loader import (
 )
 from vugen_cli.data.manifest import read_manifest, write_manifest
 from vugen_cli.data.order import StreamOrder, stream_count
+from vugen_cli.data.sample import Sample
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 from vugen_cli.nano.scenes import OpenMojiScenes
@@ -237,6 +238,19 @@ def test_a_damaged_sample_is_replaced_and_counted(copy: Path) -> None:
     shard.write_bytes(data)
     seen = take(TrainingStream(ShardedImages(copy), 96, seed=0), 1)[0]
     assert seen.corrupt == 1 and len(seen.images) == 96
+
+
+def test_a_foreign_fact_named_sources_is_no_picture(tmp_path: Path) -> None:
+    class Foreign(OpenMojiScenes):
+        def __getitem__(self, index: int) -> Sample:
+            sample = super().__getitem__(index)
+            return replace(sample, meta={**sample.meta, "sources": ["https://example.org/1"]})
+
+    write_dataset(Foreign(8, "train", 16), tmp_path, size=16, progress=False)
+    images = ShardedImages(tmp_path)
+    assert "sources" not in images.read(0, 0)[1]
+    (batch,) = islice(TrainingStream(images, 8, seed=0, flip=True, sources=True), 1)
+    assert batch.sources == [[]] * 8 and not batch.corrupt
 
 
 def test_a_truncated_shard_gives_what_is_left_of_it(copy: Path) -> None:

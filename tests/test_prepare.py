@@ -400,6 +400,29 @@ def test_disk_full(tmp_path, monkeypatch):
     write(tmp_path)
 
 
+class Failing(Drawn):
+    """The system fails to read the first pictures."""
+
+    def __init__(self, number: int, failures: int):
+        super().__init__(5)
+        self.number, self.failures = number, failures
+
+    def __getitem__(self, index: int) -> Sample:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(self.number, os.strerror(self.number), "here.jpg")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_failing_system_is_asked_again_and_then_ends_the_run(tmp_path, monkeypatch, number):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(VugenError, match=rf"cannot read here\.jpg of nowhere: {os.strerror(number)}"):
+        write(tmp_path, Failing(number, 1000))
+    manifest = write(tmp_path, Failing(number, 2))
+    assert manifest.splits["train"].count == 5 and not list(read_skipped(tmp_path, "train"))
+
+
 def test_unwritable_out(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(VugenError, match="cannot write to"):

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pickle
+import sys
 import tarfile
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vugen_cli.commands.prepare import Dataset, open_source, prepare
-from vugen_cli.data import shards
+from vugen_cli.data import hf, shards
 from vugen_cli.data.captions import CaptionedImages
 from vugen_cli.data.coco import CocoCaptions
 from vugen_cli.data.folder import ImageFolder
@@ -319,6 +321,55 @@ def test_class_folders(tmp_path):
     assert content(ImageFolder(tmp_path / "train")) == content(source)
 
 
+def test_labels_of_all_splits_index_the_classes_of_the_set(tmp_path):
+    names = ["train/cat", "train/dog", "train/emu", "val/ant", "val/cat", "val/emu"]
+    put(tmp_path / "in", {f"{name}/1.jpg": jpeg() for name in names})
+    for split in ("train", "val"):
+        manifest = write_dataset(
+            ImageFolder(tmp_path / "in", split), tmp_path / "out", split, size=16, progress=False
+        )
+    assert manifest.classes == ["cat", "dog", "emu", "ant"]
+    for split, labels in (("train", {0, 1, 2}), ("val", {0, 2, 3})):
+        prepared = WebDatasetShards(tmp_path / "out", split)
+        found = [prepared[i].meta for i in range(3)]
+        assert {meta["label"] for meta in found} == labels
+        assert all(manifest.classes[meta["label"]] == meta["class"] for meta in found)
+    # A lost shard is written again with the same labels.
+    (tmp_path / "out" / "val-000000.tar").unlink()
+    write_dataset(ImageFolder(tmp_path / "in", "val"), tmp_path / "out", "val", size=16, progress=False)
+
+
+def test_labels_that_classes_of_one_name_would_confuse_are_refused(tmp_path):
+    cranes = ("n02012849", "n03126707")
+    put(tmp_path / "in", {f"train/{wnid}/1.JPEG": jpeg() for wnid in (TENCH, *cranes)})
+    put(tmp_path / "in", {f"val/{wnid}/1.JPEG": jpeg() for wnid in cranes})
+    write_dataset(ImageNet(tmp_path / "in"), tmp_path / "out", size=16, progress=False)
+    with pytest.raises(VugenError, match=r"two of one name.*another --out"):
+        write_dataset(ImageNet(tmp_path / "in", "val"), tmp_path / "out", "val", size=16, progress=False)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
+def test_names_that_are_not_utf_8_are_read_or_listed(tmp_path):
+    odd = os.fsdecode(b"caf\xe9")  # in Latin-1
+    row = {"path": f"{odd}.jpg", "caption": "x"}
+    root = tmp_path / odd
+    sources = [
+        ImageFolder(put(root / "folder", {f"{odd}/1.jpg": jpeg(), f"{odd}/{odd}.jpg": b"no picture"})),
+        ImageNet(put(root / "net", {f"{TENCH}/1.JPEG": jpeg(), f"{TENCH}/{odd}.JPEG": b"no picture"})),
+        CaptionedImages(
+            put(root / "table", {f"{odd}.jpg": b"no picture", "1.jpg": jpeg(), "t.jsonl": "\n".join(
+                map(json.dumps, [row, {"path": "1.jpg", "caption": "y"}]),
+            )})
+        ),
+    ]  # fmt: skip
+    for number, source in enumerate(sources):
+        out = tmp_path / str(number)
+        manifest = write_dataset(source, out, size=16, progress=False)
+        assert manifest.splits["train"].count == 1
+        (skipped,) = read_skipped(out, "train")
+        assert "caf?" in skipped.key and manifest.source.startswith(f"{tmp_path}/caf?/")
+
+
 def test_flat_folder_says_file_names(tmp_path):
     put(tmp_path, {"a-red_car-01.jpg": jpeg(), "sunset 2.png": jpeg(0, "PNG"), "two 3 legs.jpg": jpeg()})
     captions = [sample.captions for sample in map(ImageFolder(tmp_path).__getitem__, range(3))]
@@ -496,6 +547,39 @@ def test_shards_as_img2dataset_writes_them(tmp_path):
     assert sorted(c for i in range(2) for c in again[i].captions) == ["from json", "from text"]
 
 
+def test_captions_that_are_no_text_cost_their_sample_alone_and_nulls_are_dropped(tmp_path):
+    said = {
+        "number": '{"caption": 5}',
+        "nan": '{"caption": NaN}',
+        "deep": "[" * 100_000,
+        "null": '{"caption": ["a dog", null]}',
+        "empty": '{"caption": "", "text": "a cat"}',
+    }
+    files = {f"{key}.{kind}": jpeg() for key in said for kind in ("jpg", "json")}
+    files |= {f"{key}.json": text.encode() for key, text in said.items()}
+    source = WebDatasetShards(put(tmp_path, {"0.tar": tar_of(files)}))
+    manifest = write_dataset(source, tmp_path / "out", size=16, progress=False)
+    assert [source[i].captions for i in (3, 4)] == [["a dog"], ["a cat"]]
+    assert manifest.splits["train"].count == 2
+    reasons = {skipped.key: skipped.reason for skipped in read_skipped(tmp_path / "out", "train")}
+    assert reasons.keys() == {"0.tar/number", "0.tar/nan", "0.tar/deep"}
+    assert reasons["0.tar/nan"].endswith("caption is no text") and "recursion" in reasons["0.tar/deep"]
+
+
+def test_hidden_files_are_no_data(tmp_path):
+    sample = {"a.jpg": jpeg(), "a.txt": b"x"}
+    put(tmp_path / "tars", {"0.tar": tar_of(sample), "._0.tar": b"macOS", ".x.tar.ab.tar": tar_of(sample)})
+    assert len(WebDatasetShards(tmp_path / "tars")) == 1
+    put(tmp_path / "table", {"a.jpg": jpeg(), "t.csv": "path,caption\na.jpg,x\n", "._t.csv": b"\xff"})
+    assert len(CaptionedImages(tmp_path / "table")) == 1
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    put(tmp_path / "rows", {"._0.parquet": b"macOS", "data/._0.parquet": b"macOS"})
+    pq.write_table(pa.table({"image": [jpeg()], "text": ["x"]}), tmp_path / "rows" / "0.parquet")
+    assert len(HuggingFaceDataset(tmp_path / "rows")) == 1
+
+
 def test_wrong_shards(tmp_path):
     with pytest.raises(VugenError, match=r"no \.tar shards"):
         WebDatasetShards(tmp_path)
@@ -545,6 +629,36 @@ def test_hf_parquet(tmp_path):
     bad.write_bytes(b"PAR1" + b"\0" * 50)
     with pytest.raises(VugenError, match="cannot be read"):
         HuggingFaceDataset(bad)
+
+
+def test_hf_captions_that_are_no_text_cost_their_row_alone(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    for name, values in (("numbers", [5, None]), ("lists", [["a dog", None], None])):
+        pq.write_table(pa.table({"image": [jpeg(), jpeg()], "text": values}), tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match="caption is no text"):
+        HuggingFaceDataset(tmp_path / "numbers.parquet")[0]
+    lists = HuggingFaceDataset(tmp_path / "lists.parquet")
+    assert [lists[i].captions for i in range(2)] == [["a dog"], []]
+
+
+def test_hf_keeps_few_of_many_files_open(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    def opened() -> int:
+        links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+        return sum(os.path.exists(link) and os.readlink(link).startswith(str(tmp_path)) for link in links)
+
+    monkeypatch.setattr(hf, "MOST_OPEN", 2)
+    for i in range(6):
+        pq.write_table(pa.table({"image": [jpeg(i)], "text": [f"text {i}"]}), tmp_path / f"{i}.parquet")
+    source = HuggingFaceDataset(tmp_path)
+    assert len(source) == 6 and opened() <= 2
+    for i in [*range(6), 0, 5, 4]:
+        assert source[i].captions == [f"text {i}"] and source[i].image == jpeg(i)
+    assert opened() == 2
 
 
 def test_hf_save_to_disk(tmp_path):

@@ -1,5 +1,6 @@
 """Data sets given by address: the same stream, each shard fetched once and verified."""
 
+import errno
 import functools
 import hashlib
 import json
@@ -11,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count, islice
 from pathlib import Path
@@ -199,6 +200,40 @@ def test_what_fails_for_good_is_one_line(unreliable: str, how: int, asked: int) 
     with pytest.raises(VugenError, match=f"cannot get train-000000.tar of {unreliable}: .*{how}"):
         images.read(0, 0)
     assert next(Unreliable.requests) == asked
+
+
+class Endless:
+    """What a server sends that does not stop."""
+
+    def read(self, count: int) -> bytes:
+        return b" " * count
+
+
+def test_what_does_not_end_is_not_read_to_the_end(
+    copy: Path, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ShardedImages(address)
+    monkeypatch.setattr(remote, "LARGEST", 1000)
+    monkeypatch.setattr(remote, "opened", lambda base, name: nullcontext(Endless()))
+    with pytest.raises(VugenError, match="longer than the .* bytes that its dataset.json notes"):
+        images.read(0, 0)
+    with pytest.raises(VugenError, match=r"dataset\.json .* is longer than"):
+        ShardedImages(address)
+
+
+def test_a_file_system_without_locks_holds_a_cache(
+    copy: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    images = ShardedImages(address)
+    images.cache.mkdir(parents=True)
+    of_another = images.cache / f".{images.shard(0).sha256}.tar.abcd.tar"
+    of_another.write_bytes(b"on its way")
+    assert np.array_equal(images.read(0, 0)[0], ShardedImages(copy).read(0, 0)[0])
+    assert of_another.exists()  # nothing tells whether the process that fetches it is gone
 
 
 def test_pauses_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:

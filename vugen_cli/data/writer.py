@@ -478,7 +478,7 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> list[Record
                 sample = _sample(job.source, int(item))
                 key = sample.key
                 members, which = _members(sample, job)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 # A source that fails to read names the item in its message; without a key, say which it
                 # was.
                 key = key or getattr(error, "filename", None) or f"item {item}"
