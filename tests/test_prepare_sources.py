@@ -661,6 +661,17 @@ def test_hf_keeps_few_of_many_files_open(tmp_path, monkeypatch):
     assert opened() == 2
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
+def test_hf_reads_a_path_that_is_not_utf_8(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    file = io.BytesIO()
+    pq.write_table(pa.table({"image": [jpeg()], "text": ["x"]}), file)
+    source = HuggingFaceDataset(put(tmp_path / os.fsdecode(b"caf\xe9"), {"0.parquet": file.getvalue()}))
+    assert len(source) == 1 and source[0].captions == ["x"]
+
+
 def test_hf_save_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(

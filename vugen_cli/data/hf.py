@@ -2,6 +2,7 @@
 
 import bisect
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,11 +74,11 @@ class Tables:
         import pyarrow.parquet as pq
 
         file = self.files[number]
-        with _reading(file):
+        with _mapped(file) as memory:
             if file.suffix == ".parquet":
-                self._tables[number] = pq.ParquetFile(file, memory_map=True)
+                self._tables[number] = pq.ParquetFile(memory)
             else:
-                self._tables[number] = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+                self._tables[number] = pa.ipc.open_stream(memory).read_all()
         while len(self._tables) > MOST_OPEN:
             self._tables.popitem(last=False)  # nobody else holds it: it is closed
         return self._tables[number]
@@ -88,8 +89,8 @@ class Tables:
         file = self.files[number]
         if file.suffix != ".parquet":
             return int(self._open(number).num_rows)
-        with _reading(file):
-            return int(pq.read_metadata(file).num_rows)
+        with _mapped(file) as memory:
+            return int(pq.read_metadata(memory).num_rows)
 
     def _columns(self) -> tuple[list[str], dict[str, Any]]:
         """Column names, and the features that `datasets` left in the schema's metadata."""
@@ -112,11 +113,12 @@ class Tables:
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def _mapped(file: Path) -> Iterator[Any]:
+    """A file in memory, for pyarrow to read; it stays open while what reads it is held."""
     import pyarrow as pa
 
     try:
-        yield
+        yield pa.memory_map(os.fsencode(file))  # bytes: pyarrow takes no text that is not UTF-8
     except (pa.ArrowException, OSError) as error:
         raise VugenError(f"{file} cannot be read ({error}): copy or download it again") from error
 
