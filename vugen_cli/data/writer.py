@@ -119,8 +119,8 @@ def write_dataset(
     `caption_count`), where KEY is the position in the plan; positions of skipped pictures stay empty. An edit
     has the pictures that it is made from too, `KEY.source0.jpg` and so on, and their `source_count`. Its
     index lies beside it (see `index`), and `skipped-train.jsonl` lists the skipped pictures. Another split of
-    the same data set may already be in `out` and is kept; a `label` counts the classes of all. A finished split is recognised and left as it is;
-    missing shards of it are written again.
+    the same data set may already be in `out` and is kept; a `label` counts the classes of all splits. A
+    finished split is recognised and left as it is; missing shards of it are written again.
 
     With `shapes`, each picture is cut to that of the nearest aspect ratio, and items that would share a shard
     go into one for each shape, `train-000000-48x80.tar` and so on.

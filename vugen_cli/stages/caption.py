@@ -175,10 +175,10 @@ def with_captions(meta: Meta, told: Sequence[str], known: int) -> Meta:
         known: how many instructions there were before.
     """
     old = meta["captions"]
-    origins = meta.get("caption_origins")
+    origins: Any = meta.get("caption_origins")
     # A set prepared again from a captioned one has numbers that its manifest does not explain.
-    known_all = isinstance(origins, list) and all(number in range(known + 1) for number in origins)
-    if not known_all or len(origins) != len(old):
+    fits = isinstance(origins, list) and len(origins) == len(old)
+    if not fits or any(number not in range(known + 1) for number in origins):
         origins = [0] * len(old)
     new = {number: text for number, text in enumerate(told, start=known + 1) if text}
     return {
