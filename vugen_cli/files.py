@@ -33,11 +33,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _settle(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise VugenError(f"cannot write {path}: {error.strerror or error}") from error
@@ -45,14 +41,25 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _settle(file: Path) -> None:
+    """Flush a file to disk, with the mode that `open` gives: temporaries and safetensors' own have 0600."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
+    with open(file, "rb") as written:
+        os.fsync(written.fileno())
+
+
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
     """As `whole_file`, of a folder: what stood at `path` is replaced as a whole, or stays as it was.
 
+    Where `path` is a link, it stays one, and what it leads to is replaced.
+
     Raises:
         VugenError: the folder cannot be written or the disk is full.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     temporary, earlier = (path.with_name(f".{path.name}.{what}") for what in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
@@ -60,12 +67,16 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
+                _settle(file)
         shutil.rmtree(earlier, ignore_errors=True)
         if path.exists():
             path.rename(earlier)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(path)
+            raise
         shutil.rmtree(earlier, ignore_errors=True)
     except OSError as error:
         raise VugenError(f"cannot write {path}: {error.strerror or error}") from error
@@ -150,7 +161,8 @@ os.register_at_fork(after_in_child=_let_go)
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -160,7 +172,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         VugenError: the file cannot be read or a line is no JSON object.
     """
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue

@@ -20,7 +20,7 @@ from vugen_cli.nano.judge import GROUPS, group_of
 from vugen_cli.nano.judges import judges_beside, shares, stacked
 from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.processes import barrier, is_first
-from vugen_cli.sampling.draw import draw, file_stem
+from vugen_cli.sampling.draw import draw, file_stems
 from vugen_cli.sampling.sampler import Sampler
 
 
@@ -79,7 +79,7 @@ def score_composition(
     report = _compare_with_real(sampler, groups, each, out, seed)
     if not is_first():
         return report
-    drawn = stacked([Image.open(out / f"{file_stem(prompt)}-0000.png").convert("RGB") for prompt in prompts])
+    drawn = stacked([Image.open(out / f"{stem}-0000.png").convert("RGB") for stem in file_stems(prompts)])
     parameters: dict[str, object] = {
         "judge_fingerprint": sampler.vlm.fingerprint,
         "question": DESCRIBE,

@@ -36,7 +36,7 @@ from vugen_cli.nano.vocabulary import (
     Scene,
 )
 from vugen_cli.processes import is_first
-from vugen_cli.sampling.draw import draw, file_stem
+from vugen_cli.sampling.draw import draw, file_stems
 from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.sampling.trained import decode_images
 from vugen_cli.studies.compare import read_shown, write_comparison
@@ -208,7 +208,7 @@ def score_edits(
     if not is_first():
         return Report()
     write_comparison({"edits": read_shown(out)}, out / "edits.html")
-    drawn = stacked([Image.open(out / f"{file_stem(p)}-0000.png").convert("RGB") for p in prompts])
+    drawn = stacked([Image.open(out / f"{stem}-0000.png").convert("RGB") for stem in file_stems(prompts)])
     about = {
         "sampler": str(sampler.path),
         "sampling": sampler.settings(guidance=guidance, image_guidance=image_guidance).model_dump(

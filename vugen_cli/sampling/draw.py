@@ -1,9 +1,11 @@
 """What `vugen sample` does around the sampler: prompts in, a folder of pictures out."""
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from vugen_cli.checkpoint import read_card
 from vugen_cli.data.shapes import Shape, shape_name
 from vugen_cli.errors import VugenError
-from vugen_cli.files import bundle, whole_file
+from vugen_cli.files import bundle, locked, whole_file
 from vugen_cli.flow import Solver
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import all_gather, barrier, is_first, rank, world_size
@@ -42,11 +44,11 @@ def collect_prompts(given: list[str], file: Path | None) -> list[str]:
     if file is not None:
         try:
             if file.is_dir():
-                texts = [" ".join(path.read_text().split()) for path in sorted(file.glob("*.txt"))]
+                texts = [" ".join(_text(path).split()) for path in sorted(file.glob("*.txt"))]
                 if not texts:
                     raise VugenError(f"--prompts {file} holds no .txt: give a folder with a prompt in each")
             else:
-                texts = [line.strip() for line in file.read_text().splitlines()]
+                texts = [line.strip() for line in _text(file).splitlines()]
             prompts += [text for text in texts if text]
         except (OSError, UnicodeDecodeError) as error:
             raise VugenError(
@@ -59,11 +61,19 @@ def collect_prompts(given: list[str], file: Path | None) -> list[str]:
     return list(dict.fromkeys(p.strip() for p in prompts))
 
 
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8-sig")  # some editors put a mark before the first prompt
+
+
 def pick_sampler(given: Path | None) -> Path:
     """The sampler asked for, else the newest in the working directory, else the bundled one; says which."""
     if given is not None:
         return given
-    for path in sorted(Path().glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True):
+    dated = []
+    for path in Path().glob("[!.]*.safetensors"):  # hidden ones are still being written
+        with contextlib.suppress(OSError):  # a link to nothing, or gone meanwhile
+            dated.append((path.stat().st_mtime, path))
+    for _, path in sorted(dated, reverse=True):
         try:
             if read_card(path).stage == "sampler":
                 print(f"sampler: {path}, the newest here")
@@ -93,17 +103,17 @@ def draw(
 
     Writes `<prompt>-<hash>-<index>.png` with PNG text metadata, `grid.png` (the first 64) and
     `samples.jsonl`, one line a picture: file, prompt, index, seed, settings, checkpoint, and the data set to
-    compare with. The pictures of a prompt go into the folder `sources`, as the VLM saw them.
+    compare with. The pictures of a prompt go into the folder `sources`, as the VLM saw them. The listing of an
+    earlier drawing is removed first, and the new one written last: a folder that has one is whole.
 
     Returns:
         The folder.
+
+    Raises:
+        VugenError: another process draws into the folder, it cannot be written, or as `Sampler.sample`.
     """
     asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     settings = sampler.settings(steps, guidance, solver, image_guidance)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VugenError(f"cannot write to {out}: {error.strerror}") from error
     about = {
         "seed": seed,
         **settings.model_dump(mode="json", exclude={"image_guidance"}),
@@ -116,37 +126,50 @@ def draw(
         "dataset": sampler.card.data.dataset,
         "reference": sampler.card.data.path,
     }
+    stems = file_stems(asked)
     rows: dict[tuple[int, int], dict[str, Any]] = {}
     shown: dict[tuple[int, int], torch.Tensor] = {}
     mine = range(rank(), len(prompts), world_size())
-    with_sources = {p: _save_sources(asked[p], out, settings) for p in mine if asked[p].pictures}
     images = sampler.sample([asked[p] for p in mine], n, seed, steps, guidance, solver, image_guidance, size)
-    for p, i, image in progress_bar(
-        ((mine[p], i, image) for p, i, image in images),
-        total=n * len(mine),
-        desc="sample",
-        unit="img",
-    ):
-        name = f"{file_stem(asked[p])}-{i:04d}.png"
-        rows[p, i] = {"file": name, "prompt": asked[p].text, "index": i, **about, **with_sources.get(p, {})}
-        with whole_file(out / name) as temporary:
-            temporary.write_bytes(png(image, rows[p, i]))
-        if p * n + i < GRID_IMAGES:
-            shown[p, i] = image
-    barrier(f"{out} drawn")
-    for others_rows, others_shown in all_gather((rows, shown)):
-        rows |= others_rows
-        shown |= others_shown
-    if is_first():
-        with whole_file(out / "samples.jsonl") as temporary:
-            temporary.write_text(
-                "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows))
-            )
-        labels = [asked[p].text for p, _ in sorted(shown)] if len(prompts) > 1 else None
-        columns = n if len(prompts) > 1 and n > 1 else None
-        save_grid(torch.stack([shown[key] for key in sorted(shown)]), out / "grid.png", columns, labels)
-    barrier(f"{out} listed")
+    with _held(out):
+        with_sources = {p: _save_sources(asked[p], out, settings) for p in mine if asked[p].pictures}
+        for p, i, image in progress_bar(
+            ((mine[p], i, image) for p, i, image in images),
+            total=n * len(mine),
+            desc="sample",
+            unit="img",
+        ):
+            name = f"{stems[p]}-{i:04d}.png"
+            row = {"file": name, "prompt": asked[p].text, "index": i, **about, **with_sources.get(p, {})}
+            rows[p, i] = row
+            with whole_file(out / name) as temporary:
+                temporary.write_bytes(png(image, row))
+            if p * n + i < GRID_IMAGES:
+                shown[p, i] = image
+        barrier(f"{out} drawn")
+        for others_rows, others_shown in all_gather((rows, shown)):
+            rows |= others_rows
+            shown |= others_shown
+        if is_first():
+            labels = [asked[p].text for p, _ in sorted(shown)] if len(prompts) > 1 else None
+            columns = n if len(prompts) > 1 and n > 1 else None
+            save_grid(torch.stack([shown[key] for key in sorted(shown)]), out / "grid.png", columns, labels)
+            with whole_file(out / "samples.jsonl") as temporary:
+                lines = "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows))
+                temporary.write_text(lines, encoding="utf-8")
+        barrier(f"{out} listed")
     return out
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Hold a folder against other drawings, from before its first picture to its listing."""
+    busy = f"another process is drawing into {out}: wait for it or choose another --out"
+    with locked(out, busy) if is_first() else contextlib.nullcontext():
+        if is_first():
+            (out / "samples.jsonl").unlink(missing_ok=True)
+        barrier(f"{out} held")
+        yield
 
 
 def png(image: torch.Tensor, about: dict[str, Any]) -> bytes:
@@ -172,9 +195,15 @@ def _save_sources(prompt: Prompt, out: Path, settings: Sampling) -> dict[str, An
     return {"sources": names, "image_guidance": settings.image_guidance}
 
 
-def file_stem(prompt: str | Prompt) -> str:
-    """A readable file name for a prompt; a hash keeps long or similar ones apart."""
-    prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
+def file_stems(prompts: Sequence[str | Prompt]) -> list[str]:
+    """Readable file names for prompts; a hash keeps long or similar ones apart, a longer one where it must."""
+    asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    stems = {prompt.key: _file_stem(prompt, 6) for prompt in asked}
+    alike = Counter(stems.values())
+    return [_file_stem(p, 12) if alike[stems[p.key]] > 1 else stems[p.key] for p in asked]
+
+
+def _file_stem(prompt: Prompt, digits: int) -> str:
     nameless = "variation" if prompt.pictures else "prompt"
     words = re.sub(r"[^a-z0-9]+", "-", prompt.text.lower()).strip("-")[:60].strip("-") or nameless
-    return f"{words}-{hashlib.sha256(prompt.key.encode()).hexdigest()[:6]}"
+    return f"{words}-{hashlib.sha256(prompt.key.encode()).hexdigest()[:digits]}"

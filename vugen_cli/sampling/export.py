@@ -25,7 +25,7 @@ def export(
 
     Args:
         sampler: to share.
-        out: the folder; what it holds already stays, but for files of these names.
+        out: the folder; what it holds already stays, but for an earlier export.
         prompts: of which the model card shows pictures.
         scores: JSON files of `vugen score`, for the model card.
         licence: of the weights, as hubs write it.
@@ -35,12 +35,13 @@ def export(
     """
     reports = [_report(path) for path in scores]
     VugenPipeline(sampler).save_pretrained(out)
+    (out / PICTURES).unlink(missing_ok=True)
     if prompts:
         drawn = {(p, i): image for p, i, image in sampler.sample(prompts, EACH)}
         pictures = torch.stack([drawn[key] for key in sorted(drawn)])
         save_grid(pictures, out / PICTURES, EACH, [prompts[p] for p, _ in sorted(drawn)])
     with whole_file(out / "README.md") as temporary:
-        temporary.write_text(model_card(sampler, out.name, prompts, reports, licence))
+        temporary.write_text(model_card(sampler, out.name, prompts, reports, licence), encoding="utf-8")
 
 
 def model_card(
@@ -114,6 +115,6 @@ def _scores(reports: Sequence[Report]) -> str:
 
 def _report(path: Path) -> Report:
     try:
-        return Report.model_validate_json(path.read_text())
+        return Report.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
         raise VugenError(f"--scores {path} is no JSON of `vugen score`: {first_line(error)}") from error

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
 from vugen_cli.errors import VugenError
-from vugen_cli.files import write_json
+from vugen_cli.files import refuse_foreign, whole_folder, write_json
 from vugen_cli.flow import Solver
 from vugen_cli.hub import PREFIX
 from vugen_cli.sampling.sampler import Sampler, open_picture, picture_shape
@@ -64,26 +64,33 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Write the whole pipeline, the VLM included, to a folder.
 
+        Of a pipeline that was saved there before, nothing stays. `model_index.json` is written last: a folder
+        that has one is whole.
+
         Raises:
-            VugenError: an option of diffusers that does not apply here, or the folder cannot be written.
+            VugenError: an option of diffusers that does not apply here, the folder cannot be written, or its
+                `vlm` is none of a saved pipeline.
         """
         if options:
             raise VugenError(f"VugenPipeline.save_pretrained takes a folder alone, not {', '.join(options)}")
         folder, vlm = Path(save_directory), self.sampler.vlm
+        refuse_foreign(folder / VLM, folder / "pipeline.py")
         try:
-            vlm.model.save_pretrained(folder / VLM)
-            if hasattr(vlm.processor, "save_pretrained"):
-                vlm.processor.save_pretrained(folder / VLM)
-            else:  # its two parts, where the whole could not be had
-                vlm.processor.tokenizer.save_pretrained(folder / VLM)
-                vlm.processor.image_processor.save_pretrained(folder / VLM)
+            (folder / self.config_name).unlink(missing_ok=True)
             for name, text in CODE.items():
-                (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_text(text)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise VugenError(f"cannot write {folder}: {error.strerror or error}") from error
-        if vlm.words is not None:
-            write_json(folder / VLM / WORDS, sorted(vlm.words))
+        with whole_folder(folder / VLM) as temporary:
+            vlm.model.save_pretrained(temporary)
+            if hasattr(vlm.processor, "save_pretrained"):
+                vlm.processor.save_pretrained(temporary)
+            else:  # its two parts, where the whole could not be had
+                vlm.processor.tokenizer.save_pretrained(temporary)
+                vlm.processor.image_processor.save_pretrained(temporary)
+            if vlm.words is not None:
+                write_json(temporary / WORDS, sorted(vlm.words))
         save_sampler(self.sampler, folder / WEIGHTS)
         index = {"_class_name": ["pipeline", "VugenPipeline"], "sampler": ["pipeline", "Component"]}
         write_json(folder / self.config_name, {**self.config, **index})

@@ -82,6 +82,9 @@ class Sampler:
         self.vlm.device = device
         self.expert.to(device)
         self.autoencoder.to(device)
+        if self.autoencoder.vae:  # no part of the autoencoder's module
+            self.autoencoder.vae.model.to(device)
+        self.passes = passes(self.defaults.precision, device)
         self.__dict__.pop("unconditional", None)  # computed anew where it is needed
 
     def compile(self) -> None:
@@ -194,19 +197,24 @@ class Sampler:
             prompt's images in order.
 
         Raises:
-            VugenError: a prompt is too long, the VLM does not read pictures in a prompt, or the size is none
-                that it can draw.
+            VugenError: at once, a prompt is too long, the VLM does not read pictures in a prompt, or the size
+                is none that it can draw.
         """
         settings = self.settings(steps, guidance, solver, image_guidance)
         asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         kinds = [self.kind(prompt) for prompt in asked]
-        known: Read = {}  # of the prompts in the batch: one of many images is read once
-        for kind in sorted(set(kinds)):
-            jobs = iter([(p, i) for p in range(len(asked)) if kinds[p] == kind for i in range(n)])
-            while batch := list(islice(jobs, SAMPLE_BATCH)):
-                keys = [(seed, asked[p], i) for p, i in batch]
-                images = self.draw_together(keys, settings, known, size=size)
-                yield from ((p, i, image) for (p, i), image in zip(batch, images, strict=True))
+        self.grid(size)
+
+        def drawn() -> Iterator[tuple[int, int, Tensor]]:
+            known: Read = {}  # of the prompts in the batch: one of many images is read once
+            for kind in sorted(set(kinds)):
+                jobs = iter([(p, i) for p in range(len(asked)) if kinds[p] == kind for i in range(n)])
+                while batch := list(islice(jobs, SAMPLE_BATCH)):
+                    keys = [(seed, asked[p], i) for p, i in batch]
+                    images = self.draw_together(keys, settings, known, size=size)
+                    yield from ((p, i, image) for (p, i), image in zip(batch, images, strict=True))
+
+        return drawn()
 
     def kind(self, prompt: Prompt) -> Kind:
         """Prompts of one kind can be drawn together: they are guided alike and of one padded length.

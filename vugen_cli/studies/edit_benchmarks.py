@@ -21,7 +21,7 @@ from vugen_cli.metrics.prompted_images import score_of
 from vugen_cli.metrics.report import Report, Score, versions
 from vugen_cli.processes import is_first
 from vugen_cli.progress import progress_bar
-from vugen_cli.sampling.draw import draw, file_stem
+from vugen_cli.sampling.draw import draw, file_stems
 from vugen_cli.sampling.sampler import Sampler, open_picture
 from vugen_cli.studies.compare import read_shown, write_comparison
 from vugen_cli.vlm.pictured import picture_inputs
@@ -213,8 +213,9 @@ def score_benchmark(
         return Report()
     write_comparison({benchmark.name: read_shown(out)}, out / "edits.html")
     found: list[float | None] = []
-    for case, prompt in zip(progress_bar(benchmark.cases, desc="judge", unit="edit"), prompts, strict=True):
-        drawn = open_picture(out / f"{file_stem(prompt)}-0000.png", sampler.card.image_size)
+    cases = progress_bar(benchmark.cases, desc="judge", unit="edit")
+    for case, prompt, stem in zip(cases, prompts, file_stems(prompts), strict=True):
+        drawn = open_picture(out / f"{stem}-0000.png", sampler.card.image_size)
         found.append(judge_case(ask, benchmark, case, prompt.pictures[0], drawn))
     scores = [
         _mean(benchmark, kind, found, judge)
