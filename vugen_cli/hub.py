@@ -23,12 +23,17 @@ def reach_hub(name: str, what: str, seconds: float = 5.0) -> bool:
         seconds: to wait.
 
     Raises:
-        VugenError: the hub does not answer and the model was not downloaded before.
+        VugenError: the hub does not answer and the model was not downloaded before, or the id can be none.
     """
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     problem = hub_problem(seconds)
-    if problem and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError as error:
+        raise VugenError(f"{what} {name}: {first_line(error)}") from error
+    if problem and not cached:
         raise VugenError(
             f"{what} {name} is not a local directory and the hub cannot be reached ({problem}): "
             "download it elsewhere and pass its directory, or check the network"
@@ -38,6 +43,8 @@ def reach_hub(name: str, what: str, seconds: float = 5.0) -> bool:
 
 def hub_problem(seconds: float = 5.0) -> str:
     """Why the hub cannot be asked; empty where it answers."""
+    from http.client import HTTPException
+    from urllib.error import HTTPError
     from urllib.request import Request, urlopen
 
     from huggingface_hub import constants
@@ -46,7 +53,9 @@ def hub_problem(seconds: float = 5.0) -> str:
         return "HF_HUB_OFFLINE is set"
     try:
         urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
-    except OSError as error:
+    except HTTPError as error:  # a mirror may have nothing to say at its root, and the library asks elsewhere
+        return "" if error.code < 500 else first_line(error)
+    except (OSError, HTTPException, ValueError) as error:  # also an address that is none
         return str(getattr(error, "reason", None) or first_line(error))
     return ""
 
@@ -65,7 +74,7 @@ def downloaded(given: str, what: str, files: tuple[str, ...] = FILES) -> Path:
             before.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     name, _, revision = given.removeprefix(PREFIX).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -84,7 +93,7 @@ def downloaded(given: str, what: str, files: tuple[str, ...] = FILES) -> Path:
             f"{what} {given} was not downloaded before and the hub cannot be reached "
             f"({problem or first_line(error)}): check the network, or pass a local copy"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # also its HTTP client's, which is another in each version of the library
         raise VugenError(f"{what} {given} cannot be had from the hub: {first_line(error)}") from error
     return Path(folder)
 
@@ -104,7 +113,6 @@ def push(folder: Path, name: str, private: bool = False) -> str:
         VugenError: the hub cannot be reached, or says no.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
 
     if problem := hub_problem():
         raise VugenError(f"the hub cannot be reached ({problem}): {folder} is whole, push it later")
@@ -115,7 +123,7 @@ def push(folder: Path, name: str, private: bool = False) -> str:
         api.upload_folder(
             repo_id=name, folder_path=folder, allow_patterns=files, commit_message="Upload by vugen push"
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # as in `downloaded`
         raise VugenError(
             f"{name} was not pushed: {first_line(error)}; are you logged in (`hf auth login`), with a token "
             "that may write there?"

@@ -40,14 +40,16 @@ class Runs(Record):
 
 
 def find_runs(folder: Path) -> Runs:
-    """The runs in a folder and in those within it.
+    """The runs in a folder and in those within it; other tools' `metrics.jsonl` are left out.
 
     Raises:
         VugenError: there is no such folder.
     """
     if not folder.is_dir():
         raise VugenError(f"no folder at {folder}: give one that runs were written to")
-    logs = sorted(folder.rglob("metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+    logs = [path for path in folder.rglob("metrics.jsonl") if path.is_file()]
+    logs = [path for path in logs if last_rows(path) or not path.stat().st_size]
+    logs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     return Runs(folder=str(folder), runs=[read_run(path.parent) for path in logs])
 
 
@@ -56,7 +58,7 @@ def read_run(run: Path) -> Run:
     log = run / "metrics.jsonl"
     rows = last_rows(log)
     try:
-        card = RunCard.model_validate_json((run / "run.json").read_text())
+        card = RunCard.model_validate_json((run / "run.json").read_bytes())
     except (OSError, ValidationError):
         card = None  # of an older version
     step = rows[-1]["step"] + 1 if rows else 0
@@ -78,22 +80,24 @@ def read_run(run: Path) -> Run:
 
 
 def last_rows(log: Path) -> list[dict[str, Any]]:
-    """The last lines of a log, as many as `RECENT`; the last may be half-written."""
+    """The last lines of a log, as many as `RECENT`; the last may be half-written, and others not a run's."""
     with open(log, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
         lines = file.read().splitlines()
     rows = []
     for line in lines[-RECENT:]:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
 def mean(rows: list[dict[str, Any]], key: str) -> float | None:
     """Of one number over all lines that have it."""
-    values = [row[key] for row in rows if key in row]
+    values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
     return sum(values) / len(values) if values else None
 
 

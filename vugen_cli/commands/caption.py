@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import Answer, DeviceOption, SetOption
+from vugen_cli.commands.options import Answer, DeviceOption, SetOption, beside
 
 
 def caption(
@@ -42,7 +42,7 @@ def caption(
     # nano was taught one instruction, which its recipe has; another VLM is asked for several lengths.
     named = recipe or ("nano" if vlm == "nano" else None)
     asked = (load_recipe(named, overrides) if named else parse_recipe({}, "--set", overrides)).caption
-    out = out or data.with_name(f"{data.name}-captioned")
+    out = out or beside(data, "captioned")
     if workers is None:
         workers = max(1, cores() // local_world_size())
     try:

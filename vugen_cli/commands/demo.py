@@ -28,4 +28,4 @@ def demo(
 
     page, scores = run_demo(out, pick_device(device)), out / "scores.json"
     typer.echo(f"open {page} for the pictures; the figures are in {scores}")
-    return Demonstrated(page=str(page), **json.loads(scores.read_text()))
+    return Demonstrated(page=str(page), **json.loads(scores.read_text(encoding="utf-8")))

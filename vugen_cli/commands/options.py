@@ -173,6 +173,12 @@ def data_of(
     return None if resolved.data.mixture else named[0]
 
 
+def beside(data: Path, ending: str) -> Path:
+    """Where to write what is made of a data set, if nobody says: beside it, under its name and an ending."""
+    named = data.resolve() if data.name in ("", "..") else data
+    return named.with_name(f"{named.name}-{ending}")
+
+
 def refuse_address(path: str) -> None:
     """Addresses are opened only where the user gives them: a stranger's may lead anywhere.
 

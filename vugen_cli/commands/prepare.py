@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vugen_cli.commands.options import Answer, DeviceOption, VlmOption, refuse_address
+from vugen_cli.commands.options import Answer, DeviceOption, VlmOption, beside, refuse_address
 from vugen_cli.errors import VugenError
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def prepare_latents(
     if data is None:
         refuse_address(known.path)
         data = Path(known.path)
-    out = out or data.with_name(f"{data.name}-latents")
+    out = out or beside(data, "latents")
     workers = workers or max(1, cores() // local_world_size())
     try:
         manifest = write_latents(checkpoint, data, out, pick_device(device), vlm, flip, workers)

@@ -86,7 +86,7 @@ def _token(file: Path | None) -> str | None:
     if file is None:
         return os.environ.get("VUGEN_TOKEN") or None
     try:
-        token = file.read_text().strip()
+        token = file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise VugenError(f"--token-file {file}: {reason}") from error

@@ -216,7 +216,7 @@ def _find_files(path: Path, split: str) -> list[Path]:
         path = folder
     if (path / "state.json").exists():
         try:
-            state = json.loads((path / "state.json").read_text())
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             files = [path / Path(entry["filename"]).name for entry in state["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise VugenError(f"{path}/state.json is damaged ({error!r}): save the data set again") from error

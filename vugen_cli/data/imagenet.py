@@ -218,11 +218,11 @@ def _val_labels(folder: Path) -> dict[str, str]:
     wnids = sorted(class_names())
     for file in (folder / "LOC_val_solution.csv", folder.parent / "LOC_val_solution.csv"):
         if file.exists():
-            rows = [line.split(",") for line in file.read_text().splitlines()[1:]]
+            rows = [line.split(",") for line in file.read_text(encoding="utf-8-sig").splitlines()[1:]]
             return {row[0]: row[1][:9] for row in rows if len(row) == 2}
     for file in (folder / "val.txt", folder.parent / "val.txt"):
         if file.exists():
-            pairs = (line.split() for line in file.read_text().splitlines())
+            pairs = (line.split() for line in file.read_text(encoding="utf-8-sig").splitlines())
             try:
                 return {pair[0].partition(".")[0]: wnids[int(pair[1])] for pair in pairs if pair}
             except (ValueError, IndexError) as error:

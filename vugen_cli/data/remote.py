@@ -208,7 +208,7 @@ def _lock(folder: Path, name: str, wait: bool = True) -> Iterator[bool | None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / name, "w")  # noqa: SIM115 - closed below
+        file = open(folder / name, "w", encoding="utf-8")  # noqa: SIM115 - closed below
     except OSError as error:
         raise VugenError(
             f"cannot write to {folder}: {error.strerror}; set $VUGEN_CACHE to another folder"

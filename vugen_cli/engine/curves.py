@@ -43,7 +43,8 @@ def plot_curves(run: Path) -> None:
     Args:
         run: its folder, with a `metrics.jsonl`.
     """
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
     if not log:
         return
     import matplotlib

@@ -23,7 +23,7 @@ def memory(device: torch.device) -> float:
 def cpu_flags() -> set[str]:
     """Instruction sets of this processor, as Linux names them; empty elsewhere."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("flags"):
                 return set(line.partition(":")[2].split())
     except OSError:

@@ -87,10 +87,9 @@ def _wandb(run: Path, first: int, config: Config) -> Logger:
     # A resumed run goes on in the same place: its name there is kept beside its states.
     kept = run / "wandb-id.txt"
     if first == 0 or not kept.exists():
-        kept.write_text(secrets.token_hex(8))
-    begun = wandb.init(
-        project=PROJECT, name=run.stem, id=kept.read_text(), resume="allow", dir=str(run), config=config
-    )
+        kept.write_text(secrets.token_hex(8), encoding="utf-8")
+    known = kept.read_text(encoding="utf-8")
+    begun = wandb.init(project=PROJECT, name=run.stem, id=known, resume="allow", dir=str(run), config=config)
     return Logger("wandb", lambda values, step: begun.log(values, step=step), begun.finish)
 
 
@@ -119,15 +118,15 @@ class MetricsLog:
         path = run / "metrics.jsonl"
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     if json.loads(line)["step"] < first:
                         kept.append(line)
                 except ValueError:
                     continue  # the line being written when the run was killed
         with whole_file(path) as temporary:  # a kill must not cost the history
-            temporary.write_text("".join(line + "\n" for line in kept))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as the run
 
     def add(self, **values: float) -> None:
         """Append one step."""

@@ -180,7 +180,7 @@ def _card(path: Path) -> StateCard:
             raise VugenError(f"{path} is a {card.stage} checkpoint: the state of a run is needed here")
         return card
     try:
-        card = StateCard.model_validate_json((path / CARD).read_text())
+        card = StateCard.model_validate_json((path / CARD).read_bytes())
     except (OSError, ValidationError) as error:
         raise VugenError(f"{path} is damaged: {CARD}: {first_line(error)}") from error
     if card.format > FORMAT:

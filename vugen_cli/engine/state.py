@@ -220,7 +220,7 @@ def resume(
         }
     step = stored.card.step
     if changed and is_first():
-        with open(run / "changes.jsonl", "a") as file:
+        with open(run / "changes.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "changes": changed}, ensure_ascii=False) + "\n")
         tqdm.write(f"going on at step {step} with a changed recipe: {'; '.join(changed)}")
     return step

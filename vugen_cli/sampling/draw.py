@@ -103,8 +103,8 @@ def draw(
 
     Writes `<prompt>-<hash>-<index>.png` with PNG text metadata, `grid.png` (the first 64) and
     `samples.jsonl`, one line a picture: file, prompt, index, seed, settings, checkpoint, and the data set to
-    compare with. The pictures of a prompt go into the folder `sources`, as the VLM saw them. The listing of an
-    earlier drawing is removed first, and the new one written last: a folder that has one is whole.
+    compare with. The pictures of a prompt go into the folder `sources`, as the VLM saw them. An earlier
+    listing is removed first, and the new one written last: a folder that has one is whole.
 
     Returns:
         The folder.
@@ -196,7 +196,7 @@ def _save_sources(prompt: Prompt, out: Path, settings: Sampling) -> dict[str, An
 
 
 def file_stems(prompts: Sequence[str | Prompt]) -> list[str]:
-    """Readable file names for prompts; a hash keeps long or similar ones apart, a longer one where it must."""
+    """Readable file names of prompts; a hash keeps long or similar ones apart, a longer one if it must."""
     asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     stems = {prompt.key: _file_stem(prompt, 6) for prompt in asked}
     alike = Counter(stems.values())

@@ -115,6 +115,6 @@ def _scores(reports: Sequence[Report]) -> str:
 
 def _report(path: Path) -> Report:
     try:
-        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+        return Report.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise VugenError(f"--scores {path} is no JSON of `vugen score`: {first_line(error)}") from error

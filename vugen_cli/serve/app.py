@@ -8,13 +8,11 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -24,8 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from vugen_cli.data.images import adm_crop
-from vugen_cli.data.shapes import as_shape, parse_shape, shape_name
+from vugen_cli.data.shapes import Shape, as_shape, parse_shape, shape_name
 from vugen_cli.errors import VugenError
 from vugen_cli.sampling.draw import png
 from vugen_cli.sampling.sampler import SAMPLE_BATCH, Sampler, picture_shape
@@ -119,11 +116,11 @@ class Service:
             },
         }
 
-    def submit(self, asked: Generation, uploads: Sequence[np.ndarray] = ()) -> list[Job]:
-        """Queue what a request asks for, `uploads` being its pictures, `uint8 [H, W, 3]` each.
+    def size(self, asked: Generation) -> Shape:
+        """Of the pictures that a request asks for.
 
         Raises:
-            Refusal: of a model, size or prompt that there is not, or now is no time.
+            Refusal: of a model or size that there is not.
         """
         if asked.model not in (None, self.name):
             said = f"there is no model {asked.model[:60]} here: it is {self.name}"
@@ -131,22 +128,36 @@ class Service:
         if asked.size not in ("auto", *self.sizes):
             said = f"size: this sampler draws {', '.join(self.sizes)}"
             raise Refusal(400, said, "invalid_value", "size")
-        size = parse_shape(self.sizes[0] if asked.size == "auto" else asked.size)
+        return parse_shape(self.sizes[0] if asked.size == "auto" else asked.size)
+
+    def cut(self, asked: Edit) -> Shape:
+        """What the pictures of a request are cut to.
+
+        Raises:
+            Refusal: of a model or size that there is not, or now is no time.
+        """
+        shape = picture_shape(self.sampler.card, self.size(asked))
+        with _refused():
+            self.drawer.check(asked.n)
+        return shape
+
+    def submit(self, asked: Generation, pictures: Sequence[Tensor] = ()) -> list[Job]:
+        """Queue what a request asks for, `pictures` being its own, uint8 [3, H, W] each, as `cut` says.
+
+        Raises:
+            Refusal: of a model, size or prompt that there is not, or now is no time.
+        """
+        size = self.size(asked)
         by_pictures = asked.image_guidance if isinstance(asked, Edit) else None
         settings = self.sampler.settings(asked.steps, asked.guidance, asked.solver, by_pictures)
-        cut = picture_shape(self.sampler.card, size)
-        pictures = tuple(torch.from_numpy(adm_crop(u, cut).copy()).permute(2, 0, 1) for u in uploads)
         # Such that a page's script, whose integers end at 2^53, can say it again.
         seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
+        prompt = Prompt(asked.prompt, tuple(pictures))
         try:
-            return self.drawer.submit(Prompt(asked.prompt, pictures), asked.n, seed, settings, size)
+            with _refused():
+                return self.drawer.submit(prompt, asked.n, seed, settings, size)
         except VugenError as error:
-            raise Refusal(400, str(error), "invalid_value", "image" if uploads else "prompt") from error
-        except QueueFull as error:
-            wait = {"retry-after": str(error.seconds)}
-            raise Refusal(429, str(error), "queue_full", headers=wait) from error
-        except Stopping as error:
-            raise _stopping(error) from error
+            raise Refusal(400, str(error), "invalid_value", "image" if pictures else "prompt") from error
 
     def png(self, job: Job, pixels: Tensor) -> bytes:
         """A drawn image as a file that says how it was made; no path of this machine is in it."""
@@ -181,16 +192,28 @@ class Service:
         return {"b64_json": base64.b64encode(file).decode(), "seed": job.seed}
 
 
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """Turn what a drawer says when it takes no more work into an answer."""
+    try:
+        yield
+    except QueueFull as error:
+        wait = {"retry-after": str(error.seconds)}
+        raise Refusal(429, str(error), "queue_full", headers=wait) from error
+    except Stopping as error:
+        raise _stopping(error) from error
+
+
 def _stopping(error: Stopping) -> Refusal:
     return Refusal(503, str(error), "stopping", headers={"retry-after": "30"})
 
 
 async def answer(
-    service: Service, asked: Generation, request: Request, event: str, uploads: Sequence[np.ndarray] = ()
+    service: Service, asked: Generation, request: Request, event: str, pictures: Sequence[Tensor] = ()
 ) -> Response:
     """Draw what was asked and answer, at once or as a stream of events."""
     jobs = await asyncio.to_thread(
-        service.submit, asked, uploads
+        service.submit, asked, pictures
     )  # it may wait for prompts that are being read
     if asked.stream:
         stream = _events(service, asked, jobs, request, event)
@@ -342,8 +365,8 @@ def make_app(service: Service, hosts: set[str] | None = None, token: str | None 
     async def edits(request: Request) -> Response:
         if service.drawer.stopping:
             raise _stopping(Stopping())
-        fields, uploads = await read_edit(request)
-        return await answer(service, Edit.model_validate(fields), request, "image_edit", uploads)
+        asked, pictures = await read_edit(request, service.cut)
+        return await answer(service, asked, request, "image_edit", pictures)
 
     @app.get("/images/{name}")
     async def image(name: str) -> Response:

@@ -105,6 +105,20 @@ class Drawer:
         self._thread = threading.Thread(target=self._run, name="drawer", daemon=True)
         self._thread.start()
 
+    def check(self, n: int) -> None:
+        """See that n images more may wait now.
+
+        Raises:
+            QueueFull, Stopping: as `submit`.
+        """
+        with self._changed:
+            if self.stopping:
+                raise Stopping
+            self._forget_who_left()
+            if len(self._waiting) + n > self.limit:
+                images = len(self._waiting) + len(self._drawing)
+                raise QueueFull(min(60, max(1, math.ceil(images * self._seconds))))
+
     def submit(
         self, prompt: Prompt, n: int, seed: int, settings: Sampling, size: Shape | None = None
     ) -> list[Job]:
@@ -118,13 +132,8 @@ class Drawer:
         with self._reading:
             kind = self.sampler.kind(prompt)
         jobs = [Job(seed, prompt, i, settings, kind, size) for i in range(n)]
-        with self._changed:
-            if self.stopping:
-                raise Stopping
-            self._forget_who_left()
-            if len(self._waiting) + n > self.limit:
-                images = len(self._waiting) + len(self._drawing)
-                raise QueueFull(min(60, max(1, math.ceil(images * self._seconds))))
+        with self._changed:  # a lock that the same thread may take again
+            self.check(n)
             self._waiting += jobs
             self._changed.notify()
         return jobs

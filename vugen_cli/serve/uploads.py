@@ -1,13 +1,15 @@
-"""Pictures that a client sends: read from a form, checked, decoded."""
+"""Pictures that a client sends: read from a form, checked, decoded, cut."""
 
 import asyncio
+from collections.abc import Callable
 
-import numpy as np
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
+from torch import Tensor, from_numpy
 
-from vugen_cli.data.images import decode
-from vugen_cli.serve.asked import Refusal
+from vugen_cli.data.images import adm_crop, decode
+from vugen_cli.data.shapes import Shape
+from vugen_cli.serve.asked import Edit, Refusal
 from vugen_cli.serve.guard import MAX_BODY, MAX_UPLOAD
 
 MAX_PICTURES = 4
@@ -19,11 +21,16 @@ MAX_PIXELS = 25_000_000
 _one_by_one = asyncio.Semaphore(1)  # a picture of the largest size takes 100 MB while it is decoded
 
 
-async def read_edit(request: Request) -> tuple[dict[str, str], list[np.ndarray]]:
-    """The fields of a form, and its pictures, `uint8 [H, W, 3]` each.
+async def read_edit(request: Request, cut: Callable[[Edit], Shape]) -> tuple[Edit, list[Tensor]]:
+    """What a form asks for, and its pictures, uint8 [3, H, W] each.
+
+    Args:
+        request: with the form.
+        cut: called before anything is decoded; says what the pictures are cut to, or refuses.
 
     Raises:
-        Refusal: it is no form, or a picture is missing, too large or none.
+        Refusal: it is no form, or a picture is missing, too large or none; or by `cut`.
+        ValidationError: a field is not as `Edit` has it.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Refusal(400, "send a form, with content-type multipart/form-data", "invalid_form")
@@ -38,18 +45,21 @@ async def read_edit(request: Request) -> tuple[dict[str, str], list[np.ndarray]]
                 raise Refusal(400, f"{name[:40]}: files are read as image alone", "unknown_parameter", name)
         if not 1 <= len(pictures) <= MAX_PICTURES:
             raise Refusal(400, f"image: send 1 to {MAX_PICTURES} pictures", "invalid_value", "image")
-        decoded = []
+        asked = Edit.model_validate(fields)
+        shape, decoded = cut(asked), []
         for upload in pictures:
             async with _one_by_one:
                 data = await upload.read(MAX_UPLOAD + 1)
-                decoded.append(await asyncio.to_thread(_decode, data))
-    return fields, decoded
+                decoded.append(await asyncio.to_thread(_decode, data, shape))
+    return asked, decoded
 
 
-def _decode(data: bytes) -> np.ndarray:
+def _decode(data: bytes, shape: Shape) -> Tensor:
+    """A picture cut to a shape: whole, those of requests that wait would take gigabytes."""
     if len(data) > MAX_UPLOAD:
         raise Refusal(413, f"image: larger than {MAX_UPLOAD:,} bytes", "too_large", "image")
     try:
-        return decode(data, MAX_PIXELS)
+        pixels = decode(data, MAX_PIXELS)
     except ValueError as error:
         raise Refusal(400, f"image: {error}", "invalid_image", "image") from error
+    return from_numpy(adm_crop(pixels, shape).copy()).permute(2, 0, 1)

@@ -192,7 +192,7 @@ def claim(out: Path, plan: dict[str, Any], what: str) -> None:
     """
     note = out / ".progress" / "plan.json"
     try:
-        found = json.loads(note.read_text()) if note.exists() else None
+        found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
     except (OSError, ValueError) as error:
         raise VugenError(f"{note} is damaged ({error}): delete {out} and prepare again") from error
     if found is None and any(out.glob("*.tar")):

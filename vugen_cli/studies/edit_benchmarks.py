@@ -111,9 +111,10 @@ def read_benchmark(path: Path, language: str = "en") -> Benchmark:
 
 def _imgedit(path: Path) -> list[Case]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         questions = path.with_name(JUDGE_PROMPTS)
-        asked: dict[str, str] = json.loads(questions.read_text()) if questions.is_file() else {}
+        read = questions.read_text(encoding="utf-8-sig") if questions.is_file() else "{}"
+        asked: dict[str, str] = json.loads(read)
         return [
             Case(
                 key,

@@ -439,7 +439,7 @@ def load_vlm(name: str, device: torch.device | str | None = None, recipe: Recipe
     listing = local_path(name) / WORDS
     if listing.is_file():
         try:
-            frozen.words = frozenset(map(str, json.loads(listing.read_text())))
+            frozen.words = frozenset(map(str, json.loads(listing.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError) as error:
             raise VugenError(f"{listing} is not a JSON list of words: remove it or train again") from error
     return frozen
