@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import vugen_here
 
+from vugen_cli.commands.options import beside
 from vugen_cli.data.loader import ShardedImages, TrainingStream
 from vugen_cli.data.manifest import read_manifest, read_skipped
 from vugen_cli.errors import VugenError
@@ -117,6 +118,16 @@ def test_processes_take_a_shard_each(
     assert sorted(file.name for file in out.glob("*.tar")) == ["train-000001.tar", "train-000003.tar"]
     for file in out.glob("*.tar"):
         assert file.read_bytes() == (captioned / file.name).read_bytes()
+
+
+def test_what_is_made_of_the_working_directory_goes_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "coco" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "coco")
+    for data in (".", "deep/.."):
+        assert beside(Path(data), "captioned") == tmp_path.resolve() / "coco-captioned"
+    assert beside(Path("data/coco"), "latents") == Path("data/coco-latents")
 
 
 def test_bad_pictures_are_counted_and_a_vlm_that_cannot_be_asked_is_refused(

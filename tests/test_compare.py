@@ -45,6 +45,16 @@ def test_what_cannot_be_compared_says_why(
     assert "no prompt" in str(runner.invoke(app, ["compare", str(trained / "sampler.safetensors")]).exception)
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_drawn(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in ("week", "."):
+        words = ["compare", str(trained / "sampler.safetensors"), "--prompt", "a bear", "--out", out]
+        assert "give the name of a page" in str(CliRunner().invoke(app, words).exception)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_listing_cannot_show_files_from_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(b"x")
     folder = tmp_path / "drawn"

@@ -73,5 +73,20 @@ def test_a_run_of_an_older_version_or_with_nothing_logged_is_listed(tmp_path: Pa
         find_runs(tmp_path / "none")
 
 
+def test_logs_of_other_tools_are_left_out(tmp_path: Path) -> None:
+    for name, text in {
+        "other": '{"epoch": 1}\n',
+        "plain": "3\n[1]\nnull\n",
+        "mine": '{"step": 0, "loss": null}',
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    (tmp_path / "mine" / "run.json").write_bytes(b'{"stage": "\xff"}')
+    (tmp_path / "folder" / "metrics.jsonl").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").symlink_to("nowhere")
+    (run,) = find_runs(tmp_path).runs
+    assert (Path(run.run).name, run.stage, run.step, run.loss) == ("mine", None, 1, None)
+
+
 def test_spans_of_time_are_said_by_their_two_largest_units() -> None:
     assert [in_words(s) for s in (40, 125, 7_500, 90_000)] == ["40 s", "2 min 5 s", "2 h 5 min", "1 d 1 h"]

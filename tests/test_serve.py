@@ -36,7 +36,7 @@ from vugen_cli.data.shapes import Shape, shape_name
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Sampling
 from vugen_cli.sampling.sampler import Kind, Sampler, open_picture
-from vugen_cli.serve import guard
+from vugen_cli.serve import guard, uploads
 from vugen_cli.serve.app import Service, make_app, page
 from vugen_cli.serve.drawer import Drawer, Job, QueueFull, Stopping
 from vugen_cli.serve.run import address, hosts_of, listen, run
@@ -413,6 +413,32 @@ def test_a_picture_is_checked_before_anything_is_drawn(
     with pytest.raises(openai.APIStatusError) as told:
         client(url).images.edit(image=("a.png", make()), prompt="in the snow")
     assert told.value.status_code == status and said in told.value.message
+
+
+def test_pictures_are_cut_as_they_are_read_and_not_even_decoded_where_they_must_wait_outside(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, decoded, taken = service_of(gated, limit=1), [], []
+    decode, submit = uploads.decode, service.submit
+    monkeypatch.setattr(uploads, "decode", lambda *given: decoded.append(given) or decode(*given))
+    monkeypatch.setattr(service, "submit", lambda *given: taken.append(given) or submit(*given))
+    file = io.BytesIO()
+    Image.new("RGB", (900, 600), "red").save(file, "PNG")
+    with running(service) as url:
+
+        def edit() -> httpx2.Response:
+            form = {"files": {"image": ("a.png", file.getvalue())}, "data": {"prompt": "in the snow"}}
+            return HTTP.post(f"{url}v1/images/edits", **form)  # type: ignore[arg-type]
+
+        service.drawer.submit(Prompt("first"), 1, 0, Sampling())
+        gated.drawing.wait(5)
+        (waits,) = service.drawer.submit(Prompt("waits"), 1, 0, Sampling())
+        assert edit().json()["error"]["code"] == "queue_full" and not decoded
+        waits.leave()
+        gated.gate.set()
+        assert edit().status_code == 200
+    ((_, (picture,)),) = taken
+    assert picture.shape == (3, 64, 64) and picture.untyped_storage().nbytes() == 3 * 64 * 64
 
 
 def test_an_upload_of_no_announced_length_ends_at_the_limit(

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 from conftest import vugen_here
@@ -25,6 +27,9 @@ from vugen_cli.card import AdapterCard, BaseCard
 from vugen_cli.checkpoint import fingerprint, load_checkpoint, save_checkpoint, select
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import load_recipe
+from vugen_cli.sampling import pipeline
+from vugen_cli.sampling.export import export
+from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.vlm.configured import configured_vlm
 from vugen_cli.vlm.frozen import load_vlm
 
@@ -194,6 +199,37 @@ def digest(data: bytes) -> str:
     return hashlib.sha1(data).hexdigest()
 
 
+def test_nothing_of_an_earlier_export_stays_and_half_of_one_does_not_look_whole(
+    lively_sampler: Sampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, licence = tmp_path / "bears", "mit"
+    export(lively_sampler, out, [], [], licence)
+    stale = [out / "vlm" / "chat_template.jinja.old", out / "pictures.png"]
+    for path in stale:
+        path.write_text("of another model")
+    index, written = out / "model_index.json", (out / "vlm/config.json").read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "save_sampler", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(lively_sampler, out, [], [], licence)
+    assert not index.exists()
+    export(lively_sampler, out, [], [], licence)
+    assert index.is_file() and not any(path.exists() for path in stale)
+    assert (out / "vlm/config.json").read_bytes() == written
+    modes = {path.stat().st_mode for path in out.rglob("*") if path.is_file()}
+    assert len(modes) == 1, "weights can be read by whom configs can"
+
+    (tmp_path / "vlm").mkdir()
+    (tmp_path / "vlm/config.json").write_text("my own")
+    with pytest.raises(VugenError, match="is there already"):
+        export(lively_sampler, tmp_path, [], [], licence)
+    assert (tmp_path / "vlm/config.json").read_text() == "my own"
+
+
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """A hub of our own; the library is pointed to it, with an empty cache."""
@@ -298,9 +334,39 @@ def test_what_the_hub_does_not_give_is_one_line(
         hub.push(exported, "me/bears")
 
 
+@pytest.mark.parametrize(("status", "problem"), [(401, False), (403, False), (405, False), (503, True)])
+def test_a_mirror_that_answers_nothing_at_its_root_can_be_asked(
+    status: int, problem: bool, server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.RequestHandlerClass, "do_HEAD", lambda self: self.answer(b"", status))
+    assert bool(hub.hub_problem()) is problem
+
+
+def test_errors_of_the_hubs_library_and_of_its_client_are_one_line(
+    exported: Path, server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(VugenError, match=r"--sampler hf:a--b/c cannot be had from the hub: .*a--b/c"):
+        hub.downloaded("hf:a--b/c", "--sampler")
+    with pytest.raises(VugenError, match=r"the VLM a--b/c: .*a--b/c"):
+        hub.reach_hub("a--b/c", "the VLM")
+
+    def times_out(*_: object, **__: object) -> None:
+        raise httpx2.ReadTimeout("The read operation timed out")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", times_out)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", times_out)
+    with pytest.raises(VugenError, match="cannot be had from the hub: The read operation timed out"):
+        hub.downloaded("hf:me/bears", "--sampler")
+    with pytest.raises(VugenError, match="me/bears was not pushed: The read operation timed out"):
+        hub.push(exported, "me/bears")
+    monkeypatch.setattr(constants, "ENDPOINT", "no-address")
+    assert "no-address" in hub.hub_problem()
+
+
 def test_a_hub_that_does_not_answer_is_said_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://10.255.255.1")  # nobody answers there
-    started = time.perf_counter()
-    assert hub.hub_problem(seconds=0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never says a word
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.perf_counter()
+        assert hub.hub_problem(seconds=0.2)
     assert time.perf_counter() - started < 5

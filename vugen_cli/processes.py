@@ -64,7 +64,7 @@ def meet() -> None:
     if world_size() == 1 or _store is not None:
         return
     if not is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     import torch.distributed as dist
 
     try:

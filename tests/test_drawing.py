@@ -1,0 +1,99 @@
+"""What `vugen sample` does around the sampler: prompts, which sampler, a folder that is whole or says it is not.
+
+About two seconds, most of them for the tiny sampler of the suite.
+"""
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vugen_cli.errors import VugenError
+from vugen_cli.files import locked
+from vugen_cli.models.vae import FrozenVAE
+from vugen_cli.sampling import sampler as module
+from vugen_cli.sampling.draw import collect_prompts, draw, file_stems, pick_sampler
+from vugen_cli.sampling.sampler import Sampler
+
+
+def killed(*_: Any) -> Iterator[Any]:
+    raise KeyboardInterrupt
+    yield
+
+
+def test_an_interrupted_drawing_leaves_no_listing_of_the_one_before(
+    lively_sampler: Sampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(lively_sampler, ["a bear"], 1, tmp_path, steps=1)
+    for wrong in ({"prompts": ["a bear " * 400]}, {"prompts": ["a bear"], "size": (80, 48)}):
+        with pytest.raises(VugenError):  # what cannot be drawn costs nothing
+            draw(lively_sampler, n=1, out=tmp_path, **wrong)
+    assert (tmp_path / "samples.jsonl").is_file()
+    monkeypatch.setattr(lively_sampler, "sample", killed)
+    with pytest.raises(KeyboardInterrupt):
+        draw(lively_sampler, ["a bear"], 1, tmp_path)
+    assert not (tmp_path / "samples.jsonl").exists() and list(tmp_path.glob("a-bear-*.png"))
+
+
+def test_two_do_not_draw_into_one_folder_at_once(lively_sampler: Sampler, tmp_path: Path) -> None:
+    with locked(tmp_path, "busy"), pytest.raises(VugenError, match="another process is drawing into"):
+        draw(lively_sampler, ["a bear"], 1, tmp_path)
+
+
+def test_prompts_that_would_share_a_file_name_are_told_apart_by_a_longer_hash() -> None:
+    seen: dict[str, str] = {}
+    for number in range(100_000):  # two of the first few thousand agree in 24 bits
+        prompt = chr(0x4E00 + number // 256) + chr(0x4E00 + number % 256)
+        other = seen.setdefault(hashlib.sha256(prompt.encode()).hexdigest()[:6], prompt)
+        if other != prompt:
+            break
+    *long, short, again = file_stems([other, prompt, "a bear", "a bear"])
+    assert len(set(long)) == 2 and all(len(stem) == len("prompt-") + 12 for stem in long)
+    assert short == again == f"a-bear-{hashlib.sha256(b'a bear').hexdigest()[:6]}"
+    assert len(file_stems([prompt])[0]) == len("prompt-") + 6
+
+
+def test_a_link_to_nothing_and_a_file_that_is_being_written_are_no_samplers(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("gone.safetensors").symlink_to("nowhere")
+    Path("mine.safetensors").symlink_to(trained / "sampler.safetensors")
+    os.link(trained / "sampler.safetensors", ".sampler.safetensors.x1.safetensors")
+    assert pick_sampler(None) == Path("mine.safetensors")
+    Path("mine.safetensors").unlink()
+    assert "bundles" in pick_sampler(None).parts
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    for name in ("prompts.txt", "prompts/1.txt"):
+        (tmp_path / name).write_text("a bear\n", encoding="utf-8-sig")
+    assert collect_prompts([], tmp_path / "prompts.txt") == ["a bear"]
+    assert collect_prompts([], tmp_path / "prompts") == ["a bear"]
+
+
+def test_a_sampler_moves_with_its_vae_and_takes_the_precision_of_the_device(
+    lively_sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "passes", lambda precision, device: (precision, device))
+    moved, here = copy.copy(lively_sampler), torch.device("cpu")
+    config = SimpleNamespace(latent_channels=4, block_out_channels=[8], scaling_factor=1.0, shift_factor=0.0)
+    vae = nn.Linear(2, 2)
+    vae.config = config  # type: ignore[assignment]
+    moved.vlm = SimpleNamespace(model=nn.Linear(2, 2), device=here)  # type: ignore[assignment]
+    moved.expert = nn.Linear(2, 2)  # type: ignore[assignment]
+    moved.autoencoder = copy.deepcopy(lively_sampler.autoencoder)
+    moved.autoencoder.vae = FrozenVAE(vae, "a vae")
+    away = torch.device("meta")
+    moved.to(away)
+    networks = (moved.vlm.model, moved.expert, moved.autoencoder, vae)
+    assert {weight.device for network in networks for weight in network.parameters()} == {away}
+    assert moved.passes == (lively_sampler.defaults.precision, away)
