@@ -1,4 +1,4 @@
-"""What `vugen sample` does around the sampler: prompts, which sampler, a folder that is whole or says it is not.
+"""What `vugen sample` does around the sampler: prompts, which sampler, a folder that is whole or has no list.
 
 About two seconds, most of them for the tiny sampler of the suite.
 """

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -334,12 +335,13 @@ def test_what_the_hub_does_not_give_is_one_line(
         hub.push(exported, "me/bears")
 
 
-@pytest.mark.parametrize(("status", "problem"), [(401, False), (403, False), (405, False), (503, True)])
 def test_a_mirror_that_answers_nothing_at_its_root_can_be_asked(
-    status: int, problem: bool, server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+    server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.RequestHandlerClass, "do_HEAD", lambda self: self.answer(b"", status))
-    assert bool(hub.hub_problem()) is problem
+    for status, problem in ((401, False), (403, False), (404, False), (405, False), (503, True)):
+        answer = partialmethod(Hub.answer, b"", status)
+        monkeypatch.setattr(server.RequestHandlerClass, "do_HEAD", answer)
+        assert bool(hub.hub_problem()) is problem
 
 
 def test_errors_of_the_hubs_library_and_of_its_client_are_one_line(
