@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_random_vlm, tiny_overrides
+from test_prepare import alive_in_session, wait_until
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
@@ -140,14 +141,18 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(
     wait_for(lambda: list(states.glob("state-*.safetensors")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    wait_until(lambda: not alive_in_session(process.pid))
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 0, finished.stderr
     assert out.read_bytes() == whole.read_bytes()
     assert [row["step"] for row in metrics(states)] == list(range(8))
 
 
-def test_sigterm_saves_and_the_next_run_goes_on(scenes: Path, vlm_path: Path, tmp_path: Path) -> None:
-    overrides = [*tiny_overrides(vlm_path), "train_reducer.steps=100000"]
+def test_sigterm_to_a_whole_job_saves_and_leaves_no_worker(
+    scenes: Path, vlm_path: Path, tmp_path: Path
+) -> None:
+    """To its process group, as launchers and terminals send signals: the workers too, were they in it."""
+    overrides = [*tiny_overrides(vlm_path), "train_reducer.steps=100000", "data.workers=1"]
     command = [
         sys.executable,
         "-m",
@@ -159,16 +164,19 @@ def test_sigterm_saves_and_the_next_run_goes_on(scenes: Path, vlm_path: Path, tm
         str(tmp_path / "r.safetensors"),
     ]
     command += [part for o in overrides for part in ("--set", o)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     log = tmp_path / "r.run" / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "run the same command again to go on" in errors.splitlines()[-1]
     (state,) = (tmp_path / "r.run").glob("state-*.safetensors")
     assert read_header(state).step == len(metrics(tmp_path / "r.run"))
     assert not (tmp_path / "r.safetensors").exists()
+    wait_until(lambda: not alive_in_session(process.pid))
 
 
 def wait_for(

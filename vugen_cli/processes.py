@@ -5,8 +5,10 @@ command in every process. The first process writes files, pictures, bars and mes
 """
 
 import atexit
+import multiprocessing
 import os
 import sys
+import threading
 from collections import Counter
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -156,6 +158,21 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.gather_object(value, values if is_first() else None)
     return values if is_first() else [value]
+
+
+def end_with_parent() -> None:
+    """End this process, a worker of multiprocessing, as soon as the one that asked for it is gone.
+
+    Even a killed one: left alone, its workers would wait for their next task for ever.
+    """
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -12,10 +12,12 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import IO, Any, Generic, TypeAlias, TypeVar
 
@@ -25,7 +27,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vugen_cli.card import DataCard
 from vugen_cli.data.images import adm_crop, is_jpeg
@@ -36,7 +38,7 @@ from vugen_cli.data.remote import READ_TRIES, Prefetch, cached_path, fetch, is_r
 from vugen_cli.data.sample import Meta
 from vugen_cli.data.shapes import Shape, as_shape, parse_shape, shape_name
 from vugen_cli.errors import VugenError, first_line
-from vugen_cli.processes import rank, world_size
+from vugen_cli.processes import end_with_parent, rank, world_size
 from vugen_cli.recipe import Recipe
 
 T = TypeVar("T")
@@ -613,17 +615,33 @@ def batches(stream: Iterable[T], workers: int) -> Iterator[T]:
     Raises:
         VugenError: as it was raised in a worker; a worker died.
     """
-    # Imported once in the server that workers are forked from: they start at once and share its memory.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["vugen_cli.data.loader"])
-    loader = wds.WebLoader(
+    # Imported once in the server that workers are forked from: they start at once and share its memory. First
+    # what takes server and workers out of the group that Ctrl-C and launchers signal: the run stops itself.
+    preload = ["vugen_cli.data.own_group", "vugen_cli.data.loader"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    if workers:
+        _start_tracker()
+    loader = DataLoader(
         _Told(stream),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         multiprocessing_context="forkserver" if workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
     )
     return _raised(iter(loader))  # the workers start now, not when the first batch is asked for
+
+
+def _start_tracker() -> None:
+    """Start multiprocessing's resource tracker, which stays in the run's group, deaf to SIGUSR1 too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # inherited
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(_number: int) -> None:
+    end_with_parent()  # what kills the run's group does not reach it
 
 
 def _raised(found: Iterator[T | VugenError]) -> Iterator[T]:

@@ -19,7 +19,6 @@ import random
 import signal
 import sys
 import tarfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +27,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +55,7 @@ from vugen_cli.data.shapes import Shape, nearest, parse_shapes, shape_name
 from vugen_cli.data.shuffle import Shuffled
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import locked, whole_file, write_json
-from vugen_cli.processes import barrier, is_first, rank, world_size
+from vugen_cli.processes import barrier, end_with_parent, is_first, rank, world_size
 from vugen_cli.progress import progress_bar
 
 LOSSLESS_UP_TO = 128
@@ -380,14 +378,7 @@ def _start_worker(job: _Job, stop: Any, done: Any) -> None:
     global _job, _stop, _done
     _job, _stop, _done = job, stop, done
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch, which is imported later: one core a worker
-
-    def follow_parent() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            wait_for_exit([parent.sentinel])
-            os._exit(1)  # the parent was killed: waiting for its next task would be for ever
-
-    threading.Thread(target=follow_parent, daemon=True).start()
+    end_with_parent()
 
 
 def _write_shard_in_worker(shard: int) -> None:
