@@ -273,6 +273,19 @@ def test_an_expert_reads_reference_latents_alone_as_in_a_batch(
     assert torch.equal(moved[1], together[1]) and (moved - together).abs().amax((1, 2, 3))[0] > 1e-4
 
 
+@pytest.mark.parametrize("recipe", KINDS, ids=lambda recipe: recipe.kind)
+def test_a_part_of_a_batch_without_pictures_has_every_gradient_that_the_others_have(
+    vlm: FrozenVLM, lively_sampler: Sampler, recipe: Expert
+) -> None:
+    """A process that has none to average would leave the others waiting."""
+    expert = new_expert(vlm, lively_sampler.card.latents, recipe)
+    prefix = read_prompts(vlm, expert, lively_sampler.autoencoder, ["a bear"])
+    x, t = torch.randn(1, 8, 8, 4), torch.tensor([0.4])
+    expert(x, t, prefix).sum().backward()
+    assert all(parameter.grad is not None for parameter in expert.parameters())
+    assert not expert.get_parameter("reference_embed.weight").grad.any()  # type: ignore[union-attr]
+
+
 def test_a_plain_expert_has_no_weights_for_references(vlm: FrozenVLM, lively_sampler: Sampler) -> None:
     names = {
         bool(reference): set(

@@ -81,6 +81,8 @@ class DiTExpert(nn.Module):
             clean = self.reference_embed(self.proj_in(references.flatten(2, 3)))
             x = torch.cat([x, clean.float()], 1)  # [B, N + R N, width]
             cos, sin = (each.repeat(1 + references.shape[1], 1) for each in (cos, sin))
+        elif self.reference and torch.is_grad_enabled():
+            x = self.reference_embed.unused(x)
         seen = visible(prefix, count, x.shape[1] // count - 1)[:, None, None]
         for block, prompt in zip(self.blocks, prefix.hidden, strict=True):
             x = block(x, condition, prompt=prompt, attention_mask=seen, cos=cos, sin=sin)

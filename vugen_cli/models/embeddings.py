@@ -19,10 +19,12 @@ def sinusoid(values: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def grid_positions(height: int, width: int, channels: int) -> Tensor:
+def grid_positions(
+    height: int, width: int, channels: int, device: torch.device | str | None = None
+) -> Tensor:
     """2-D sine-cosine positions (MAE, arXiv 2111.06377), row by row: float32 [height * width, channels]."""
-    rows = sinusoid(torch.arange(height), channels // 2)
-    columns = sinusoid(torch.arange(width), channels - channels // 2)
+    rows = sinusoid(torch.arange(height, device=device), channels // 2)
+    columns = sinusoid(torch.arange(width, device=device), channels - channels // 2)
     return torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], -1).flatten(
         0, 1
     )
@@ -69,6 +71,13 @@ class ReferenceEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens of each picture, [B, R, N, width], marked and in one row: [B, R N, width]."""
         return (tokens + self.weight[: tokens.shape[1], None]).flatten(1, 2)
+
+    def unused(self, tokens: Tensor) -> Tensor:
+        """The tokens of a batch without pictures, as they are, so that the weight has a gradient of zeros.
+
+        Processes average gradients, and wait for each other's: one whose part has no pictures must bring it.
+        """
+        return tokens + 0 * self.weight.sum()
 
 
 def visible(prefix: Prefix, count: int, references: int) -> Tensor:

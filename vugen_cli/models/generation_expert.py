@@ -158,6 +158,8 @@ class GenerationExpert(nn.Module):
             clean = self.reference_embed(self.proj_in(references.flatten(2, 3)) + self.pos_embed)
             tokens = torch.cat([tokens, clean], 1)  # [B, N + R N, width]
             positions = torch.cat([positions] * (1 + references.shape[1]), -1)
+        elif self.reference and torch.is_grad_enabled():
+            tokens = self.reference_embed.unused(tokens)
         if self.norms:
             modulation = self.modulation(functional.silu(time)).chunk(2 * len(self.norms), -1)
             for number, norm in enumerate(self.norms):

@@ -170,7 +170,7 @@ class GridAttention(nn.Module):
         """[B, h, w, width] -> [B, h, w, out], any grid."""
         height, width = z.shape[1:3]
         x = self.proj_in(z.flatten(1, 2))  # [B, h w, hidden]
-        x = x + grid_positions(height, width, x.shape[-1]).to(x)
+        x = x + grid_positions(height, width, x.shape[-1], x.device).to(x)
         for block in self.blocks:
             x = block(x)
         return self.proj_out(x).unflatten(1, (height, width))
