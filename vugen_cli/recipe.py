@@ -169,7 +169,9 @@ class Decoder(Section):
         None, description="sets patch, channels, blocks, middle_layers and heads, where they are not given"
     )
     patch: PositiveInt = Field(4, description="pixels folded into channels before the first convolution")
-    channels: list[PositiveInt] = Field([96, 160], description="width of each level, finest first")
+    channels: list[PositiveInt] = Field(
+        [96, 160], min_length=1, description="width of each level, finest first; multiples of 8"
+    )
     blocks: PositiveInt = Field(1, description="residual blocks a level, down and up")
     middle_layers: PositiveInt = 4
     heads: PositiveInt = Field(5, description="must divide the last of channels")
@@ -202,13 +204,20 @@ class Decoder(Section):
             raise ValueError(NO_MIDPOINT)
         return self
 
+    @model_validator(mode="after")
+    def _group_norms_share_channels(self) -> "Decoder":
+        if not (self.kind == "ldm" and self.denoiser == "dit") and any(c % 8 for c in self.channels):
+            raise ValueError("decoder.channels must be multiples of 8")
+        return self
+
 
 class VAE(Section):
     """Sizes of the small autoencoder that `vugen train-vae` trains from scratch."""
 
     channels: PositiveInt = Field(4, description="of its latents")
-    widths: list[PositiveInt] = Field(
+    widths: list[Annotated[int, Field(gt=0, multiple_of=8)]] = Field(
         [32, 64, 96, 128],
+        min_length=1,
         description="of each level, multiples of 8; every level but the first halves the grid",
     )
     blocks: PositiveInt = Field(1, description="residual blocks a level")
@@ -322,7 +331,7 @@ class Training(Section):
         0.3, ge=0, le=1, description="last part of the steps, over which lr falls to zero"
     )
     weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights that are saved for use")
     precision: Precision = Field(
@@ -595,6 +604,8 @@ def _explain(error: ValidationError, where: str) -> str:
 def _keys(parents: tuple[Any, ...]) -> list[str]:
     section: Any = Recipe
     for parent in parents:
+        if isinstance(parent, int):  # an entry of a list, whose kind was found with the list
+            continue
         annotation = section.model_fields[parent].annotation
         section = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
     return list(section.model_fields)
