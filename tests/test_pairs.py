@@ -44,6 +44,16 @@ def test_the_mean_over_pairs(tmp_path):
     assert scores(a, b, count=2)[0]["psnr"]["parameters"]["pairs"] == 2
 
 
+def test_pairs_are_measured_in_full_float32(tmp_path, monkeypatch):
+    def lpips(a, b):
+        assert not torch.backends.cudnn.allow_tf32
+        return torch.zeros(len(a))
+
+    monkeypatch.setattr("vugen_cli.metrics.lpips.load_lpips", lambda _: (lpips, {}))
+    folder = write(tmp_path / "a", PIXELS[:1])
+    score_pairs(open_image_set(folder), open_image_set(folder), ("lpips",), progress=False)
+
+
 def test_equal_and_bad_pairs(tmp_path):
     half = PIXELS.copy()
     half[3:] //= 2

@@ -79,6 +79,11 @@ def scores_of(function, *arguments):
 # Which prompt is whose
 
 
+def test_judges_see_images_in_full_float32(tmp_path):
+    pairs = prompted_images(write_samples(tmp_path / "s", [("a", 0)]))
+    assert pairs.judged(lambda _: [torch.backends.cudnn.allow_tf32], "test", progress=False)[0][2] is False
+
+
 def test_prompts_of_samples_folders_tars_and_genevals_layout(tmp_path):
     samples = write_samples(tmp_path / "samples", [("a bear", 1), ("a  bear", 2), ("a cat", 3)])
     save_image(samples / "grid.png", 9)

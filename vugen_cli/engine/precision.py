@@ -11,7 +11,7 @@ On CPUs `auto` draws in float32 even so: a picture then does not depend on which
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,8 +39,32 @@ def passes(
 ) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """A maker of contexts in which passes run in the given precision; arguments as of `wants_bfloat16`."""
     bfloat16 = wants_bfloat16(precision, device, training)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    if not bfloat16:  # no context of its own: a pass within one that rounds must round too
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(rounding(precision, device))
+            if bfloat16:  # otherwise none of its own: a pass within one in bfloat16 is in bfloat16 too
+                stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            yield
+
+    return context
+
+
+@contextlib.contextmanager
+def rounding(precision: str, device: torch.device | str) -> Iterator[None]:
+    """While it lasts, GPUs round products in float32 to TF32, or do not, as the precision says.
+
+    The switches are the whole process's: they are put back, so that a picture drawn between two steps of
+    training, in a precision of its own, does not change the next step's.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from vugen_cli.engine.precision import rounding
 from vugen_cli.errors import VugenError
 from vugen_cli.files import user_cache, whole_file
 from vugen_cli.metrics.image_sets import ImageSet, image_batches
@@ -110,7 +111,7 @@ def _extract(
     indices: list[int] = []
     parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
     bar = progress_bar(total=images.total, desc=role, unit="img", disable=not progress)
-    with bar, torch.inference_mode(), _full_float32():
+    with bar, torch.inference_mode(), full_float32():
         for of_batch, batch in image_batches(images, batch_size):
             outputs = extractor.features(torch.from_numpy(batch))
             indices += of_batch
@@ -144,9 +145,12 @@ def _rows(features: torch.Tensor) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """cuDNN without TF32, convolutions' default: its ten-bit mantissa shows in a FID's third digit."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+def full_float32() -> Iterator[None]:
+    """No TF32, not even in convolutions, whose default it is: ten bits show in a FID's third digit."""
+    with (
+        rounding("float32", "cuda"),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+    ):
         yield
 
 

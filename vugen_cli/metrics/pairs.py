@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.bootstrap import RESAMPLES, SEED, bootstrap_interval
+from vugen_cli.metrics.features import full_float32
 from vugen_cli.metrics.image_sets import ImageSet, Read
 from vugen_cli.metrics.report import Report, Score, versions
 from vugen_cli.processes import in_order
@@ -116,7 +117,8 @@ def score_pairs(
                 "of one size."
             )
         x, y = (torch.from_numpy(pixels)[None].double() / 255 for pixels in (one, other))
-        found.append((index, {metric: measures[metric](x, y).item() for metric in metrics}))
+        with full_float32():
+            found.append((index, {metric: measures[metric](x, y).item() for metric in metrics}))
     ours.merge()
     theirs.merge()
     rows = in_order(found)

@@ -13,6 +13,7 @@ from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError
 from vugen_cli.files import read_jsonl
 from vugen_cli.metrics.bootstrap import RESAMPLES, SEED
+from vugen_cli.metrics.features import full_float32
 from vugen_cli.metrics.image_sets import ImageSet, is_image
 from vugen_cli.metrics.report import PromptsRecord, Score
 from vugen_cli.processes import in_order, world_size
@@ -66,7 +67,8 @@ class PromptedImages:
                 one for _, name, pixels in items if pixels is not None for one in self._parts(name, pixels)
             ]
             if batch:
-                verdicts = judge(batch)
+                with full_float32():
+                    verdicts = judge(batch)
                 rows = [(name, prompt, v) for (name, prompt, _), v in zip(batch, verdicts, strict=True)]
                 found.append((place, rows))
             bar.update(batch_size * world_size())

@@ -102,8 +102,8 @@ def score_over_training(
             key = digest.hexdigest()
             if broadcast(key not in known):
                 samples = run / "over-training" / path.stem
-                sampler = load_sampler(path, vlm, device)
-                draw(sampler, _captions(data, count), 1, samples, seed)
+                # Not named: gone before the next one is loaded, with its VLM.
+                draw(load_sampler(path, vlm, device), _captions(data, count), 1, samples, seed)
                 report = score_sets(samples, data, extractor, ("fid",), count=count, cache=cache)
                 score = broadcast(report.scores[0] if is_first() else None)
                 known[key] = Point(

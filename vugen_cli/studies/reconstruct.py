@@ -15,6 +15,7 @@ from vugen_cli.data.images import adm_crop
 from vugen_cli.errors import VugenError
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.encoders import vlm_extractor
+from vugen_cli.metrics.features import full_float32
 from vugen_cli.metrics.frechet import frechet_distance
 from vugen_cli.metrics.image_sets import image_batches, open_image_set
 from vugen_cli.metrics.lpips import load_lpips
@@ -117,11 +118,15 @@ def reconstruct(
         for indices, chunk in image_batches(source, DECODE_BATCH):
             squares = [adm_crop(i.transpose(1, 2, 0), card.image_size).copy() for i in chunk]
             originals = torch.stack([torch.from_numpy(i).permute(2, 0, 1) for i in squares])
-            seen[ORIGINAL].add(indices, originals, extractor.features(originals)["features"])
-            for name, way in ways.items():
-                decoded = decode_images(frozen, way, originals, seed, steps, indices).cpu()
-                seen[name].add(indices, decoded, extractor.features(decoded)["features"])
-                seen[name].compare(indices, originals, decoded, measures)
+            made = {
+                name: decode_images(frozen, way, originals, seed, steps, indices).cpu()
+                for name, way in ways.items()
+            }
+            with full_float32():
+                seen[ORIGINAL].add(indices, originals, extractor.features(originals)["features"])
+                for name, decoded in made.items():
+                    seen[name].add(indices, decoded, extractor.features(decoded)["features"])
+                    seen[name].compare(indices, originals, decoded, measures)
             # `decoded` is now the last way's, from reduced z.
             if save_images:
                 save_pictures(out / "originals", originals, indices)
