@@ -216,7 +216,9 @@ class FrozenVLM:
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        if self.device.type == "cuda":  # from where the copy need not be waited for
+            ids, mask = ids.pin_memory(), mask.pin_memory()
+        ids, mask = ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
         # A causal decoder never sees the padding that follows a prompt, and counts positions from the left:
         # without a mask, transformers need not ask the device whether any is padded.
         inputs = {"input_ids": ids}

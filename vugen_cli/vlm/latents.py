@@ -56,6 +56,14 @@ class Tap:
     name: str = ""
     block: int = 1
     inside: bool = False
+    _orders: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def order(self, grid: tuple[int, int, int, int | None], device: torch.device) -> Tensor:
+        """`raster_index` of these on a device; kept, since to copy it there makes the host wait."""
+        if (grid, device) not in self._orders:
+            with torch.inference_mode(False):
+                self._orders[grid, device] = raster_index(*grid).to(device)
+        return self._orders[grid, device]
 
     @contextmanager
     def states(self) -> Iterator[list[Tensor]]:
@@ -497,8 +505,7 @@ def to_grid(tokens: Tensor, inputs: Inputs, batch: int, model: Any, tap: Tap) ->
         window = None
         if tap.inside and vision is not None and hasattr(vision, "fullatt_block_indexes"):  # Qwen2.5-VL
             window = vision.window_size // tap.block // vision.patch_size
-        index = raster_index(height // merged, width // merged, block, window)
-        tokens = tokens[:, index.to(tokens.device)]
+        tokens = tokens[:, tap.order((height // merged, width // merged, block, window), tokens.device)]
     return tokens.unflatten(1, (height // merged, width // merged))
 
 
