@@ -19,11 +19,12 @@ from vugen_cli.data.loader import Batch
 from vugen_cli.engine import loop
 from vugen_cli.engine.ema import EMA
 from vugen_cli.engine.optimizer import make_optimizer
-from vugen_cli.engine.precision import passes
+from vugen_cli.engine.precision import passes, rounding
 from vugen_cli.engine.signals import StopSignals
 from vugen_cli.engine.stage import Stage
 from vugen_cli.engine.state import StateWriter, resume, run_lock, save_state
 from vugen_cli.errors import Stopped, VugenError
+from vugen_cli.metrics.features import full_float32
 from vugen_cli.recipe import Recipe, Training
 from vugen_cli.seeds import BatchGenerator, random_rows
 
@@ -81,6 +82,12 @@ def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys.modules[module], taken, lambda: ["cpu", "meta"])
 
 
+def test_a_run_that_went_further_than_is_asked_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "r.run", stage(line()))
+    with pytest.raises(VugenError, match="has taken 4 steps, and only 3 are asked for"):
+        run(tmp_path / "r.run", stage(line()), SETTINGS.model_copy(update={"steps": 3}))
+
+
 @pytest.mark.usefixtures("fused_everywhere")
 def test_a_state_is_taken_up_where_the_parameters_are(tmp_path: Path) -> None:
     run(tmp_path / "r.run", stage(line()))
@@ -109,9 +116,10 @@ def test_no_tensor_of_a_resumed_step_stays_behind_on_the_cpu(
 
 
 class Reads(TorchFunctionMode):
-    """Counts what makes a host wait for a number of its device."""
+    """Counts what makes a host wait for its device: for a number of it, or to copy one there."""
 
     READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+    READS += ("new_tensor",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -296,3 +304,19 @@ def test_one_policy_says_what_is_rounded(precision: str, training: bool, rounds:
     a = torch.randn(64, 64)
     with passes(precision, CPU, training)():
         assert ((a @ a).dtype == torch.bfloat16) == rounds
+
+
+def test_what_is_drawn_or_scored_in_mid_training_leaves_tf32_as_it_was() -> None:
+    def allowed() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before, gpu = allowed(), torch.device("cuda")
+    with rounding("tf32", gpu):
+        assert allowed() == (True, True)
+        with passes("float32", gpu)():
+            assert allowed() == (False, False)
+        assert allowed() == (True, True)
+        with full_float32():
+            assert allowed() == (False, False)
+        assert allowed() == (True, True)
+    assert allowed() == before

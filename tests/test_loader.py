@@ -2,6 +2,7 @@
 
 import errno
 import io
+import multiprocessing
 import os
 import resource
 import shutil
@@ -276,6 +277,15 @@ def test_a_set_without_a_readable_sample_says_so_in_workers_too(copy: Path) -> N
     for workers in (0, 1):
         with pytest.raises(VugenError, match="^no readable sample in [^\n]*$"):
             take(TrainingStream(ShardedImages(copy), 2, seed=0), 1, workers)
+
+
+def test_workers_start_at_once_in_a_group_of_their_own(scenes: Path) -> None:
+    """Signals to the run's group, as Ctrl-C sends, do not reach them."""
+    before = set(multiprocessing.active_children())
+    stream = batches(TrainingStream(ShardedImages(scenes), 4, seed=0), 1)
+    (worker,) = set(multiprocessing.active_children()) - before
+    assert os.getpgid(worker.pid or 0) != os.getpgrp()
+    next(stream)
 
 
 def test_a_worker_that_is_killed_is_one_line() -> None:

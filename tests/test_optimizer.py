@@ -9,11 +9,13 @@ from test_engine import SETTINGS, Reads, run, stage
 from test_networks import SMALL
 from torch import nn
 
+from vugen_cli.checkpoint import load_tensors
 from vugen_cli.engine import optimizer
 from vugen_cli.engine.optimizer import (
     MuonWithAdamW,
     block_matrices,
     make_optimizer,
+    moments_of,
     parameter_groups,
     set_rate,
 )
@@ -114,6 +116,31 @@ def test_a_run_with_muon_that_is_taken_up_again_ends_with_the_same_weights(tmp_p
     again = run(tmp_path / "r.run", stage(Network()), settings)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
     assert len(list((tmp_path / "r.run").glob("state-*"))) == 2
+
+
+@pytest.mark.parametrize("kinds", [("muon", "adamw"), ("adamw", "muon")])
+def test_a_run_that_changes_its_optimiser_goes_on_with_the_moments_that_both_keep(
+    tmp_path: Path, kinds: tuple[str, str]
+) -> None:
+    for steps, kind in enumerate(kinds, start=2):
+        settings = MUON.model_copy(update={"steps": steps, "checkpoint_every": 1, "optimizer": kind})
+        module = run(tmp_path / "r.run", stage(Network()), settings)
+    tensors = load_tensors(tmp_path / "r.run" / "state-0000003.safetensors")
+    found = {name.removeprefix("optimizer.") for name in tensors if name.startswith("optimizer.")}
+    kept = moments_of(make_optimizer(module, settings))
+    wanted = {f"{name}.{key}" for name, p in module.named_parameters() for key in kept[id(p)]}
+    assert found == wanted
+    counts = {int(tensor) for name, tensor in tensors.items() if name.endswith(".step")}
+    assert counts == ({1, 3} if kinds[1] == "adamw" else {3})  # the matrices' begin anew
+
+
+def test_a_step_of_muon_makes_no_momentum_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Network()
+    both = make_optimizer(module, MUON)
+    give_gradients(module, 0)
+    both.step()
+    monkeypatch.setattr(torch, "zeros_like", None)
+    both.step()
 
 
 def test_a_step_of_muon_reads_from_its_device_no_more_than_adamw(tmp_path: Path) -> None:

@@ -423,6 +423,22 @@ def test_a_missing_gpu_is_explained() -> None:
         pick_device("abacus")
 
 
+def test_a_task_that_is_shown_one_gpu_takes_it_whatever_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("is_available", True), ("device_count", 1), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    said = {"MASTER_ADDR": "a", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "3"}
+    for name, text in said.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert pick_device() == torch.device("cuda:0")
+    for name, text in (("TORCHELASTIC_RUN_ID", "torchrun's"), ("CUDA_VISIBLE_DEVICES", "")):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, text)
+            with pytest.raises(VugenError, match="2 processes on a machine with 1 GPUs"):
+                pick_device()
+
+
 @pytest.mark.parametrize("fault", [False, True])
 def test_attention_goes_step_by_step_unless_that_code_of_its_family_has_a_fault(fault: bool) -> None:
     expert: Any = SimpleNamespace(

@@ -16,6 +16,7 @@ from test_training import changed, metrics
 from vugen_cli import progress
 from vugen_cli.engine import curves, profiling
 from vugen_cli.engine.curves import LiveCurves
+from vugen_cli.engine.profiling import PEAKS
 from vugen_cli.engine.stage import RunOptions
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe
@@ -123,6 +124,27 @@ def test_curves_of_a_run_that_has_logged_nothing_are_not_drawn(tmp_path: Path) -
     (tmp_path / "metrics.jsonl").write_text("")
     curves.plot_curves(tmp_path)
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_loss_that_begins_later_has_its_curve_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+
+    made, subplots = [], pyplot.subplots
+
+    def watched(*shape: Any, **how: Any) -> Any:
+        made.append(subplots(*shape, **how))
+        return made[-1]
+
+    monkeypatch.setattr(pyplot, "subplots", watched)
+    rows = [{"step": 0, "loss": 2.0}, {"step": 1, "loss": 1.0, "repa": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    curves.plot_curves(tmp_path)
+    assert [axis.get_title() for axis in made[0][1][0]] == ["loss", "repa"]
+
+
+def test_every_gpu_is_found_by_its_own_name() -> None:
+    for name in ("L40", "L40S", "L4", "H100", "H100 PCIe"):
+        assert next(part for part in PEAKS if part in f"NVIDIA {name}") == name
 
 
 @pytest.mark.parametrize(

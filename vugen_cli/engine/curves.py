@@ -53,7 +53,7 @@ def plot_curves(run: Path) -> None:
     from matplotlib import pyplot as plt
 
     hidden = {"step", "corrupt", "captions_cut", "data_wait", "memory_gb"}
-    names = [k for k in log[0] if k not in hidden]
+    names = [k for k in dict.fromkeys(k for row in log for k in row) if k not in hidden]
     wide = 3.6 * len(names)  # inches; margins are set, since measuring every label takes as long as drawing
     margins = {"left": 0.6 / wide, "right": 1 - 0.1 / wide, "bottom": 0.17, "top": 0.9, "wspace": 0.25}
     figure, axes = plt.subplots(1, len(names), figsize=(wide, 3), gridspec_kw=margins, squeeze=False)

@@ -1,5 +1,6 @@
 """Devices: which one to use, its memory, and reading from it without waiting."""
 
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -42,12 +43,13 @@ def pick_device(name: str | None = None) -> torch.device:
             f"--device {name}: this machine has no usable GPU; leave --device out to run on the CPU"
         )
     if name in (None, "cuda") and torch.cuda.is_available():
-        if local_rank() >= torch.cuda.device_count():
+        number = 0 if has_own_gpu() else local_rank()
+        if number >= torch.cuda.device_count():
             raise VugenError(
                 f"{local_world_size()} processes on a machine with {torch.cuda.device_count()} GPUs: start "
                 f"one a GPU (torchrun --nproc-per-node {torch.cuda.device_count()})"
             )
-        name = f"cuda:{local_rank()}"
+        name = f"cuda:{number}"
     try:
         device = torch.device(name or "cpu")
         torch.empty(1, device=device)
@@ -56,6 +58,16 @@ def pick_device(name: str | None = None) -> torch.device:
     except Exception as error:  # each backend that is missing raises its own kind
         raise VugenError(f"--device {name}: {first_line(error)}") from error
     return device
+
+
+def has_own_gpu() -> bool:
+    """Whether a launcher shows this process one GPU and no other (`srun --gpus-per-task=1`).
+
+    torchrun's processes all see the same ones.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    alone = torch.cuda.device_count() == 1 and bool(shown) and "," not in shown
+    return alone and not torch.distributed.is_torchelastic_launched()
 
 
 def read_later(tensor: Tensor) -> Callable[[], list[float]]:

@@ -27,7 +27,7 @@ from vugen_cli.engine.distributed import DataParallel, all_reduce, shards_vlm
 from vugen_cli.engine.ema import EMA
 from vugen_cli.engine.loggers import MetricsLog
 from vugen_cli.engine.optimizer import learning_rate, make_optimizer, set_rate
-from vugen_cli.engine.precision import passes, wants_bfloat16
+from vugen_cli.engine.precision import passes, rounding, wants_bfloat16
 from vugen_cli.engine.profiling import STEPS as PROFILED
 from vugen_cli.engine.profiling import Profile, mark
 from vugen_cli.engine.signals import StopSignals
@@ -78,10 +78,16 @@ def train(
         if is_first():
             closing.enter_context(run_lock(run))
         module, engine = stage.module, recipe.engine
+        closing.enter_context(rounding(settings.precision, device))  # of backward passes too
         autocast = passes(settings.precision, device, training=True)
         parallel = DataParallel(stage, engine, device, wants_bfloat16(settings.precision, device))
         ema, optimizer = EMA(module, settings.ema), make_optimizer(module, settings)
         begin = resume(run, stage, ema, optimizer, options.change_recipe)
+        if begin > settings.steps:
+            raise VugenError(
+                f"{run} holds a run that has taken {begin} steps, and only {settings.steps} are asked for: "
+                f"give it {begin} or more, or --out another name"
+            )
 
         # Who watches it: logs, a progress bar, a profile, signals, and the thread that writes states.
         log = open_log(run, begin, settings, recipe, stage, closing)
@@ -115,6 +121,8 @@ def train(
             # The update, which a loss or gradient that is not finite turns into none, on the device.
             set_rate(optimizer, taken.rate)
             found_inf = (~agreed[: len(taken.names)].isfinite().all()).float()
+            if parallel.sharded and engine.offload:
+                found_inf = found_inf.cpu()  # the optimiser would not wait for a copy of its own to arrive
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # what AMP's scaler sets
             optimizer.step()
             ema.update(step)
@@ -224,7 +232,9 @@ def agree(
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device)
     taken.names = [*sums, "grad_norm"]
     means = torch.stack([*sums.values(), norm * parts]) / parts
-    return all_reduce(torch.cat([means / world_size(), means.new_tensor([taken.corrupt, taken.cut, asked])]))
+    # Filled in on the device: to copy them there would make the host wait for it.
+    counts = [torch.full((1,), float(n), device=device) for n in (taken.corrupt, taken.cut, asked)]
+    return all_reduce(torch.cat([means / world_size(), *counts]))
 
 
 def note(

@@ -11,6 +11,8 @@ from vugen_cli.engine.distributed import blocks
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Training
 
+ADAMW, MUON = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}  # what they keep of a parameter
+
 
 def make_optimizer(module: nn.Module, settings: Training) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), or Muon with it, as the settings say.
@@ -76,12 +78,22 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.adamw.step()
         matrices = [p for group in self.muon.param_groups for p in group["params"] if p.grad is not None]
-        momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
+        for p in matrices:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum_buffer"] for p in matrices]
         changing: list[Tensor] = [] if self.found_inf is None else [*matrices, *momenta]
         before = [tensor.detach().clone() for tensor in changing]
         self.muon.step()
         for tensor, old in zip(changing, before, strict=True):
             tensor.copy_(torch.where(self.found_inf.bool(), old, tensor))  # type: ignore[union-attr]
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[int, set[str]]:
+    """Names of what an optimiser keeps of each parameter, by the parameter's `id`."""
+    muon = optimizer.muon.param_groups if isinstance(optimizer, MuonWithAdamW) else []
+    kept = {id(p): ADAMW for group in optimizer.param_groups for p in group["params"]}
+    return kept | {id(p): MUON for group in muon for p in group["params"]}
 
 
 def block_matrices(module: nn.Module) -> list[Tensor]:

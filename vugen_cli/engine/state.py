@@ -18,6 +18,7 @@ from vugen_cli.card import StateCard
 from vugen_cli.checkpoint import save_checkpoint, with_prefix
 from vugen_cli.engine.distributed import gathered
 from vugen_cli.engine.ema import EMA
+from vugen_cli.engine.optimizer import moments_of
 from vugen_cli.engine.sharded_state import Part, Stored, discard, publish
 from vugen_cli.engine.stage import Stage
 from vugen_cli.errors import Stopped, VugenError
@@ -209,14 +210,17 @@ def resume(
     moments: dict[str, list[str]] = {}
     for name in stored.shapes:
         moments.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
+    kept = moments_of(optimizer)
     for name, parameter in stage.own().items():
+        # Of another optimiser, whose place this one took (`change_recipe`), it begins with none.
+        found = moments.get(f"optimizer.{name}", [])
         optimizer.state[parameter] = {
             # Where the parameter is, the count of steps too, and laid out in memory like it: the fused
             # optimiser walks all of them together.
             key: stored.read(f"optimizer.{name}.{key}").to(parameter.device)
             if key == "step"
             else stored.fill(torch.empty_like(parameter, requires_grad=False), f"optimizer.{name}.{key}")
-            for key in moments.get(f"optimizer.{name}", [])
+            for key in (found if set(found) == kept.get(id(parameter)) else [])
         }
     step = stored.card.step
     if changed and is_first():
