@@ -41,8 +41,8 @@ $VUGEN prepare --dataset imagenet --source "$IMAGENET_DIR" --size "$SIZE" --out 
     $VUGEN train-sampler --recipe imagenet-256 --reducer reducer.safetensors --data data/imagenet $EXTRA
 
 # -----------------------------------------------------------------------------
-# Each class by its first name, and the distance of the samples to the val split. Published FIDs are to the training set:
-# for those give `vugen score` its images or statistics as --reference.
+# Each class by its first name, and the distance of the samples to the val split. Published FIDs are to the training
+# set: for those give `vugen score` its images or statistics as --reference.
 
 python3 - <<'PROMPTS'
 import json, pathlib

@@ -1,6 +1,7 @@
 """The frozen VLM: latents, fingerprints, refusals, and that nothing ever changes it."""
 
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -90,10 +91,11 @@ def test_an_unreachable_hub_id_fails_within_seconds(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_ENDPOINT", "http://10.255.255.1")  # nobody answers there
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     started = time.perf_counter()
-    result = vugen("train-reducer", "--vlm", "nobody/nothing", "--data", scenes, cwd=tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never says a word
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        result = vugen("train-reducer", "--vlm", "nobody/nothing", "--data", scenes, cwd=tmp_path)
     assert result.returncode == 1
     assert "hub cannot be reached" in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert time.perf_counter() - started < 60  # 5 s of waiting; the rest is importing on a busy machine
