@@ -48,15 +48,21 @@ def find_runs(folder: Path) -> Runs:
     if not folder.is_dir():
         raise VugenError(f"no folder at {folder}: give one that runs were written to")
     logs = [path for path in folder.rglob("metrics.jsonl") if path.is_file()]
-    logs = [path for path in logs if last_rows(path) or not path.stat().st_size]
     logs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    return Runs(folder=str(folder), runs=[read_run(path.parent) for path in logs])
+    rows = {path: last_rows(path) for path in logs}
+    runs = [read_run(path.parent, rows[path]) for path in logs if rows[path] or not path.stat().st_size]
+    return Runs(folder=str(folder), runs=runs)
 
 
-def read_run(run: Path) -> Run:
-    """A run from its folder, whose log may be written to meanwhile."""
+def read_run(run: Path, rows: list[dict[str, Any]] | None = None) -> Run:
+    """A run from its folder, whose log may be written to meanwhile.
+
+    Args:
+        run: the folder.
+        rows: the last of its log, where they were read already.
+    """
     log = run / "metrics.jsonl"
-    rows = last_rows(log)
+    rows = last_rows(log) if rows is None else rows
     try:
         card = RunCard.model_validate_json((run / "run.json").read_bytes())
     except (OSError, ValidationError):

@@ -11,9 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
-import random
 import signal
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +32,17 @@ from vugen_cli.data.images import adm_crop, is_jpeg
 from vugen_cli.data.index import shard_index
 from vugen_cli.data.manifest import Shard, read_manifest
 from vugen_cli.data.order import Order, StreamOrder, Turns, random_bits, stream_count
-from vugen_cli.data.remote import READ_TRIES, Prefetch, cached_path, fetch, is_remote, open_shard, shard_cache
+from vugen_cli.data.remote import (
+    READ_PAUSE,
+    READ_TRIES,
+    Prefetch,
+    cached_path,
+    fetch,
+    is_remote,
+    open_shard,
+    shard_cache,
+    wait_again,
+)
 from vugen_cli.data.sample import Meta
 from vugen_cli.data.shapes import Shape, as_shape, parse_shape, shape_name
 from vugen_cli.errors import VugenError, first_line
@@ -241,7 +249,7 @@ class ShardedImages:
                     raise VugenError(
                         f"cannot read {self.names[shard]} of {self.directory}: {error.strerror or error}"
                     ) from error
-                time.sleep(0.25 * 2 ** (READ_TRIES - 1 - left) * random.SystemRandom().uniform(0.5, 1.5))
+                wait_again(READ_PAUSE, READ_TRIES - 1 - left)
         raise AssertionError("unreachable")
 
     def read(self, shard: int, index: int, place: np.ndarray | None = None) -> tuple[np.ndarray, Meta]:

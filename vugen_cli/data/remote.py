@@ -36,6 +36,7 @@ TRIES = 8  # for a shard: a host may be away for a minute
 FIRST_TRIES = 3  # for the manifest: an address that is wrong must not take a minute to say so
 
 READ_TRIES = 3  # of a local file that the system will not read: a network file system may be back in a second
+READ_PAUSE = 0.25  # seconds before the second of them
 LARGEST = 1 << 28  # bytes of a small file: the manifest of a million shards has fewer
 
 # Answers and errors that trying again mends. HTTP: too slow, too early, too many requests.
@@ -92,9 +93,16 @@ def patiently(what: str, get: Callable[[], T], tries: int) -> T:
             if not left or not _may_pass(error):
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise VugenError(f"cannot get {what}: {reason}") from error
-        # Random, so that the readers of a job do not come back all at once; not from a seeded generator.
-        time.sleep(PAUSE * 2 ** (tries - left - 1) * random.SystemRandom().uniform(0.5, 1.5))
+        wait_again(PAUSE, tries - left - 1)
     raise AssertionError("unreachable")
+
+
+def wait_again(first: float, before: int) -> None:
+    """Pause before another try: about `first` seconds, doubled for each pause before.
+
+    Random, so that the readers of a job do not come back all at once; not from a seeded generator.
+    """
+    time.sleep(first * 2**before * random.SystemRandom().uniform(0.5, 1.5))
 
 
 def _may_pass(error: Exception) -> bool:

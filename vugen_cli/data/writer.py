@@ -15,11 +15,9 @@ import io
 import json
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import tarfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -49,7 +47,7 @@ from vugen_cli.data.manifest import (
     write_manifest,
     write_skipped,
 )
-from vugen_cli.data.remote import READ_TRIES
+from vugen_cli.data.remote import READ_PAUSE, READ_TRIES, wait_again
 from vugen_cli.data.sample import MOST_SOURCES, PICTURE, Sample, Source, encodable, hash_of
 from vugen_cli.data.shapes import Shape, nearest, parse_shapes, shape_name
 from vugen_cli.data.shuffle import Shuffled
@@ -514,7 +512,7 @@ def _sample(source: Source, item: int) -> Sample:
                     f"cannot read {error.filename or f'item {item}'} of {source.origin}: {error.strerror}; "
                     "mend that and run the same command again, which goes on"
                 ) from error
-        time.sleep(0.25 * 2 ** (READ_TRIES - 1 - left) * random.SystemRandom().uniform(0.5, 1.5))
+        wait_again(READ_PAUSE, READ_TRIES - 1 - left)
     raise AssertionError("unreachable")
 
 

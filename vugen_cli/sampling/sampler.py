@@ -1,11 +1,12 @@
 """From prompts to pictures: prompt -> prefix -> ODE in z̃ -> pixel decoder."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -69,7 +70,11 @@ class Sampler:
         self.defaults: Sampling = recipe.sampling
         self.shift = recipe.flow.shift_of(card.latents.grid, card.latents.channels)
         self._grids: dict[Shape, tuple[int, int]] = {}  # of z̃ for sizes that were drawn
-        self.passes = passes(recipe.sampling.precision, vlm.device)
+
+    @property
+    def passes(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Makes contexts in which it draws in its precision, on the device where it is now."""
+        return passes(self.defaults.precision, self.vlm.device)
 
     @property
     def decoder(self) -> ImageDecoder:
@@ -84,7 +89,6 @@ class Sampler:
         self.autoencoder.to(device)
         if self.autoencoder.vae:  # no part of the autoencoder's module
             self.autoencoder.vae.model.to(device)
-        self.passes = passes(self.defaults.precision, device)
         self.__dict__.pop("unconditional", None)  # computed anew where it is needed
 
     def compile(self) -> None:

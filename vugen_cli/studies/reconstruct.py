@@ -127,12 +127,11 @@ def reconstruct(
                 for name, decoded in made.items():
                     seen[name].add(indices, decoded, extractor.features(decoded)["features"])
                     seen[name].compare(indices, originals, decoded, measures)
-            # `decoded` is now the last way's, from reduced z.
             if save_images:
                 save_pictures(out / "originals", originals, indices)
-                save_pictures(out / "decoded", decoded, indices)
+                save_pictures(out / "decoded", made[REDUCED], indices)
             if judge:
-                judged |= dict(zip(indices, zip(originals, decoded, strict=True), strict=True))
+                judged |= dict(zip(indices, zip(originals, made[REDUCED], strict=True), strict=True))
             progress.update(len(originals) * world_size())
     source.merge()
     for others, theirs in gather((seen, judged))[1:]:
