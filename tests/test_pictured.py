@@ -19,7 +19,7 @@ from vugen_cli.recipe import Expert, MixtureSource, Recipe, SamplerTraining, Sam
 from vugen_cli.sampling.sampler import Sampler, for_vlm, open_picture, read_prompts
 from vugen_cli.sampling.trained import load_sampler, new_expert
 from vugen_cli.stages.latent_cache import write_latents
-from vugen_cli.stages.train_sampler import prompts_of, train_sampler
+from vugen_cli.stages.train_sampler import by_pictures, prompts_of, train_sampler, velocity_of
 from vugen_cli.vlm.chat import ask, question_inputs
 from vugen_cli.vlm.frozen import FrozenVLM
 from vugen_cli.vlm.prefix import Prefix
@@ -267,6 +267,10 @@ def test_an_expert_reads_reference_latents_alone_as_in_a_batch(
             torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
             parts = Prefix.join([read([p], 192) for p in prompts[i:]])
             torch.testing.assert_close(together[i:], expert(x[i:], t[i:], parts), atol=1e-5, rtol=1e-5)
+        kinds = by_pictures(prompts)
+        assert kinds == [[1], [0, 2, 3]]
+        apart = velocity_of(expert, kinds, [read([prompts[i] for i in rows]) for rows in kinds], x, t)
+        torch.testing.assert_close(apart, together, atol=1e-5, rtol=1e-5)
         prefix = read(prompts)
         assert prefix.references is not None
         moved = expert(x, t, replace(prefix, references=prefix.references + 1))

@@ -1,6 +1,6 @@
 """Stage 2: the generation expert, trained by flow matching to sample z̃ for a prompt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -41,6 +41,7 @@ from vugen_cli.seeds import random_rows
 from vugen_cli.stages.latent_cache import check_cache, check_size, latent_facts
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 from vugen_cli.vlm.latents import resized
+from vugen_cli.vlm.prefix import Prefix
 from vugen_cli.vlm.prompts import Prompt, Prompts
 
 ALIGNED = 16  # on GPUs prompts are padded to a multiple of this many tokens: attention kernels depend on it
@@ -118,12 +119,15 @@ def train_sampler(
         chances = random_rows(torch.rand, (len(batch.captions),), host)
         prompts = prompts_of(batch, chances, settings, vlm.prompts)
         multiple = ALIGNED if device.type == "cuda" else 1
-        prefix = read_prompts(vlm, expert, autoencoder, prompts, multiple=multiple)
+        read = partial(read_prompts, vlm, expert, autoencoder, multiple=multiple)
+        # Sharded, every process must go through the layers as often as the others.
+        kinds = [list(range(len(prompts)))] if shards(recipe.engine) else by_pictures(prompts)
+        prefixes = [read([prompts[row] for row in rows]) for rows in kinds]
         with torch.no_grad():
             target = batch.images.float() if images.latents else autoencoder.encode(vlm, batch.images)
         mark("frozen VLM")
         t = draw_times(len(target), recipe.flow.time, shift, generator)
-        return flow_matching_loss(lambda x, t: expert(x, t, prefix), target, t, generator), {}
+        return flow_matching_loss(partial(velocity_of, expert, kinds, prefixes), target, t, generator), {}
 
     card = reducer_card.model_copy(
         update={
@@ -329,6 +333,35 @@ def prompts_of(
                 text = text.replace(PICTURE, "")
             asked.append(Prompt(text, pictures))
     return asked
+
+
+def by_pictures(prompts: Sequence[str | list[int] | Prompt]) -> list[list[int]]:
+    """Rows of a batch without pictures, and those with: one list or two.
+
+    Read apart, texts need neither the length of prompts with pictures nor tokens for their references.
+    """
+    pictured = [isinstance(prompt, Prompt) and bool(prompt.pictures) for prompt in prompts]
+    kinds = [[row for row, has in enumerate(pictured) if has == kind] for kind in (False, True)]
+    return [rows for rows in kinds if rows]
+
+
+def velocity_of(
+    expert: nn.Module, kinds: list[list[int]], prefixes: list[Prefix], noised: Tensor, t: Tensor
+) -> Tensor:
+    """The expert's velocity [B, h, w, c] of a batch whose prompts were read apart.
+
+    Args:
+        expert: (noised, t, prefix) -> velocity.
+        kinds: rows of the batch, each in one of the lists.
+        prefixes: of the rows in each list.
+        noised, t: of all rows, as the expert takes them.
+    """
+    if len(kinds) == 1:
+        return expert(noised, t, prefixes[0])
+    order = torch.tensor([row for rows in kinds for row in rows], device=noised.device)
+    taken = order.split([len(rows) for rows in kinds])
+    parts = [expert(noised[rows], t[rows], prefix) for rows, prefix in zip(taken, prefixes, strict=True)]
+    return torch.cat(parts)[order.argsort()]
 
 
 def held_out_prompts(images: ShardedImages, count: int = 16) -> list[Prompt]:
