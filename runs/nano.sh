@@ -1,9 +1,9 @@
 #!/bin/sh
-# The bundled model from nothing: the scenes, the small VLM, the latent space, the sampler, the decoder.
-# About five hours on one CPU core; the numbers are in recipes/nano.yaml and below.
+# The bundled model from nothing: the scenes, the small VLM, the latent space and its decoder, the sampler, the judges.
+# About seven hours on two CPU cores; the numbers are in recipes/nano.yaml and below.
 #
 #     sh runs/nano.sh             # everything, into out/nano
-#     VLM=nano sh runs/nano.sh    # with the VLM that ships: the reducer, the sampler and the decoder only
+#     VLM=nano sh runs/nano.sh    # with the VLM that ships
 #
 # Stopped, the same line goes on where it was: what is finished is not made again.
 set -eu
@@ -23,11 +23,13 @@ train() {
 }
 
 # -----------------------------------------------------------------------------
-# Scenes. Two subjects in one scene take the most training, so there is a set rich in them.
+# Scenes. Two subjects in one scene take the most training, so there is a set rich in them. And edits of scenes.
 
 vugen prepare --dataset openmoji --count "$COUNT"
 vugen prepare --dataset openmoji --count "$HELD_OUT" --split val
 vugen prepare --dataset openmoji --count "$COUNT" --pairs 0.6 --seed 1 --out data/pairs
+vugen prepare --dataset openmoji-edits --count "$COUNT"
+vugen prepare --dataset openmoji-edits --count "$HELD_OUT" --split val
 
 # -----------------------------------------------------------------------------
 # The VLM. First its vision side alone, which then stays as it is: what it keeps of the pixels is what can be drawn.
@@ -46,17 +48,19 @@ fi
 train reducer reducer.safetensors --data data/openmoji --vlm "$VLM"
 vugen prepare --latents reducer.safetensors --data data/openmoji --out latents
 vugen prepare --latents reducer.safetensors --data data/pairs --out latents-pairs
+vugen prepare --latents reducer.safetensors --data data/openmoji-edits --out latents-edits
 
 # -----------------------------------------------------------------------------
-# Stage 2: the velocity field in z̃.
+# Stage 2: the velocity field in z̃, of texts and of edits.
 
-train sampler sampler.safetensors --reducer reducer.safetensors \
-    --set "data.mixture=[{path: latents}, {path: latents-pairs}]" --set expert.adaptive_norms=true
+SCENES="{path: latents, weight: 0.35}, {path: latents-pairs, weight: 0.3}, {path: latents-edits, weight: 0.35}"
+train sampler sampler.safetensors --reducer reducer.safetensors --steps 22000 --set "data.mixture=[$SCENES]" \
+    --set expert.adaptive_norms=true --set expert.reference=true --set train_sampler.cooldown=0.9
 
 # -----------------------------------------------------------------------------
 # The decoder, further. It needs the reducer only: on a second machine it can run beside stage 2.
 
-train reducer decoder.safetensors --reducer reducer.safetensors --steps 2400 --set decoder.losses.gradient=0.1
+train reducer decoder.safetensors --reducer reducer.safetensors --steps 2400
 
 # -----------------------------------------------------------------------------
 # The judges: scenes of their own, that nothing else learns from; the lenient one looks at reconstructions too.
@@ -73,4 +77,5 @@ train judge lenient.safetensors --data data/judged --init strict.safetensors --r
 vugen sample "a bear in a forest" "two apples next to a tree" -n 4 --sampler sampler.safetensors \
     --decoder decoder.safetensors
 vugen study composition --sampler sampler.safetensors --count "$JUDGED"
+vugen study edits --sampler sampler.safetensors --count "$JUDGED"
 vugen reconstruct --reducer decoder.safetensors --images data/openmoji --count 500
