@@ -45,7 +45,7 @@ fi
 # -----------------------------------------------------------------------------
 # Stage 1: z to z̃ of 24 channels, with a decoder. Then z̃ of every scene, once: the sampler needs no encoder.
 
-train reducer reducer.safetensors --data data/openmoji --vlm "$VLM"
+train reducer reducer.safetensors --data data/openmoji --vlm "$VLM" --set decoder.losses.gradient=0.1
 vugen prepare --latents reducer.safetensors --data data/openmoji --out latents
 vugen prepare --latents reducer.safetensors --data data/pairs --out latents-pairs
 vugen prepare --latents reducer.safetensors --data data/openmoji-edits --out latents-edits
@@ -60,7 +60,7 @@ train sampler sampler.safetensors --reducer reducer.safetensors --steps 22000 --
 # -----------------------------------------------------------------------------
 # The decoder, further. It needs the reducer only: on a second machine it can run beside stage 2.
 
-train reducer decoder.safetensors --reducer reducer.safetensors --steps 2400
+train reducer decoder.safetensors --reducer reducer.safetensors --steps 2400 --set decoder.losses.gradient=0.1
 
 # -----------------------------------------------------------------------------
 # The judges: scenes of their own, that nothing else learns from; the lenient one looks at reconstructions too.
