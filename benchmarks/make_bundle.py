@@ -45,8 +45,7 @@ def main() -> None:
         card.vlm.name = card.recipe["vlm"]  # for `--set vlm=nano`: in training it had another
         # Where users have scenes to compare it with and to train it further on; not where they lay here.
         # The name stays: the studies ask a sampler of what it has learned, of edits too.
-        here_only = {"path": "data/openmoji", "mixture": None, "sha256": None}
-        card.data = card.data.model_copy(update=here_only)
+        card.data = card.data.model_copy(update={"path": "data/openmoji", "mixture": None, "sha256": None})
         card.recipe["data"]["mixture"] = []
         half = {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
         save_checkpoint(bundle("sampler.safetensors"), half, card)
