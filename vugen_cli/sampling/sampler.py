@@ -28,7 +28,7 @@ from vugen_cli.recipe import Sampling, parse_recipe
 from vugen_cli.seeds import seeded_noise
 from vugen_cli.vlm.frozen import FrozenVLM
 from vugen_cli.vlm.prefix import Prefix
-from vugen_cli.vlm.prompts import Prompt
+from vugen_cli.vlm.prompts import Prompt, pictures_of
 
 T = TypeVar("T")
 
@@ -345,7 +345,7 @@ def read_prompts(
         prompts, length, multiple: see `FrozenVLM.prefix`.
     """
     prefix = vlm.prefix([for_vlm(p, expert) for p in prompts], length, multiple, expert.reads)
-    rows = [p.pictures if isinstance(p, Prompt) else () for p in prompts]
+    rows = [pictures_of(p) for p in prompts]
     if not expert.reference or not any(rows):
         return prefix
     latents = autoencoder.encode(vlm, torch.stack([picture for row in rows for picture in row]))

@@ -42,7 +42,7 @@ from vugen_cli.stages.latent_cache import check_cache, check_size, latent_facts
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 from vugen_cli.vlm.latents import resized
 from vugen_cli.vlm.prefix import Prefix
-from vugen_cli.vlm.prompts import Prompt, Prompts
+from vugen_cli.vlm.prompts import Prompt, Prompts, pictures_of
 
 ALIGNED = 16  # on GPUs prompts are padded to a multiple of this many tokens: attention kernels depend on it
 
@@ -340,9 +340,9 @@ def by_pictures(prompts: Sequence[str | list[int] | Prompt]) -> list[list[int]]:
 
     Read apart, texts need neither the length of prompts with pictures nor tokens for their references.
     """
-    pictured = [isinstance(prompt, Prompt) and bool(prompt.pictures) for prompt in prompts]
-    kinds = [[row for row, has in enumerate(pictured) if has == kind] for kind in (False, True)]
-    return [rows for rows in kinds if rows]
+    texts = [row for row, prompt in enumerate(prompts) if not pictures_of(prompt)]
+    pictured = [row for row, prompt in enumerate(prompts) if pictures_of(prompt)]
+    return [rows for rows in (texts, pictured) if rows]
 
 
 def velocity_of(

@@ -34,7 +34,7 @@ from vugen_cli.vlm.latents import (
 )
 from vugen_cli.vlm.pictured import first_free, picture_inputs, run_vlm
 from vugen_cli.vlm.prefix import Prefix
-from vugen_cli.vlm.prompts import Prompt, Prompts
+from vugen_cli.vlm.prompts import Prompt, Prompts, pictures_of
 from vugen_cli.vlm.refusals import refuse
 
 PICTURES = "pictures in a prompt"  # what messages call them
@@ -206,7 +206,7 @@ class FrozenVLM:
             VugenError: a prompt is too long, the decoder has layers without keys and values, or the VLM does
                 not read pictures in a prompt.
         """
-        if any(isinstance(p, Prompt) and p.pictures for p in prompts):
+        if any(map(pictures_of, prompts)):
             return self._mixed(prompts, length, multiple, hidden)
         asked = [p.text if isinstance(p, Prompt) else p for p in prompts]
         rows = [self.prompts.tokens(p) if isinstance(p, str) else p for p in asked]
@@ -244,9 +244,7 @@ class FrozenVLM:
     ) -> Prefix:
         """The prefix of prompts of which some have pictures: those with pictures alike are read together."""
         groups: dict[Any, list[int]] = {}
-        kinds: list[tuple[Any, ...]] = [
-            tuple(picture.shape for picture in p.pictures) if isinstance(p, Prompt) else () for p in prompts
-        ]
+        kinds: list[tuple[Any, ...]] = [tuple(picture.shape for picture in pictures_of(p)) for p in prompts]
         apart = sum(map(bool, kinds)) > 1 and self._reads_one_by_one
         for i, kind in enumerate(kinds):
             groups.setdefault((*kind, i) if kind and apart else kind, []).append(i)

@@ -57,6 +57,11 @@ class Prompt:
         return [part for part in placed if part != ""]
 
 
+def pictures_of(prompt: str | list[int] | Prompt) -> tuple[Tensor, ...]:
+    """A prompt's pictures, uint8 [3, H, W] each; of a text or its token ids none."""
+    return prompt.pictures if isinstance(prompt, Prompt) else ()
+
+
 class Prompts:
     """Turns prompts into the token ids that a VLM's decoder reads.
 
