@@ -4,6 +4,7 @@ import errno
 import io
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import struct
@@ -252,6 +253,29 @@ def test_a_foreign_fact_named_sources_is_no_picture(tmp_path: Path) -> None:
     assert "sources" not in images.read(0, 0)[1]
     (batch,) = islice(TrainingStream(images, 8, seed=0, flip=True, sources=True), 1)
     assert batch.sources == [[]] * 8 and not batch.corrupt
+
+
+def test_what_edits_are_made_from_goes_to_another_process_as_one_tensor() -> None:
+    def picture(height: int, width: int) -> torch.Tensor:
+        return torch.randint(256, (3, height, width), dtype=torch.uint8)
+
+    images, captions = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), ["a", "b", "c", "d"]
+    rows = [[picture(8, 8)], [], [picture(4, 6), picture(8, 8)], []]
+    tensors = Counter[type]()
+
+    class Counting(pickle.Pickler):
+        def persistent_id(self, thing: object) -> None:
+            tensors[type(thing)] += 1
+
+    for sources in (rows, [[], [], [], []], None):
+        file = io.BytesIO()
+        tensors.clear()
+        Counting(file).dump(Batch(images, captions, [{}] * 4, 0, sources=sources))
+        assert tensors[torch.Tensor] <= 2, "the images and all sources"
+        again = pickle.loads(file.getvalue()).sources
+        assert (again is None) == (sources is None)
+        for before, after in zip(sources or [], again or [], strict=True):
+            assert len(before) == len(after) and all(map(torch.equal, before, after))
 
 
 def test_a_truncated_shard_gives_what_is_left_of_it(copy: Path) -> None:
