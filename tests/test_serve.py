@@ -231,7 +231,7 @@ def test_the_example_of_the_docs_runs(url: str, capsys: pytest.CaptureFixture[st
 
 def test_the_model_is_listed_with_what_it_can(url: str) -> None:
     (model,) = client(url).models.list().data
-    assert model.id == "sampler" and model.vugen["size"] == 64 and model.vugen["edits"] is False  # type: ignore[attr-defined]
+    assert model.id == "sampler" and model.vugen["size"] == 64 and model.vugen["edits"] is True  # type: ignore[attr-defined]
     assert client(url).models.retrieve("sampler").id == "sampler"
 
 
@@ -655,6 +655,7 @@ def test_the_page_draws_and_keeps_its_pictures_in_a_browser(
     view.on("console", lambda message: complaints.append(message.text))
     view.on("pageerror", lambda error: complaints.append(str(error)))
     view.on("request", lambda request: asked.append(request.url))
+    learned, service.learned_edits = service.learned_edits, False
     view.goto(url)
     view.get_by_text("64 × 64 px").wait_for()
     assert view.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 22, 21)"
@@ -685,7 +686,8 @@ def test_the_page_draws_and_keeps_its_pictures_in_a_browser(
     figures.first.get_by_text("Delete").press("Enter")
     figures.nth(1).wait_for(state="detached")
 
-    service.learned_edits = True  # for its next visitor
+    assert learned, "the bundled sampler edits"
+    service.learned_edits = learned  # for its next visitor
     view.reload()
     view.get_by_label("Picture to edit").set_input_files(tmp_path / "bear.png")
     assert view.get_by_alt_text("The picture to edit").is_visible()
@@ -694,7 +696,6 @@ def test_the_page_draws_and_keeps_its_pictures_in_a_browser(
     view.get_by_label("Prompt").fill("in the snow")
     view.keyboard.press("Control+Enter")
     view.get_by_text("One picture drawn.").wait_for()
-    service.learned_edits = False
 
     assert asked.count(f"{url}v1/images/edits") == 1
     assert not complaints and all(each.startswith((url, "blob:", "data:")) for each in asked)
