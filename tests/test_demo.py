@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 from vugen_cli.app import app
 from vugen_cli.files import bundle
 from vugen_cli.nano import demo
+from vugen_cli.recipe import Recipe
 
 
 def test_the_demo_leaves_a_page_whose_pictures_are_there_and_repeats_no_training(
@@ -23,6 +26,9 @@ def test_the_demo_leaves_a_page_whose_pictures_are_there_and_repeats_no_training
     monkeypatch.setattr(demo, "SCENES", 8)
     monkeypatch.setattr(demo, "KNOWN", ["a bear in a forest"])
     monkeypatch.setattr(demo, "PER_PROMPT", 2)
+    # Two steps of the ODE instead of 25, in the preview too: nothing here looks at what is drawn.
+    monkeypatch.setattr(demo, "draw", partial(demo.draw, steps=2))
+    monkeypatch.setattr(demo, "recipe_of", partial(quick, demo.recipe_of))
     out = tmp_path / "demo"
     result = CliRunner().invoke(app, ["demo", "--out", str(out), "--json"])
     assert result.exit_code == 0, result.exception
@@ -38,3 +44,8 @@ def test_the_demo_leaves_a_page_whose_pictures_are_there_and_repeats_no_training
     log = (out / "flamingo.run/metrics.jsonl").read_text()
     assert CliRunner().invoke(app, ["demo", "--out", str(out)]).exit_code == 0
     assert (out / "flamingo.run/metrics.jsonl").read_text() == log and len(log.splitlines()) == 2
+
+
+def quick(recipe_of: Callable[..., Recipe], base: Path, mixture: list[Path]) -> Recipe:
+    recipe = recipe_of(base, mixture)
+    return recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"steps": 2})})
