@@ -36,6 +36,8 @@ SHORT = {  # what makes a documented command finish in seconds; everything else 
     ],
     "train-vlm": ["--steps", "2", "--batch-size", "4"],
     "train-judge": ["--steps", "2", "--batch-size", "4"],
+    "sample": ["--steps", "2"],  # where the bundled sampler draws
+    "reconstruct": ["--count", "8"],
 }
 
 
