@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_random_vlm, tiny_overrides
+from conftest import save_random_vlm, tiny_overrides, vugen_here
 from test_prepare import alive_in_session, wait_until
 from typer.testing import CliRunner
 
@@ -142,8 +144,8 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     wait_until(lambda: not alive_in_session(process.pid))
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert finished.returncode == 0, finished.stderr
+    finished = CliRunner().invoke(app, command[3:])  # in this process: it need not import everything again
+    assert finished.exit_code == 0, finished.exception
     assert out.read_bytes() == whole.read_bytes()
     assert [row["step"] for row in metrics(states)] == list(range(8))
 
@@ -265,21 +267,31 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(
     scenes: Path, vlm_path: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
-    command = [sys.executable, "-m", "vugen_cli", "train-reducer", "--data", str(scenes)]
+    command = ["train-reducer", "--data", scenes, "--out", "locked/r.safetensors"]
     command += [part for o in tiny_overrides(vlm_path) for part in ("--set", o)]
-    ended = subprocess.run(
-        [*command, "--out", "locked/r.safetensors"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, preexec_fn=obey_permissions,
-    )  # fmt: skip
+    with permissions_obeyed():
+        ended = vugen_here(*command, cwd=tmp_path)
     assert ended.returncode == 1 and "Permission denied" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr and not list((tmp_path / "locked").iterdir())
 
 
-def obey_permissions() -> None:
-    """Give up root's right to write where it may not (CAP_DAC_OVERRIDE), if the test runs as root."""
+@contextmanager
+def permissions_obeyed() -> Iterator[None]:
+    """Within, this thread lacks root's right to write where it may not (CAP_DAC_OVERRIDE, bit 1)."""
     import ctypes
 
-    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP
+    libc = ctypes.CDLL(None)
+    this_thread = (ctypes.c_uint32 * 2)(0x20080522, 0)  # the version of the call, and whom it is about
+    rights = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then those from bit 32
+    assert libc.capget(this_thread, rights) == 0
+    had = rights[0]
+    rights[0] = had & ~0b10
+    assert libc.capset(this_thread, rights) == 0
+    try:
+        yield
+    finally:
+        rights[0] = had
+        assert libc.capset(this_thread, rights) == 0
 
 
 def test_a_run_can_be_made_longer(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
