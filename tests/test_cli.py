@@ -2,7 +2,7 @@
 
 import gc
 import json
-import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -236,19 +236,18 @@ def test_an_unknown_option_is_a_usage_error(tmp_path: Path) -> None:
     assert vugen_here("sample", "--colour", cwd=tmp_path).returncode == 2
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(trained: Path, tmp_path: Path) -> None:
-    """A small file system stands in for a full disk; where none can be mounted, a file size limit does."""
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200));"
-        "sys.argv = ['vugen', 'sample', 'a bear', '--sampler', sys.argv[1], '--out', 'full'];"
-        "from vugen_cli.app import main; main()"
-    )
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(trained / "sampler.safetensors")],
-        cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120, check=False,
-    )  # fmt: skip
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit to the size of files stands in for a full disk; Python ignores the signal with it."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        arguments = ["sample", "a bear", "--sampler", trained / "sampler.safetensors", "--out", "full"]
+        result = vugen_here(*arguments, cwd=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (
         result.returncode == 1 and "cannot write full/" in result.stderr and "Traceback" not in result.stderr
     )
