@@ -37,6 +37,25 @@ TINY = NanoVLM(
 )
 
 
+# The files that take longest, longest first. Each file is run by one of the two test processes: a long one
+# begun last would keep its process busy for a minute in which the other has nothing to do.
+LONGEST = [
+    *("distributed", "training", "plan", "gpu_benchmark", "docs", "families", "runs", "cli", "examples"),
+    *("prepare", "launchers", "nano", "latent_cache", "share", "score", "compiling", "torchvision_repair"),
+    *("remote", "latent_decoders", "frozen_vlm", "demo", "without_nano", "watching", "engine", "distill"),
+    *("loader", "serve", "adapters", "reducers", "matrix", "prompt_scores", "score_sanity"),
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # or pytest-xdist begins with the files of the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test, and no command that a test runs, reads or fills the user's cache."""
