@@ -37,14 +37,10 @@ TINY = NanoVLM(
 )
 
 
-# The files that take longest, longest first. Each file is run by one of the two test processes: a long one
-# begun last would keep its process busy for a minute in which the other has nothing to do.
-LONGEST = [
-    *("distributed", "training", "plan", "gpu_benchmark", "docs", "families", "runs", "cli", "examples"),
-    *("prepare", "launchers", "nano", "latent_cache", "share", "score", "compiling", "torchvision_repair"),
-    *("remote", "latent_decoders", "frozen_vlm", "demo", "without_nano", "watching", "engine", "distill"),
-    *("loader", "serve", "adapters", "reducers", "matrix", "prompt_scores", "score_sanity"),
-]
+# The files that take longest. Each file is run by one of the two test processes: a long one begun last would
+# keep its process busy for a minute in which the other has nothing to do.
+LONGEST = ("distributed", "training", "plan", "gpu_benchmark", "docs", "families", "runs", "cli", "examples",
+           "prepare", "launchers", "nano", "demo")  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
