@@ -185,7 +185,7 @@ def test_the_command_draws_from_a_picture_with_and_without_words(trained: Path, 
 def test_a_place_for_a_picture_that_is_not_given_is_refused(tmp_path: Path) -> None:
     done = vugen_here("sample", "a hat on {image}", "--out", "e", cwd=tmp_path)
     said = "error: a prompt says {image}, and no picture is given: add --image FILE (a hat on {image})"
-    assert done.returncode == 1 and done.stderr.strip() == said and not (tmp_path / "e").exists()
+    assert done.returncode == 1 and done.stderr.strip().endswith(said) and not (tmp_path / "e").exists()
 
 
 @pytest.mark.parametrize(
