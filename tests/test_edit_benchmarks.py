@@ -46,9 +46,51 @@ def test_imgedit_is_read_with_its_own_questions(imgedit: Path) -> None:
         "Rate from 1 to 5: Add a hat to the bear.",
     )
     assert found.cases[1].question is None
-    (imgedit / "singleturn.json").write_text('{"1": {"id": "x.jpg"}}')
-    with pytest.raises(VugenError, match="is not ImgEdit's annotations"):
+    (imgedit / "singleturn.json").rename(imgedit / "basic_edit.json")
+    assert read_benchmark(imgedit) == found, "as its repository names it"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "singleturn.json",
+            '{"1": {"id": "x.jpg"}}',
+            "is not ImgEdit's annotations: case 1 lacks one of id, pr",
+        ),
+        (
+            "singleturn.json",
+            '{"1": {"id": "x", "prompt": null, "edit_type": "add"}}',
+            "case 1 lacks one of id, prompt",
+        ),
+        ("singleturn.json", '{"1": 5}', "case 1 lacks one of"),
+        ("singleturn.json", "{}", "holds no cases"),
+        ("singleturn.json", "[]", "is not ImgEdit's annotations: an object"),
+        ("singleturn.json", '{"1": ', "singleturn.json is not ImgEdit's annotations: Expecting value"),
+        (
+            "singleturn.json",
+            '{"7": {"id": "../x.jpg", "prompt": "a", "edit_type": "add"}}',
+            "case 7: the path '../x.jpg' leaves",
+        ),
+        ("judge_prompt.json", "{", "judge_prompt.json is not ImgEdit's questions"),
+        ("judge_prompt.json", '{"add": 5}', "judge_prompt.json: the question of add is no text"),
+    ],
+)
+def test_a_damaged_file_of_imgedit_is_named_in_one_line(
+    imgedit: Path, name: str, text: str, message: str
+) -> None:
+    (imgedit / name).write_text(text)
+    with pytest.raises(VugenError, match=message):
         read_benchmark(imgedit)
+
+
+def test_a_place_without_a_benchmark_is_named(tmp_path: Path) -> None:
+    put(tmp_path, {"hard/notes.md": ""})
+    for place in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(
+            VugenError, match=f"there is no benchmark at {place}: give the folder of ImgEdit's"
+        ):
+            read_benchmark(place)
 
 
 def test_gedit_is_read_in_one_language(tmp_path: Path) -> None:
@@ -68,8 +110,14 @@ def test_gedit_is_read_in_one_language(tmp_path: Path) -> None:
     (case,) = read_benchmark(tmp_path).cases
     assert (case.key, case.kind, case.instruction) == ("a", "color_alter", "Make it red.")
     assert read_benchmark(tmp_path, "cn").cases[0].key == "b"
-    with pytest.raises(VugenError, match="no instructions in the language fr"):
+    with pytest.raises(VugenError, match="no instructions in the language fr, but in: cn, en"):
         read_benchmark(tmp_path, "fr")
+    missing = {**rows, "input_image": [image, {"bytes": None, "path": "b.png"}]}
+    pq.write_table(pa.table(missing), tmp_path / "train-00000.parquet")
+    with pytest.raises(
+        VugenError, match=r"train-00000\.parquet/1: the picture is not stored but lies at b.png"
+    ):
+        read_benchmark(tmp_path, "cn")
     pq.write_table(pa.table({"key": ["a"]}), tmp_path / "train-00000.parquet")
     with pytest.raises(VugenError, match="lacks the columns task_type, instruction: it is not GEdit"):
         read_benchmark(tmp_path)
@@ -115,6 +163,9 @@ def test_a_benchmark_is_drawn_and_scored_by_kind(imgedit: Path, trained: Path, t
     report = score_benchmark(
         sampler, read_benchmark(imgedit), lambda *_: next(answers), "fake", tmp_path / "drawn"
     )
+    bad = Benchmark("imgedit", [Case("9", "add", "Add a hat.", tmp_path / "missing.jpg")], 1, 5)
+    with pytest.raises(VugenError, match=r"case 9: .*missing\.jpg cannot be read"):
+        score_benchmark(sampler, bad, lambda *_: "5", "fake", tmp_path / "bad")
     scores = {score.metric: score for score in report.scores}
     assert scores["imgedit_add"].value == 3 and scores["imgedit_style"].value is None
     assert scores["imgedit_all"].parameters["without_a_number"] == 1

@@ -129,7 +129,9 @@ def test_the_published_parquet_layouts(tmp_path: Path, source: str, target: str,
         ({"a.jsonl": '{"source": 5, "target": "y.jpg", "text": "t"}'}, "line 1: expected source, targ"),
         ({"a.jsonl": '{"source": "x.jpg", "target": "y.jpg", "text": 5}'}, "line 1: expected source, targ"),
         ({"a.tar": tar_of({"0.jpg": jpeg(), "0.txt": b"a bear"})}, "holds no edits .*found 0.jpg, 0.txt"),
-        ({"notes.md": "nothing"}, "holds no train split"),
+        ({"notes.md": "nothing"}, "holds no shards, no parquet files and not .*found notes.md"),
+        ({"a.csv": "source,target,edit\n", "b.csv": ""}, "found a.csv, b.csv: point --source at the table"),
+        ({"train/a.json": "[]"}, "found a.json"),
     ],
 )  # fmt: skip
 def test_what_holds_no_edits_is_refused_in_one_line(
@@ -137,6 +139,60 @@ def test_what_holds_no_edits_is_refused_in_one_line(
 ) -> None:
     with pytest.raises(VugenError, match=message):
         open_edits(put(tmp_path, files))
+
+
+def test_a_file_of_another_kind_is_refused_by_what_is_read(tmp_path: Path) -> None:
+    put(tmp_path, {"edits.json": "[]"})
+    with pytest.raises(
+        VugenError, match=r"edits\.json is none of \.csv, \.tsv, \.jsonl, \.tar and \.parquet"
+    ):
+        open_edits(tmp_path / "edits.json")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_line_with_an_empty_value_costs_its_edit_alone(tmp_path: Path, name: str) -> None:
+    columns = ("source", "target", "instruction")
+    good = ("p/0.jpg", "p/1.jpg", "make it red")
+    lines = [good, *((*good[:n], "", *good[n + 1 :]) for n in range(3))]
+    rows = [",".join(columns), *map(",".join, lines)]
+    if name.endswith("jsonl"):
+        rows = [
+            json.dumps({c: value or None for c, value in zip(columns, line, strict=True)}) for line in lines
+        ]
+    put(tmp_path, {**FILES, name: "\n".join(rows)})
+    assert len(prepared(open_edits(tmp_path), tmp_path / "out")) == 1
+    assert {skipped.reason for skipped in read_skipped(tmp_path / "out", "train")} == {
+        "no source picture on its line",
+        "no target picture on its line",
+        "no caption",
+    }
+
+
+def test_a_caption_of_a_source_in_a_shard_is_no_picture(tmp_path: Path) -> None:
+    files = {"0.source.jpg": jpeg(0), "0.source.txt": b"a ball", "0.target.json": b"{}"}
+    put(tmp_path, {"a.tar": tar_of({**files, "0.target.jpg": jpeg(1), "0.txt": b"make it red"})})
+    assert said(open_edits(tmp_path)) == TWO[:1]
+
+
+def test_parquet_files_may_have_a_dev_split_kinds_of_any_type_and_one_that_lacks_a_column(
+    tmp_path: Path,
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def image(seed: int) -> dict[str, object]:
+        return {"bytes": jpeg(seed), "path": None}
+
+    row = {"source_img": [image(0)], "target_img": [image(1)], "instruction": ["make it red"], "task": [b"a"]}
+    put(tmp_path, {"data/notes.md": ""})
+    for split in ("train", "dev"):
+        pq.write_table(pa.table(row), tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    pq.write_table(pa.table({k: v for k, v in row.items() if k != "task"}), tmp_path / "data/dev-1.parquet")
+    assert len(prepared(open_edits(tmp_path, "train"), tmp_path / "train")) == 1
+    held_out = open_edits(tmp_path, "val")
+    assert len(held_out) == 2 and len(prepared(held_out, tmp_path / "val")) == 1
+    (skipped,) = read_skipped(tmp_path / "val", "train")
+    assert skipped.reason.startswith("a column is missing (") and "task" in skipped.reason
 
 
 def test_source_and_target_are_cut_alike_and_what_cannot_be_used_is_counted(tmp_path: Path) -> None:

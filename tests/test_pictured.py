@@ -4,7 +4,10 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_overrides, vugen_here
@@ -13,17 +16,25 @@ from torch import Tensor
 
 from vugen_cli import VugenPipeline
 from vugen_cli.checkpoint import combined_digest, weight_digests
-from vugen_cli.data.loader import Batch
+from vugen_cli.data.loader import Batch, ShardedImages
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Expert, MixtureSource, Recipe, SamplerTraining, Sampling, load_recipe
+from vugen_cli.sampling.draw import draw
 from vugen_cli.sampling.sampler import Sampler, for_vlm, open_picture, read_prompts
 from vugen_cli.sampling.trained import load_sampler, new_expert
 from vugen_cli.stages.latent_cache import write_latents
-from vugen_cli.stages.train_sampler import by_pictures, prompts_of, train_sampler, velocity_of
+from vugen_cli.stages.train_sampler import (
+    by_pictures,
+    cut_prompt,
+    held_out_prompts,
+    prompts_of,
+    train_sampler,
+    velocity_of,
+)
 from vugen_cli.vlm.chat import ask, question_inputs
 from vugen_cli.vlm.frozen import FrozenVLM
 from vugen_cli.vlm.prefix import Prefix
-from vugen_cli.vlm.prompts import Prompt
+from vugen_cli.vlm.prompts import Prompt, Prompts
 
 CPU = torch.device("cpu")
 
@@ -168,6 +179,64 @@ def test_the_command_draws_from_a_picture_with_and_without_words(trained: Path, 
     assert rows[0]["file"].startswith("variation-")
     wrong = vugen_here("sample", "x", *common, "--image", "none.png", cwd=tmp_path)
     assert wrong.returncode == 1 and wrong.stderr.strip().splitlines()[-1].startswith("error: none.png")
+    assert "which holds no edits of pictures" in told.stdout, "this sampler learned from captions"
+
+
+def test_a_place_for_a_picture_that_is_not_given_is_refused(tmp_path: Path) -> None:
+    done = vugen_here("sample", "a hat on {image}", "--out", "e", cwd=tmp_path)
+    said = "error: a prompt says {image}, and no picture is given: add --image FILE (a hat on {image})"
+    assert done.returncode == 1 and done.stderr.strip().endswith(said) and not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"guidance": float("nan")},
+        {"image_guidance": float("inf")},
+        {"guidance": -1.0},
+        {"steps": 0},
+        {"solver": "rk4"},
+    ],
+    ids=str,
+)
+def test_a_setting_that_there_is_not_is_refused_before_anything_is_drawn(
+    lively_sampler: Sampler, given: dict[str, Any], tmp_path: Path
+) -> None:
+    (name,) = given
+    with pytest.raises(VugenError, match=f"^{name} .*: give "):
+        draw(lively_sampler, ["a bear"], 1, tmp_path / "drawn", **given)
+    assert not (tmp_path / "drawn").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "reference", "learned"),
+    [
+        ("openmoji", False, False),
+        ("edits", False, True),
+        ("openmoji-edits + openmoji", False, True),
+        ("openmoji", True, True),
+    ],
+)
+def test_a_sampler_tells_from_its_card_whether_it_learned_edits(
+    lively_sampler: Sampler, names: str, reference: bool, learned: bool
+) -> None:
+    card = lively_sampler.card.model_copy(deep=True)
+    card.data.dataset = names
+    fake = Sampler.__new__(Sampler)
+    fake.__dict__ |= {"card": card, "expert": SimpleNamespace(reference=reference)}
+    assert fake.learned_edits is learned
+
+
+def test_previews_cut_long_captions_as_training_does(edits: Path, vlm: FrozenVLM) -> None:
+    images = ShardedImages(edits)
+    told = [meta["captions"][0] for _, meta in images.held_out().in_order(16)]
+    assert [prompt.text for prompt in held_out_prompts(images, vlm.prompts)] == told, "short ones stay"
+    short = Prompts(vlm.prompts.tokenizer, "tiny", "{prompt}", 3)
+    assert max(map(len, told)) > 12
+    for prompt in held_out_prompts(images, short):
+        assert prompt.pictures and short.tokens(prompt.text)  # which refuses longer ones
+    places = cut_prompt("{image} " + "very " * 300, tuple(noise(2)), vlm.prompts)
+    assert places.parts()[:2] == [None, None], "a place too few is none"
 
 
 def test_the_pipeline_takes_pictures(lively_sampler: Sampler) -> None:
@@ -181,6 +250,14 @@ def test_the_pipeline_takes_pictures(lively_sampler: Sampler) -> None:
     assert len(pipe(image=[picture, picture], num_images_per_prompt=2, seed=0).images) == 2
     with pytest.raises(VugenError, match="cannot be used in a prompt"):
         pipe("x", image=b"no picture")
+    with pytest.raises(VugenError, match="cannot be used in a prompt: empty file"):
+        pipe("x", image=b"")
+    with pytest.raises(
+        VugenError, match="a picture is given as ndarray: give a file, its bytes or a PIL image"
+    ):
+        pipe("x", image=np.zeros((64, 64, 3), dtype=np.uint8))
+    with pytest.raises(VugenError, match=r"a prompt says {image}, and no picture is given: add image=\.\.\."):
+        pipe(["x", "a hat on {image}"])
 
 
 def test_text_and_pictures_are_left_out_apart(vlm: FrozenVLM) -> None:

@@ -10,8 +10,8 @@ import typer
 from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption
 
 if TYPE_CHECKING:
-    from vugen_cli.card import Card
     from vugen_cli.data.shapes import Shape
+    from vugen_cli.sampling.sampler import Sampler
 
 
 class SolverName(StrEnum):
@@ -127,11 +127,13 @@ def sample(
         from vugen_cli.sampling.draw import collect_prompts, draw, pick_sampler
         from vugen_cli.sampling.sampler import open_picture, picture_shape
         from vugen_cli.sampling.trained import load_sampler
-        from vugen_cli.vlm.prompts import Prompt
+        from vugen_cli.vlm.prompts import Prompt, refuse_places
 
         shape = parse_shape(size) if size else None
         variation, where = bool(image) and not prompts and not prompts_file, join(pick_device(device))
         texts = [""] if variation else collect_prompts(prompts or [], prompts_file)
+        if not image:
+            refuse_places(texts, "--image FILE")
         loaded = load_sampler(pick_sampler(sampler), vlm, where, allow_vlm_mismatch, decoder, adapter or ())
     finally:
         gc.freeze()
@@ -143,8 +145,8 @@ def sample(
         loaded.quantize()
     if compile_:
         loaded.compile()
-    if shape and is_first():
-        say_if_new(loaded.card, shape)
+    if is_first():
+        say_if_new(loaded, shape, bool(image))
     pictures = tuple(open_picture(path, picture_shape(loaded.card, shape)) for path in image or [])
     asked = [Prompt(text, pictures) for text in texts]
     folder = draw(
@@ -154,10 +156,13 @@ def sample(
     return Drawn(out=str(folder), images=read_samples(folder), unknown_words=unknown) if is_first() else None
 
 
-def say_if_new(card: "Card", shape: "Shape") -> None:
-    """A line, where a sampler of this card learned from pictures of other sizes."""
+def say_if_new(sampler: "Sampler", shape: "Shape | None", pictures: bool) -> None:
+    """A line each, where a sampler learned from pictures of other sizes, or from no edits."""
     from vugen_cli.data.shapes import shape_name
 
+    card = sampler.card
     known = card.data.shapes or [shape_name((card.image_size, card.image_size))]
-    if shape_name(shape) not in known:
+    if shape and shape_name(shape) not in known:
         typer.echo(f"{shape_name(shape)} is none of the sizes that it learned from: {', '.join(known)}")
+    if pictures and not sampler.learned_edits and not card.adapters:
+        typer.echo(f"{sampler.path} learned from {card.data.dataset}, which holds no edits of pictures")

@@ -132,12 +132,17 @@ def _row(table: Path, number: int, row: dict[str, Any]) -> tuple[str, list[str]]
     return path, texts_of(caption)
 
 
-def inside(table: Path, line: int, path: str) -> str:
-    """A path as relative to the table's folder. Paths only, links are the user's own: they are followed."""
+def inside(table: Path, line: int | str, path: str) -> str:
+    """A path as relative to the table's folder. Paths only, links are the user's own: they are followed.
+
+    Raises:
+        VugenError: it leads out of that folder; says on which line, or where else.
+    """
     root = os.path.abspath(table.parent)
     relative = os.path.relpath(os.path.join(root, path), root)
     if relative.startswith(os.pardir + os.sep) or relative == os.pardir or "\0" in path:
+        where = line if isinstance(line, str) else f"line {line}"
         raise VugenError(
-            f"{table} line {line}: the path {path!r} leaves the table's folder; only files below it are read"
+            f"{table} {where}: the path {path!r} leaves the table's folder; only files below it are read"
         )
     return relative.replace(os.sep, "/")

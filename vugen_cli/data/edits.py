@@ -3,12 +3,11 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vugen_cli.data.captions import TABLES, inside, table_rows, tables_in
-from vugen_cli.data.folder import split_folder
+from vugen_cli.data.folder import IMAGE_SUFFIXES, split_folder
 from vugen_cli.data.hf import Tables, stored_picture
 from vugen_cli.data.listing import Listing
 from vugen_cli.data.sample import Meta, Sample, Source, texts_of
@@ -39,7 +38,7 @@ TEXTS = (
 )
 KINDS = ("edit_type", "task", "task_type")  # what kind of edit it is, kept in a sample's `.json`
 
-# The middle of a member's name, as in `000001.source.jpg`, `000001.source2.png`.
+# The middle of a picture's name in a shard, as in `000001.source.jpg`, `000001.source2.png`.
 _SOURCE_MEMBER = re.compile(r"(?:source|src|input|original)[_-]?(\d*)$")
 _TARGET_MEMBER = re.compile(r"(?:target|output|edited)$")
 
@@ -62,18 +61,29 @@ def open_edits(path: str | Path, split: str = "train") -> Source:
         return EditTable(path)
     if path.suffix == ".tar":
         return EditShards(path, split)
-    if path.is_dir() and not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
-        folder = (
-            path
-            if any(path.glob("[!.]*.parquet")) or any(path.glob("data/[!.]*.parquet"))
-            else split_folder(path, split)
+    if path.is_file() and path.suffix != ".parquet":
+        raise VugenError(
+            f"{path} is none of {', '.join(TABLES)}, .tar and .parquet: point --source at one of these or at "
+            "a folder of them"
         )
-        if any(folder.glob("[!.]*.tar")):
-            return EditShards(path, split)
-        tables = tables_in(folder)
-        if len(tables) == 1:
-            return EditTable(tables[0])
-    return EditRows(path, split)
+    if path.is_file() or any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return EditRows(path, split)
+    parquet = any(path.glob("[!.]*.parquet")) or any(path.glob("data/[!.]*.parquet"))
+    folder = path if parquet else split_folder(path, split)
+    if any(folder.glob("[!.]*.tar")):
+        return EditShards(path, split)
+    tables = tables_in(folder)
+    if len(tables) == 1:
+        return EditTable(tables[0])
+    if parquet:
+        return EditRows(path, split)
+    if any(folder.glob("[!.]*.parquet")):  # `path/train`, of several splits
+        return EditRows(folder, split)
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
+    raise VugenError(
+        f"{folder} holds no shards, no parquet files and not exactly one .csv, .tsv or .jsonl table; found "
+        f"{found}: point --source at the table, or at the folder of the others"
+    )
 
 
 def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
@@ -86,6 +96,8 @@ class EditTable:
 
     Args:
         table: a `.csv`, `.tsv` or `.jsonl` file.
+
+    A line of which a value is empty is an edit that cannot be used.
 
     Raises:
         VugenError: it cannot be read, lacks a column, or a path leaves its folder.
@@ -104,25 +116,30 @@ class EditTable:
 
     def _read(self) -> Iterator[list[Any]]:
         for line, row in table_rows(self.table):
-            sources, target, texts = [], _first(row, TARGETS), []
-            with suppress(ValueError):
+            given = all(row.keys() & names for names in (SOURCES, TARGETS, TEXTS))
+            target = _first(row, TARGETS) or ""
+            try:
                 sources, texts = texts_of(_first(row, SOURCES)), texts_of(_first(row, TEXTS))
-            if not sources or not isinstance(target, str) or not texts:
+            except ValueError:
+                given = False
+            if not given or not isinstance(target, str):
                 raise VugenError(
                     f"{self.table} line {line}: expected source, target and instruction; found "
                     f"{', '.join(name for name, value in row.items() if value) or 'nothing'}"
                 )
-            paths = [inside(self.table, line, path) for path in sources]
-            yield [paths, inside(self.table, line, target), texts, _first(row, KINDS)]
+            paths = [inside(self.table, line, path) for path in sources if path]
+            yield [paths, target and inside(self.table, line, target), texts, _first(row, KINDS)]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
         sources, target, texts, kind = self.rows[index]
-        folder = self.table.parent
+        folder, key = self.table.parent, f"{self.table.name}/{index}"
+        if not sources or not target:
+            raise OSError(0, f"no {'target' if sources else 'source'} picture on its line", key)
         return Sample(
-            key=f"{self.table.name}/{index}",
+            key=key,
             image=(folder / target).read_bytes(),
             captions=texts,
             meta={"edit": kind} if kind else {},
@@ -180,7 +197,9 @@ class EditShards:
         sources: list[tuple[int, tuple[int, int]]] = []
         target = None
         for kind, place in parts.items():
-            role = kind.rpartition(".")[0]
+            role, _, suffix = kind.rpartition(".")
+            if f".{suffix}" not in IMAGE_SUFFIXES:  # as the caption of a source, `KEY.source.txt`
+                continue
             if found := _SOURCE_MEMBER.match(role):
                 sources.append((int(found[1] or 0), place))
             elif _TARGET_MEMBER.match(role):
@@ -256,6 +275,6 @@ class EditRows:
             key=key,
             image=stored_picture(row[self.target], key),
             captions=texts_of(row[self.text]),
-            meta={"edit": row[self.kind]} if self.kind else {},
+            meta={"edit": str(row[self.kind])} if row.get(self.kind) else {},
             sources=[stored_picture(s, key) for s in (sources if isinstance(sources, list) else [sources])],
         )

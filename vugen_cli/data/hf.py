@@ -109,7 +109,10 @@ class Tables:
             while row >= (rows := table.metadata.row_group(group).num_rows):
                 row, group = row - rows, group + 1
             table = table.read_row_group(group, columns=columns)
-        return table.select(columns).slice(row, 1).to_pylist()[0]
+        try:
+            return table.select(columns).slice(row, 1).to_pylist()[0]
+        except KeyError as error:  # columns are told from the first file
+            raise OSError(0, f"a column is missing ({error.args[0]})", str(self.files[number])) from error
 
 
 @contextmanager
@@ -153,7 +156,7 @@ class HuggingFaceDataset:
         path: a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, a `.parquet` file,
             or a folder of them (also within `data/`), named `train-*.parquet` and so on where it has several
             splits.
-        split: "train" or "val" (also "validation" and "test" where there is no other).
+        split: "train" or "val" (also "validation", "dev" and "test" where there is no other).
 
     Raises:
         VugenError: pyarrow is missing, no such data, or no image and caption columns in it.
@@ -207,7 +210,7 @@ def _find_files(path: Path, split: str) -> list[Path]:
         raise VugenError(
             f"{path} is no parquet file: point --source at a save_to_disk directory or parquet files"
         )
-    names = ("train",) if split == "train" else ("val", "validation", "valid", "test")
+    names = ("train",) if split == "train" else ("val", "validation", "valid", "dev", "test")
     if (path / "dataset_dict.json").exists():
         folder = next((path / name for name in names if (path / name).is_dir()), None)
         if folder is None:

@@ -17,7 +17,7 @@ from vugen_cli.hub import PREFIX
 from vugen_cli.sampling.sampler import Sampler, open_picture, picture_shape
 from vugen_cli.sampling.trained import VLM, WEIGHTS, load_sampler, save_sampler
 from vugen_cli.vlm.frozen import WORDS
-from vugen_cli.vlm.prompts import Prompt
+from vugen_cli.vlm.prompts import Prompt, refuse_places
 
 Picture = str | Path | bytes | Image.Image  # what `open_picture` takes
 # By these diffusers' own DiffusionPipeline, told to trust remote code, finds what is installed here.
@@ -167,14 +167,14 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
                 unknown output type, or an image that is none.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        given: Any = image or []
-        if isinstance(given, str | Path | bytes | Image.Image):
-            given = [given]
+        given: Any = [] if image is None else image if isinstance(image, list | tuple) else [image]
         card = self.sampler.card
         size = height or card.image_size, width or card.image_size
         pictures = tuple(open_picture(each, picture_shape(card, size)) for each in given)
         if not prompts or not (pictures or all(text.strip() for text in prompts)):
             raise VugenError("a prompt is empty: say what to draw")
+        if not pictures:
+            refuse_places(prompts, "image=...")
         if output_type not in ("pil", "np", "pt"):
             raise VugenError(f"output_type {output_type}: give pil, np or pt")
         if num_images_per_prompt < 1:

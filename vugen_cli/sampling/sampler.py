@@ -1,12 +1,13 @@
 """From prompts to pictures: prompt -> prefix -> ODE in z̃ -> pixel decoder."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from PIL import Image
@@ -81,6 +82,12 @@ class Sampler:
         """The pixel decoder."""
         return self.autoencoder.decoder
 
+    @property
+    def learned_edits(self) -> bool:
+        """Whether it was trained on edits, as far as the names of its data sets tell."""
+        names = self.card.data.dataset.split(" + ")
+        return bool(self.expert.reference) or any(name.endswith("edits") for name in names)
+
     def to(self, device: torch.device) -> None:
         """Move every network to a device."""
         self.vlm.model.to(device)
@@ -139,8 +146,19 @@ class Sampler:
         solver: Solver | None = None,
         image_guidance: float | None = None,
     ) -> Sampling:
-        """The given settings, with the recipe's where one is None."""
+        """The given settings, with the recipe's where one is None.
+
+        Raises:
+            VugenError: a scale or number of steps that there is not.
+        """
         given = {"steps": steps, "guidance": guidance, "solver": solver, "image_guidance": image_guidance}
+        for name, value in (("guidance", guidance), ("image_guidance", image_guidance)):
+            if value is not None and not 0 <= value < math.inf:  # nor is NaN
+                raise VugenError(f"{name} {value}: give a number from 0 on, as 1.5")
+        if steps is not None and steps < 1:
+            raise VugenError(f"steps {steps}: give 1 or more")
+        if solver not in (None, *get_args(Solver)):
+            raise VugenError(f"solver {solver}: give {', '.join(get_args(Solver))}")
         return self.defaults.model_copy(update={key: v for key, v in given.items() if v is not None})
 
     def grid(self, size: int | Shape | None) -> tuple[Shape, tuple[int, int]]:
@@ -383,16 +401,19 @@ def open_picture(picture: str | Path | bytes | Image.Image, size: int | Shape) -
         size: pixels a side, or (height, width); see `picture_shape`.
 
     Raises:
-        VugenError: there is no such file, or it is none that `vugen prepare` would take.
+        VugenError: there is no such file, it is none that `vugen prepare` would take, or no picture at all.
     """
     name = str(picture) if isinstance(picture, str | Path) else "the picture"
     try:
         if isinstance(picture, Image.Image):
             pixels = opened(picture)
-        else:
+        elif isinstance(picture, bytes | str | Path):
             pixels = decode(picture if isinstance(picture, bytes) else Path(picture).read_bytes())
+        else:
+            kind = type(picture).__name__
+            raise VugenError(f"a picture is given as {kind}: give a file, its bytes or a PIL image")
     except OSError as error:
         raise VugenError(f"{name} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, SyntaxError) as error:  # Pillow's, of an open PNG that is damaged
         raise VugenError(f"{name} cannot be used in a prompt: {error}") from error
     return torch.from_numpy(adm_crop(pixels, size).copy()).permute(2, 0, 1)

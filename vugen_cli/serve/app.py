@@ -85,9 +85,8 @@ class Service:
         self.began = int(time.time())
         self.drawer = Drawer(sampler, batch, limit, self.meters.batch)
         self.meters.waiting.set_function(lambda: self.drawer.waiting)
-        data = sampler.card.data
         # Others are not refused pictures: their VLM may read them, as for `vugen sample --image`.
-        self.learned_edits = bool(sampler.expert.reference) or data.dataset.endswith("edits")
+        self.learned_edits = sampler.learned_edits
 
     @property
     def sizes(self) -> list[str]:

@@ -143,7 +143,7 @@ def train_sampler(
     used = {*USE_OF_VLM, "seed", "data", "reducer", "decoder", "expert", "flow", "train_sampler"}
     resolved = card.facts("vlm", "data", "latents") | begun
     resolved["recipe"] = recipe.model_dump(mode="json", include=used)
-    prompts = held_out_prompts(images)
+    prompts = held_out_prompts(images, vlm.prompts)
     if not prompts:
         raise VugenError(f"{images.directory} has no captions: a sampler cannot be trained on it")
 
@@ -328,11 +328,16 @@ def prompts_of(
         elif no_text:
             asked.append(Prompt("", pictures))
         else:
-            text = prompts.cut(batch.captions[row])
-            if text.count(PICTURE) not in (0, len(pictures)):  # what was cut off placed one
-                text = text.replace(PICTURE, "")
-            asked.append(Prompt(text, pictures))
+            asked.append(cut_prompt(batch.captions[row], pictures, prompts))
     return asked
+
+
+def cut_prompt(caption: str, pictures: tuple[Tensor, ...], prompts: Prompts) -> Prompt:
+    """The prompt of a caption, as much of it as `prompts` allows, about pictures, uint8 [3, H, W] each."""
+    text = prompts.cut(caption)
+    if pictures and text.count(PICTURE) not in (0, len(pictures)):  # what was cut off placed one
+        text = text.replace(PICTURE, "")
+    return Prompt(text, pictures)
 
 
 def by_pictures(prompts: Sequence[str | list[int] | Prompt]) -> list[list[int]]:
@@ -364,14 +369,17 @@ def velocity_of(
     return torch.cat(parts)[order.argsort()]
 
 
-def held_out_prompts(images: ShardedImages, count: int = 16) -> list[Prompt]:
-    """The prompts of a preview: those of the first held-out samples with captions; pictures are squares."""
+def held_out_prompts(images: ShardedImages, prompts: Prompts, count: int = 16) -> list[Prompt]:
+    """The prompts of a preview: of the first held-out samples with captions, which are cut as in training.
+
+    Pictures are squares.
+    """
     found = []
     for _, meta in images.held_out().in_order(count):
         sources = [decode_source(data, images.shapes, images.size) for data in meta.get("sources", [])]
         pictures = tuple(torch.from_numpy(source).permute(2, 0, 1) for source in sources)
         if meta["captions"]:
-            found.append(Prompt(meta["captions"][0], pictures))
+            found.append(cut_prompt(meta["captions"][0], pictures, prompts))
     return found
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vugen_cli.data.captions import inside
 from vugen_cli.data.hf import Tables, stored_picture
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.metrics.bootstrap import resampled_means
 from vugen_cli.metrics.prompted_images import score_of
 from vugen_cli.metrics.report import Report, Score, versions
@@ -28,6 +29,7 @@ from vugen_cli.vlm.pictured import picture_inputs
 from vugen_cli.vlm.prompts import Prompt
 
 ANSWER = 256  # tokens of a judge's answer, at most
+CASES = ("singleturn.json", "basic_edit.json")  # ImgEdit's annotations, as released and in its repository
 JUDGE_PROMPTS = "judge_prompt.json"  # ImgEdit's questions by kind of edit, with `<edit_prompt>` in them
 
 FOLLOWED = (
@@ -80,17 +82,22 @@ def read_benchmark(path: Path, language: str = "en") -> Benchmark:
     """The cases of ImgEdit or GEdit-Bench.
 
     Args:
-        path: ImgEdit's annotations (`singleturn.json`, beside the folders of its pictures), or GEdit-Bench as
-            parquet files or a `save_to_disk` directory.
+        path: ImgEdit's annotations (`singleturn.json` or `basic_edit.json`, beside the folders of its
+            pictures) or their folder, or GEdit-Bench as parquet files or a `save_to_disk` directory.
         language: of GEdit-Bench's instructions, `en` or `cn`.
 
     Raises:
         VugenError: neither of them is there, or a case lacks something.
     """
-    if path.is_dir() and (path / "singleturn.json").is_file():
-        path = path / "singleturn.json"
+    path = next((path / name for name in CASES if (path / name).is_file()), path)
     if path.suffix == ".json":
         return Benchmark("imgedit", _imgedit(path), 1, 5)
+    holds = (*path.glob("*.json"), *path.glob("*.parquet"), *path.glob("data/*.parquet"))
+    if not holds and not path.is_file():
+        raise VugenError(
+            f"there is no benchmark at {path}: give the folder of ImgEdit's {CASES[0]}, or GEdit-Bench's "
+            "parquet files"
+        )
     tables = Tables(path, "train")
     if lacking := [c for c in ("key", "task_type", "instruction") if c not in tables.names]:
         raise VugenError(f"{path} lacks the columns {', '.join(lacking)}: it is not GEdit-Bench")
@@ -98,41 +105,63 @@ def read_benchmark(path: Path, language: str = "en") -> Benchmark:
     if picture is None:
         raise VugenError(f"{path} lacks the column input_image: it is not GEdit-Bench")
     told = [c for c in ("instruction_language",) if c in tables.names]
-    cases = []
+    cases, languages = [], set()
     for index in range(len(tables)):
         key, row = tables.row(index, ["key", "task_type", "instruction", picture, *told])
+        languages.add(str(row.get("instruction_language", language)))
         if row.get("instruction_language", language) == language:
-            source = stored_picture(row[picture], key)
-            cases.append(Case(str(row["key"]), str(row["task_type"]), str(row["instruction"]), source))
+            if not row["instruction"] or not isinstance(row["instruction"], str):
+                raise VugenError(f"{path}: {key} has no instruction: download it again")
+            try:
+                source = stored_picture(row[picture], key)
+            except OSError as error:
+                raise VugenError(f"{path}: {key}: {error.strerror}: download it again") from error
+            cases.append(Case(str(row["key"]), str(row["task_type"]), row["instruction"], source))
     if not cases:
-        raise VugenError(f"{path} holds no instructions in the language {language}")
+        there = ", ".join(sorted(languages)) or "none"
+        raise VugenError(f"{path} holds no instructions in the language {language}, but in: {there}")
     return Benchmark("gedit", cases, 0, 10)
 
 
 def _imgedit(path: Path) -> list[Case]:
+    questions = path.with_name(JUDGE_PROMPTS)
+    asked = _read_object(questions, "ImgEdit's questions by kind of edit") if questions.is_file() else {}
+    cases = []
+    for key, case in _read_object(path, "ImgEdit's annotations").items():
+        facts = case if isinstance(case, dict) else {}
+        told = [facts.get(name) for name in ("edit_type", "prompt", "id")]
+        if not all(value and isinstance(value, str) for value in told):
+            raise VugenError(
+                f"{path} is not ImgEdit's annotations: case {key} lacks one of id, prompt and edit_type"
+            )
+        kind, prompt, picture = told
+        question = asked.get(kind)
+        if question is not None and not isinstance(question, str):
+            raise VugenError(f"{questions}: the question of {kind} is no text")
+        source = path.parent / inside(path, f"case {key}", picture)
+        cases.append(
+            Case(key, kind, prompt, source, question.replace("<edit_prompt>", prompt) if question else None)
+        )
+    if not cases:
+        raise VugenError(f"{path} holds no cases: download ImgEdit's annotations again")
+    return cases
+
+
+def _read_object(path: Path, what: str) -> dict[str, Any]:
+    """The object that a JSON file of ImgEdit holds.
+
+    Raises:
+        VugenError: it cannot be read, or holds something else.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
-        questions = path.with_name(JUDGE_PROMPTS)
-        read = questions.read_text(encoding="utf-8-sig") if questions.is_file() else "{}"
-        asked: dict[str, str] = json.loads(read)
-        return [
-            Case(
-                key,
-                case["edit_type"],
-                case["prompt"],
-                path.parent / case["id"],
-                asked[case["edit_type"]].replace("<edit_prompt>", case["prompt"])
-                if case["edit_type"] in asked
-                else None,
-            )
-            for key, case in found.items()
-        ]
     except OSError as error:
-        raise VugenError(f"cannot read {error.filename or path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VugenError(
-            f"{path} is not ImgEdit's annotations (id, prompt and edit_type of each case): {error!r}"
-        ) from error
+        raise VugenError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise VugenError(f"{path} is not {what}: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise VugenError(f"{path} is not {what}: an object of a name each")
+    return found
 
 
 def asks(model: Any, processor: Any) -> Ask:
@@ -207,7 +236,7 @@ def score_benchmark(
     Raises:
         VugenError: a source picture cannot be used.
     """
-    sources = [open_picture(case.source, sampler.card.data.size) for case in benchmark.cases]
+    sources = [_open_source(case, sampler.card.data.size) for case in benchmark.cases]
     prompts = [Prompt(c.instruction, (source,)) for c, source in zip(benchmark.cases, sources, strict=True)]
     draw(sampler, prompts, 1, out, seed)
     if not is_first():
@@ -223,6 +252,13 @@ def score_benchmark(
         for kind in ("all", *dict.fromkeys(case.kind for case in benchmark.cases))
     ]
     return Report(scores=scores, versions=versions())
+
+
+def _open_source(case: Case, size: int) -> Tensor:
+    try:
+        return open_picture(case.source, size)
+    except VugenError as error:
+        raise VugenError(f"case {case.key}: {error}") from error
 
 
 def _mean(benchmark: Benchmark, kind: str, found: list[float | None], judge: str) -> Score:

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -55,6 +56,21 @@ class Prompt:
             )
         placed: list[str | None] = [part for piece in pieces for part in (piece, None)][:-1]
         return [part for part in placed if part != ""]
+
+
+def refuse_places(prompts: Sequence[str], advice: str) -> None:
+    """Of prompts without pictures, refuse one that says where a picture stands.
+
+    Args:
+        prompts: texts.
+        advice: how a picture is given.
+
+    Raises:
+        VugenError: one has `{image}` in it.
+    """
+    for text in prompts:
+        if PICTURE in text:
+            raise VugenError(f"a prompt says {PICTURE}, and no picture is given: add {advice} ({text[:40]})")
 
 
 def pictures_of(prompt: str | list[int] | Prompt) -> tuple[Tensor, ...]:
