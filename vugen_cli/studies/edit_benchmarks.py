@@ -129,7 +129,7 @@ def _imgedit(path: Path) -> list[Case]:
     cases = []
     for key, case in _read_object(path, "ImgEdit's annotations").items():
         facts = case if isinstance(case, dict) else {}
-        told = [facts.get(name) for name in ("edit_type", "prompt", "id")]
+        told: list[Any] = [facts.get(name) for name in ("edit_type", "prompt", "id")]
         if not all(value and isinstance(value, str) for value in told):
             raise VugenError(
                 f"{path} is not ImgEdit's annotations: case {key} lacks one of id, prompt and edit_type"
