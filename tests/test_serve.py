@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -55,7 +54,7 @@ class Gated:
         self.gate, self.drawing = threading.Event(), threading.Event()
         self.batches: list[list[str]] = []
         self.defaults, self.card, self.path = Sampling(), make_card("sampler"), Path("gated.safetensors")
-        self.expert = SimpleNamespace(reference=False)
+        self.learned_edits = False
 
     def settings(self, *given: Any) -> Sampling:
         steps, guidance, *_ = given
