@@ -1,6 +1,6 @@
 #!/bin/sh
 # The bundled model from nothing: the scenes, the small VLM, the latent space and its decoder, the sampler, the judges.
-# About eight hours on two CPU cores; the numbers are in recipes/nano.yaml and below.
+# About thirteen hours on two CPU cores; the numbers are in recipes/nano.yaml and below.
 #
 #     sh runs/nano.sh             # everything, into out/nano
 #     VLM=nano sh runs/nano.sh    # with the VLM that ships
@@ -54,7 +54,7 @@ vugen prepare --latents reducer.safetensors --data data/openmoji-edits --out lat
 # Stage 2: the velocity field in z̃, of texts and of edits.
 
 SCENES="{path: latents, weight: 0.35}, {path: latents-pairs, weight: 0.3}, {path: latents-edits, weight: 0.35}"
-train sampler sampler.safetensors --reducer reducer.safetensors --steps 25000 --set "data.mixture=[$SCENES]" \
+train sampler sampler.safetensors --reducer reducer.safetensors --steps 52000 --set "data.mixture=[$SCENES]" \
     --set expert.adaptive_norms=true --set expert.reference=true --set train_sampler.cooldown=0.9
 
 # -----------------------------------------------------------------------------

@@ -378,7 +378,7 @@ ADAPTER_TRAINING = {
     "steps": 300,
     "batch_size": 16,
     "optimizer": "adamw",
-    "lr": 2e-3,
+    "lr": 8e-3,
     "warmup": 20,
     "cooldown": 0.3,
     "weight_decay": 0.0,
