@@ -63,7 +63,7 @@ class CaptionedImages:
     def _read_table(self, table: Path) -> None:
         self.folder = table.parent
         named = ((line, *_row(table, line, row)) for line, row in table_rows(table))
-        self.rows = Listing([inside(table, line, path), found] for line, path, found in named)
+        self.rows = Listing([inside(table, f"line {line}", path), found] for line, path, found in named)
         if not len(self.rows):
             raise VugenError(
                 f"{table} has no lines below its header: expected an image path and a caption on each"
@@ -132,16 +132,15 @@ def _row(table: Path, number: int, row: dict[str, Any]) -> tuple[str, list[str]]
     return path, texts_of(caption)
 
 
-def inside(table: Path, line: int | str, path: str) -> str:
+def inside(table: Path, where: str, path: str) -> str:
     """A path as relative to the table's folder. Paths only, links are the user's own: they are followed.
 
     Raises:
-        VugenError: it leads out of that folder; says on which line, or where else.
+        VugenError: it leads out of that folder; says where in the table, as `line 3`.
     """
     root = os.path.abspath(table.parent)
     relative = os.path.relpath(os.path.join(root, path), root)
     if relative.startswith(os.pardir + os.sep) or relative == os.pardir or "\0" in path:
-        where = line if isinstance(line, str) else f"line {line}"
         raise VugenError(
             f"{table} {where}: the path {path!r} leaves the table's folder; only files below it are read"
         )

@@ -127,8 +127,9 @@ class EditTable:
                     f"{self.table} line {line}: expected source, target and instruction; found "
                     f"{', '.join(name for name, value in row.items() if value) or 'nothing'}"
                 )
-            paths = [inside(self.table, line, path) for path in sources if path]
-            yield [paths, target and inside(self.table, line, target), texts, _first(row, KINDS)]
+            where = f"line {line}"
+            paths = [inside(self.table, where, path) for path in sources if path]
+            yield [paths, target and inside(self.table, where, target), texts, _first(row, KINDS)]
 
     def __len__(self) -> int:
         return len(self.rows)
