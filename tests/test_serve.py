@@ -689,7 +689,7 @@ def test_the_page_draws_and_keeps_its_pictures_in_a_browser(
     service.learned_edits = learned  # for its next visitor
     view.reload()
     view.get_by_label("Picture to edit").set_input_files(tmp_path / "bear.png")
-    assert view.get_by_alt_text("The picture to edit").is_visible()
+    view.get_by_alt_text("The picture to edit").wait_for()  # is read a moment after it is chosen
     view.get_by_label("Pictures, as a number").fill("1")
     view.get_by_label("Steps, as a number").fill("1")
     view.get_by_label("Prompt").fill("in the snow")
