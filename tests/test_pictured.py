@@ -203,7 +203,7 @@ def test_a_setting_that_there_is_not_is_refused_before_anything_is_drawn(
     lively_sampler: Sampler, given: dict[str, Any], tmp_path: Path
 ) -> None:
     (name,) = given
-    with pytest.raises(VugenError, match=f"^{name} .*: give "):
+    with pytest.raises(VugenError, match=rf"recipe key `sampling.{name}`: Input should be .* \(got "):
         draw(lively_sampler, ["a bear"], 1, tmp_path / "drawn", **given)
     assert not (tmp_path / "drawn").exists()
 

@@ -39,6 +39,8 @@ def test_a_recipe_survives_its_own_card() -> None:
         ("train_reducer.prompt_dropout=0.1", "did you mean `train_sampler.prompt_dropout`"),
         ("train_sampler.steps=-3", "train_sampler.steps"),
         ("sampling.solver=rk4", "sampling.solver"),
+        ("sampling.guidance=.inf", "`sampling.guidance`: .* finite number"),
+        ("train_sampler.clip=.nan", "`train_sampler.clip`: .* finite number"),
         ("sampling.guidance_interval=[0.6, 0.2]", "0 <= first < second <= 1"),
         ("decoder.heads=7", "decoder.heads must divide"),
         (

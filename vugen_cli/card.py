@@ -32,6 +32,11 @@ class DataCard(BaseModel):
     mixture: list[dict[str, Any]] | None = Field(None, description="sets and weights, where it is a mixture")
     shapes: list[str] | None = Field(None, description="of its pictures, WIDTHxHEIGHT, if of several")
 
+    @property
+    def datasets(self) -> list[str]:
+        """The name of each set of a mixture; of a single set its own."""
+        return self.dataset.split(" + ")
+
     @model_serializer(mode="wrap")
     def _plain(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Of squares as before there were shapes: caches and states of then are compared with it."""

@@ -35,9 +35,9 @@ Time = Literal["uniform", "logit-normal"]
 
 
 class Section(BaseModel):
-    """A part of the recipe; unknown keys are refused."""
+    """A part of the recipe; unknown keys are refused, and numbers that are none."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class MixtureSource(Section):

@@ -8,7 +8,7 @@ from typing import Any
 
 from vugen_cli.data.captions import TABLES, inside, table_rows, tables_in
 from vugen_cli.data.folder import IMAGE_SUFFIXES, split_folder
-from vugen_cli.data.hf import Tables, stored_picture
+from vugen_cli.data.hf import Tables, parquet_files, stored_picture
 from vugen_cli.data.listing import Listing
 from vugen_cli.data.sample import Meta, Sample, Source, texts_of
 from vugen_cli.data.shards import read_at, shards_of, tar_members
@@ -68,7 +68,7 @@ def open_edits(path: str | Path, split: str = "train") -> Source:
         )
     if path.is_file() or any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         return EditRows(path, split)
-    parquet = any(path.glob("[!.]*.parquet")) or any(path.glob("data/[!.]*.parquet"))
+    parquet = bool(parquet_files(path))
     folder = path if parquet else split_folder(path, split)
     if any(folder.glob("[!.]*.tar")):
         return EditShards(path, split)
@@ -77,7 +77,7 @@ def open_edits(path: str | Path, split: str = "train") -> Source:
         return EditTable(tables[0])
     if parquet:
         return EditRows(path, split)
-    if any(folder.glob("[!.]*.parquet")):  # `path/train`, of several splits
+    if parquet_files(folder):  # `path/train`, of several splits
         return EditRows(folder, split)
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
     raise VugenError(

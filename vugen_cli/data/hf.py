@@ -202,6 +202,11 @@ class HuggingFaceDataset:
         )
 
 
+def parquet_files(folder: Path) -> list[Path]:
+    """The parquet files of a folder and of `data/` in it, in order, of whatever split."""
+    return [*sorted(folder.glob("[!.]*.parquet")), *sorted(folder.glob("data/[!.]*.parquet"))]
+
+
 def _find_files(path: Path, split: str) -> list[Path]:
     """The Arrow or parquet files of a split, in order."""
     if path.is_file():
@@ -229,7 +234,7 @@ def _find_files(path: Path, split: str) -> list[Path]:
                 "again"
             )
         return files
-    files = [*sorted(path.glob("[!.]*.parquet")), *sorted(path.glob("data/[!.]*.parquet"))]
+    files = parquet_files(path)
     named = {
         name: [f for f in files if f.name.startswith((f"{name}-", f"{name}."))] for name in ("train", *names)
     }

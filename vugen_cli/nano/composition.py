@@ -67,7 +67,7 @@ def score_composition(
     Raises:
         VugenError: the sampler was trained on something else, or its VLM cannot be asked.
     """
-    if "openmoji" not in sampler.card.data.dataset.split(" + "):
+    if "openmoji" not in sampler.card.data.datasets:
         raise VugenError(
             f"{sampler.path} was trained on {sampler.card.data.dataset}, and composition is asked "
             "of OpenMoji scenes, whose contents are known: take `vugen score prompts`"

@@ -195,7 +195,7 @@ def score_edits(
     Raises:
         VugenError: the sampler was trained on something else, or its VLM cannot be asked.
     """
-    if "openmoji-edits" not in sampler.card.data.dataset.split(" + "):
+    if "openmoji-edits" not in sampler.card.data.datasets:
         raise VugenError(
             f"{sampler.path} was trained on {sampler.card.data.dataset}, and edits are asked of OpenMoji "
             "scenes, whose contents are known: train one on `vugen prepare --dataset openmoji-edits`"

@@ -1,13 +1,12 @@
 """From prompts to pictures: prompt -> prefix -> ODE in z̃ -> pixel decoder."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -85,8 +84,8 @@ class Sampler:
     @property
     def learned_edits(self) -> bool:
         """Whether it was trained on edits, as far as the names of its data sets tell."""
-        names = self.card.data.dataset.split(" + ")
-        return bool(self.expert.reference) or any(name.endswith("edits") for name in names)
+        named = any(name.endswith("edits") for name in self.card.data.datasets)
+        return bool(self.expert.reference) or named
 
     def to(self, device: torch.device) -> None:
         """Move every network to a device."""
@@ -152,14 +151,8 @@ class Sampler:
             VugenError: a scale or number of steps that there is not.
         """
         given = {"steps": steps, "guidance": guidance, "solver": solver, "image_guidance": image_guidance}
-        for name, value in (("guidance", guidance), ("image_guidance", image_guidance)):
-            if value is not None and not 0 <= value < math.inf:  # nor is NaN
-                raise VugenError(f"{name} {value}: give a number from 0 on, as 1.5")
-        if steps is not None and steps < 1:
-            raise VugenError(f"steps {steps}: give 1 or more")
-        if solver not in (None, *get_args(Solver)):
-            raise VugenError(f"solver {solver}: give {', '.join(get_args(Solver))}")
-        return self.defaults.model_copy(update={key: v for key, v in given.items() if v is not None})
+        sampling = self.defaults.model_dump() | {key: v for key, v in given.items() if v is not None}
+        return parse_recipe({"sampling": sampling}, "what to draw with").sampling
 
     def grid(self, size: int | Shape | None) -> tuple[Shape, tuple[int, int]]:
         """Height and width of the pictures to draw, and rows and columns of their z̃.

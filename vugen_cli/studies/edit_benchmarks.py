@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vugen_cli.data.captions import inside
-from vugen_cli.data.hf import Tables, stored_picture
+from vugen_cli.data.hf import Tables, parquet_files, stored_picture
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.metrics.bootstrap import resampled_means
 from vugen_cli.metrics.prompted_images import score_of
@@ -92,8 +92,7 @@ def read_benchmark(path: Path, language: str = "en") -> Benchmark:
     path = next((path / name for name in CASES if (path / name).is_file()), path)
     if path.suffix == ".json":
         return Benchmark("imgedit", _imgedit(path), 1, 5)
-    holds = (*path.glob("*.json"), *path.glob("*.parquet"), *path.glob("data/*.parquet"))
-    if not holds and not path.is_file():
+    if not path.is_file() and not parquet_files(path) and not any(path.glob("*.json")):
         raise VugenError(
             f"there is no benchmark at {path}: give the folder of ImgEdit's {CASES[0]}, or GEdit-Bench's "
             "parquet files"
