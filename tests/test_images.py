@@ -3,6 +3,7 @@
 import contextlib
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -173,6 +174,17 @@ def test_bombs_and_slivers_are_refused_undecoded(make, size, complaint):
     assert MAX_PIXELS < 20000 * 9000
     with pytest.raises(ValueError, match=complaint):
         decode(make(*size))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_a_large_picture_within_the_limit_is_read_without_a_warning(kind, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encoded(photo(100, 80), kind, exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(data).shape == (80, 100, 3)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
