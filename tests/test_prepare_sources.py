@@ -471,6 +471,12 @@ def test_wrong_captions(tmp_path, files, words):
         CaptionedImages(put(tmp_path, files))
 
 
+def test_a_null_is_no_caption(tmp_path):
+    text = '{"path": "a.jpg", "caption": null}\n{"path": "b.jpg", "caption": ["x", null]}\n'
+    put(tmp_path, {"a.jpg": jpeg(1), "b.jpg": jpeg(2), "t.jsonl": text})
+    assert content(CaptionedImages(tmp_path)) == {"a.jpg": ([], jpeg(1)), "b.jpg": (["x"], jpeg(2))}
+
+
 def test_missing_pictures_of_a_table_are_listed(tmp_path):
     put(tmp_path, {"a.jpg": jpeg(), "t.csv": "path,caption\na.jpg,x\ngone.jpg,y\n"})
     manifest = write_dataset(CaptionedImages(tmp_path), tmp_path / "out", size=16, progress=False)

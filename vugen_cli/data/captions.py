@@ -25,7 +25,7 @@ class CaptionedImages:
         path: a folder of images with a `.txt` of the same name beside each (a caption a line), at any depth;
             a `.csv`, `.tsv` or `.jsonl` table; or a folder with one such table in it. A table names its
             columns: one of `PATH_COLUMNS`, relative to the table, and one of `CAPTION_COLUMNS`. A path on
-            several lines has several captions; in JSON lines a caption may be a list.
+            several lines has several captions; in JSON lines a caption may be a list, or null for none.
         split: with `train/` and `val/` in the folder, which of them.
 
     Raises:
@@ -123,8 +123,10 @@ def _columns(row: Any) -> dict[str, Any]:
 
 def _row(table: Path, number: int, row: dict[str, Any]) -> tuple[str, list[str]]:
     path = next((row[name] for name in PATH_COLUMNS if name in row), None)
-    caption = next((row[name] for name in CAPTION_COLUMNS if name in row), None)
-    if not isinstance(path, str) or not path or not isinstance(caption, str | list):
+    column = next((name for name in CAPTION_COLUMNS if name in row), "")
+    caption = row.get(column)
+    null = caption is None and column and table.suffix.lower() == ".jsonl"  # in others a line that ends early
+    if not isinstance(path, str) or not path or not (null or isinstance(caption, str | list)):
         raise VugenError(
             f"{table} line {number}: expected a column named {', '.join(PATH_COLUMNS[:4])} and one named "
             f"{', '.join(CAPTION_COLUMNS[:3])}; found {', '.join(row) or 'none'}"
