@@ -7,10 +7,10 @@
 #
 # Stopped, the same line goes on where it was: what is finished is not made again.
 set -eu
-: "${IMAGENET_DIR:?where ILSVRC2012_img_train.tar lies, or train/ and val/; from the root, as in /data/imagenet}"
+: "${IMAGENET_DIR:?from the root: the tars of train and val with the labels of val, or train/ and val/}"
 : "${VLM:?a Hugging Face directory, from the root, or a hub id; its vision encoder sees at least 224 px}"
 OUT=${OUT:-out/imagenet-256}      # everything is written here
-SIZE=${SIZE:-256}                 # pixels a side
+SIZE=${SIZE:-256}                 # pixels a side; others want EXTRA="--set decoder.image_size=..." too
 MERGE=${MERGE:-2}                 # 2 x 2 of the VLM's places are one: 256 tokens of 1,024; 1 if it has 256
 PER_CLASS=${PER_CLASS:-50}        # samples of each class
 FEATURES=${FEATURES:-inception}   # what sees the images; only Inception's distance is FID

@@ -8,7 +8,7 @@
 # Stopped, the same line goes on where it was: what is finished is not made again.
 set -eu
 OUT=${OUT:-out/nano}       # everything is written here
-COUNT=${COUNT:-40000}      # scenes to train on, in each of the two sets
+COUNT=${COUNT:-40000}      # scenes to train on, in each set
 HELD_OUT=${HELD_OUT:-2000} # scenes to compare with
 JUDGED=${JUDGED:-620}      # pictures of each kind that are judged at the end
 EXTRA=${EXTRA:-}           # added to every training command, as in EXTRA="--steps 100 --batch-size 16"

@@ -37,7 +37,7 @@ def export(
     \b
     Examples:
       vugen export sampler.safetensors --out bears --prompt "a bear in a forest" --prompt "a bear in space"
-      vugen export sampler.safetensors --out bears --scores score.json --licence cc-by-sa-4.0
+      vugen export sampler.safetensors --out bears --scores scores.json --licence cc-by-sa-4.0
     """
     from vugen_cli.commands.answers import Written
     from vugen_cli.engine.device import pick_device

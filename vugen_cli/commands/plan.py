@@ -15,7 +15,7 @@ Vlm = Annotated[
 
 
 # torchtitan reports 33% (eager) and 39% (compiled) for an 8 B language model on 8 H100, lmms-engine 30 to 40%
-# for VLMs. None is published for a model like this, and vugen's own has not been measured on a GPU.
+# for VLMs. None is published for a model like this; docs/scaling.md has vugen's own on one H100, 33 to 37%.
 MFU = 0.35
 
 
