@@ -9,6 +9,7 @@ from test_training import changed, metrics
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
+from vugen_cli.card import VAECard
 from vugen_cli.checkpoint import load_checkpoint, read_card
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe
@@ -103,6 +104,23 @@ def test_a_student_of_other_networks_or_of_one_step_is_refused(
     with pytest.raises(VugenError, match=r"keeps the networks of .*decoder.blocks: 1 -> 2"):
         distill(changed(tiny_recipe, "decoder.blocks=2"), teacher, scenes, out, CPU)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_with_its_own_teacher_alone(
+    teacher: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "s.safetensors"
+    distill(changed(tiny_recipe, "decoder.steps=4", "train_reducer.steps=2"), teacher, scenes, out, CPU)
+    out.unlink()
+    with pytest.raises(VugenError, match=r"teacher\.calls: 4 -> 3"):
+        distill(changed(tiny_recipe, "decoder.steps=3", "train_reducer.steps=3"), teacher, scenes, out, CPU)
+
+
+def test_a_checkpoint_names_the_vae_that_it_holds_and_no_other(teacher: Path, tmp_path: Path) -> None:
+    module, _, card = load_autoencoder(teacher, CPU)
+    stale = card.model_copy(update={"vae": VAECard(name="x", fingerprint="0", config={})})
+    save_autoencoder(module, tmp_path / "r.safetensors", stale)
+    assert read_card(tmp_path / "r.safetensors").vae is None
 
 
 def test_the_command_takes_recipe_and_data_from_the_teacher(

@@ -20,7 +20,8 @@ from vugen_cli.files import locked
 from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.sampling import sampler as module
 from vugen_cli.sampling.draw import collect_prompts, draw, file_stems, pick_sampler
-from vugen_cli.sampling.sampler import Sampler
+from vugen_cli.sampling.sampler import WIDTH, Sampler
+from vugen_cli.sampling.trained import load_sampler
 
 
 def killed(*_: Any) -> Iterator[Any]:
@@ -97,3 +98,13 @@ def test_a_sampler_moves_with_its_vae_and_takes_the_precision_of_the_device(
     networks = (moved.vlm.model, moved.expert, moved.autoencoder, vae)
     assert {weight.device for network in networks for weight in network.parameters()} == {away}
     assert moved.passes == (lively_sampler.defaults.precision, away)
+
+
+def test_a_template_longer_than_the_padding_of_prompts_is_drawn(trained: Path) -> None:
+    sampler = load_sampler(trained / "sampler.safetensors")
+    system = "You draw what you are told to. " * 20
+    sampler.vlm.processor.tokenizer.chat_template = (
+        f"{system}{{% for message in messages %}}{{{{ message.content }}}}{{% endfor %}}"
+    )
+    assert sampler.vlm.prompt_length("") > WIDTH
+    assert next(sampler.sample(["a bear"]))[2].shape == (3, 64, 64)

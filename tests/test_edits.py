@@ -195,6 +195,19 @@ def test_parquet_files_may_have_a_dev_split_kinds_of_any_type_and_one_that_lacks
     assert skipped.reason.startswith("a column is missing (") and "task" in skipped.reason
 
 
+def test_a_row_without_source_pictures_is_skipped(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = {"bytes": jpeg(0), "path": None}
+    texts = ["make it red", "make it blue"]
+    row = {"sources": [[image], []], "target": [image, image], "instruction": texts}
+    pq.write_table(pa.table(row), tmp_path / "train-0.parquet")
+    assert len(prepared(open_edits(tmp_path), tmp_path / "out")) == 1
+    (skipped,) = read_skipped(tmp_path / "out", "train")
+    assert "no source picture" in skipped.reason
+
+
 def test_source_and_target_are_cut_alike_and_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
     ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[None, :, None], (48, 96, 3))
     file = io.BytesIO()

@@ -108,3 +108,25 @@ def test_a_vlm_with_a_weight_missing_is_refused_and_not_made_up(vlm_path: Path, 
     save_file({n: t for n, t in tensors.items() if n != name}, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(VugenError, match=r"1 of its weights are not .*q_proj.weight.* be random"):
         load_vlm(str(copy))
+
+
+@pytest.mark.parametrize(("said", "both"), [(True, True), ("all", True), ("vision", False), (None, False)])
+def test_a_decoder_that_reads_pictures_alone_both_ways_reads_texts_forwards(
+    vlm: FrozenVLM, said: object, both: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vlm.decoder.config, "use_bidirectional_attention", said, raising=False)
+    seen: list[dict[str, object]] = []
+    hook = vlm.decoder.register_forward_pre_hook(lambda _m, _a, given: seen.append(given), with_kwargs=True)
+    vlm.prefix(["a bear"])
+    hook.remove()
+    assert ("attention_mask" in seen[0]) == both
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_of_streams_side_by_side_the_one_that_layers_read_is_taken(
+    vlm: FrozenVLM, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3n's three here are no rows of a batch of three."""
+    monkeypatch.setattr(vlm.decoder.config, "altup_active_idx", 1, raising=False)
+    streams = torch.randn(3, batch, 5, vlm.decoder.config.hidden_size)
+    assert torch.equal(vlm._one_stream(streams), streams[1])

@@ -31,7 +31,7 @@ from vugen_cli.stages.train_sampler import (
     train_sampler,
     velocity_of,
 )
-from vugen_cli.vlm.chat import ask, question_inputs
+from vugen_cli.vlm.chat import ask, processed, question_inputs
 from vugen_cli.vlm.frozen import FrozenVLM
 from vugen_cli.vlm.prefix import Prefix
 from vugen_cli.vlm.prompts import Prompt, Prompts
@@ -208,6 +208,26 @@ def test_a_setting_that_there_is_not_is_refused_before_anything_is_drawn(
     assert not (tmp_path / "drawn").exists()
 
 
+def test_more_pictures_than_are_told_apart_are_refused(
+    lively_sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lively_sampler.expert, "reference", True)
+    with pytest.raises(VugenError, match="a prompt has 17 pictures: give at most 16"):
+        lively_sampler.sample([Prompt("it", noise(17))])
+
+
+def test_a_start_token_that_the_template_has_is_not_added_again() -> None:
+    told: list[dict[str, Any]] = []
+
+    def processor(**given: Any) -> None:
+        told.append(given)
+
+    processor.tokenizer = SimpleNamespace(bos_token="<s>")  # type: ignore[attr-defined]
+    for text in ("<s>User: a bear", "User: a bear"):
+        processed(processor, [text], [noise(1)])
+    assert [given.get("add_special_tokens") for given in told] == [False, None]
+
+
 @pytest.mark.parametrize(
     ("names", "reference", "learned"),
     [
@@ -311,6 +331,21 @@ def test_a_sampler_learns_from_edits_and_captioned_images_live_and_cached(
     assert len(found[0]) == 2 and found[0] == pytest.approx(found[1], rel=2e-3)
     sampler = load_sampler(tmp_path / "live.safetensors")
     assert sampler.defaults.image_guidance == 1.5 and sampler.card.data.mixture
+
+
+def test_texts_and_edits_of_a_batch_train_recomputed_layers_that_know_the_time(
+    trained: Path, edits: Path, vlm_path: Path, tmp_path: Path
+) -> None:
+    """Read one after the other, the first would be recomputed with the times of the second."""
+    found = []
+    for recomputed in (False, True):
+        more = [f"engine.recompute={recomputed}", "expert.adaptive_norms=true", "train_sampler.steps=2"]
+        more += ["train_sampler.picture_dropout=0.5", "train_sampler.batch_size=8"]
+        recipe = load_recipe(None, [*tiny_overrides(vlm_path), *more])
+        out = tmp_path / f"{recomputed}.safetensors"
+        train_sampler(recipe, trained / "reducer.safetensors", edits, out, CPU)
+        found.append(losses(out))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_edits_and_a_shared_out_vlm_are_refused(

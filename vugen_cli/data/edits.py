@@ -271,11 +271,13 @@ class EditRows:
     def __getitem__(self, index: int) -> Sample:
         columns = [name for name in (self.source, self.target, self.text, self.kind) if name]
         key, row = self.tables.row(index, columns)
-        sources = row[self.source]
+        sources = row[self.source] if isinstance(row[self.source], list) else [row[self.source]]
+        if not sources:
+            raise OSError(0, "no source picture in the row", key)
         return Sample(
             key=key,
             image=stored_picture(row[self.target], key),
             captions=texts_of(row[self.text]),
             meta={"edit": str(row[self.kind])} if row.get(self.kind) else {},
-            sources=[stored_picture(s, key) for s in (sources if isinstance(sources, list) else [sources])],
+            sources=[stored_picture(source, key) for source in sources],
         )

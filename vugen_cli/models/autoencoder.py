@@ -45,7 +45,7 @@ class Autoencoder(nn.Module):
         """What the reducer reads of images, uint8 [B, 3, H, W] -> [B, h, w, d]: z, or a VAE's latents."""
         if self.reducer.recipe.kind == "vae":
             assert self.vae
-            return self.vae.encode(images.to(vlm.device)).permute(0, 2, 3, 1)
+            return self.vae.encode(images).permute(0, 2, 3, 1)
         return vlm.encode(images)
 
     @torch.no_grad()

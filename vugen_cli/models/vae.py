@@ -39,7 +39,8 @@ class FrozenVAE:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """The posterior's mean, scaled: uint8 [B, 3, H, W] -> float32 [B, channels, H / f, W / f]."""
-        return (self.model.encode(to_pixels(images)).latent_dist.mean.float() - self.shift) * self.scale
+        pixels = to_pixels(images.to(self.model.device))
+        return (self.model.encode(pixels).latent_dist.mean.float() - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

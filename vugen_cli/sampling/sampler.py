@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vugen_cli.card import Card
 from vugen_cli.data.images import adm_crop, decode, opened
-from vugen_cli.data.sample import PICTURE
+from vugen_cli.data.sample import MOST_SOURCES, PICTURE
 from vugen_cli.data.shapes import Shape, as_shape, shape_name
 from vugen_cli.engine.compiling import compile_layers
 from vugen_cli.engine.distributed import blocks
@@ -127,7 +127,7 @@ class Sampler:
     @cached_property
     def unconditional(self) -> Prefix:
         """The empty prompt's prefix, of one row."""
-        return self._prefix("", WIDTH)
+        return self._prefix("", self.kind(Prompt(""))[-1])
 
     def _prefix(self, prompt: str | Prompt, width: int) -> Prefix:
         """What the expert reads of a prompt, padded to `width` tokens, of one row."""
@@ -238,8 +238,10 @@ class Sampler:
             Its pictures, whether it has them and text, and its tokens, rounded up to what it is padded to.
 
         Raises:
-            VugenError: it is too long, or the VLM does not read pictures in a prompt.
+            VugenError: it is too long or has too many pictures, or the VLM does not read them in a prompt.
         """
+        if self.expert.reference and len(prompt.pictures) > MOST_SOURCES:
+            raise VugenError(f"a prompt has {len(prompt.pictures)} pictures: give at most {MOST_SOURCES}")
         length = self.vlm.prompt_length(for_vlm(prompt, self.expert))
         return len(prompt.pictures), bool(prompt.pictures and prompt.text), -(-length // WIDTH) * WIDTH
 

@@ -35,8 +35,8 @@ def save_autoencoder(
     tensors = with_prefix(weights, "autoencoder") | (others or {})
     if autoencoder.vae:
         tensors |= with_prefix(autoencoder.vae.model.state_dict(), "vae")
-        card = card.model_copy(update={"vae": autoencoder.vae.card()})
-    save_checkpoint(path, tensors, card)
+    vae = autoencoder.vae.card() if autoencoder.vae else None
+    save_checkpoint(path, tensors, card.model_copy(update={"vae": vae}))
 
 
 def load_autoencoder(
@@ -153,7 +153,7 @@ def decode_images(
     numbers: Sequence[int] | None = None,
     solver: Solver | None = None,
 ) -> Tensor:
-    """Images decoded from their own z̃: uint8 [B, 3, S, S] -> uint8 of the same shape.
+    """Images decoded from their own z̃: uint8 [B, 3, S, S] -> uint8 of the same shape, on the CPU.
 
     The noise of an image depends on the seed and its number alone; by default they count from 0.
     """
@@ -161,7 +161,7 @@ def decode_images(
     noise = torch.stack([seeded_noise(images.shape[1:], seed, "reconstruct", i) for i in numbers])
     with passes(vlm.recipe.sampling.precision, vlm.device)():
         latents = autoencoder.encode(vlm, images)
-        return autoencoder.decode(latents, noise.to(latents.device), steps, solver)
+        return autoencoder.decode(latents, noise.to(latents.device), steps, solver).cpu()
 
 
 def load_sampler(
@@ -202,10 +202,10 @@ def load_sampler(
         drawing = {"recipe": {**card.recipe, "decoder": other.recipe["decoder"]}, "decoder": str(decoder)}
         card = card.model_copy(update={**drawing, "image_size": other.image_size})
     frozen = vlm_of(card, path, vlm, device, allow_vlm_mismatch)
-    recipe = frozen.recipe.expert.model_copy(update={"init": "fresh"})
-    expert = new_expert(frozen, card.latents, recipe)
-    load_weights(expert, select(tensors, "expert"), path)
-    return Sampler(frozen, expert.eval().requires_grad_(False), autoencoder, card, path)
+    expert = new_expert(frozen, card.latents, frozen.recipe.expert, empty=True)
+    load_weights(expert, select(tensors, "expert"), path, assign=True)
+    expert = expert.to(frozen.device).eval().requires_grad_(False)
+    return Sampler(frozen, expert, autoencoder, card, path)
 
 
 def located(path: str | Path | None, vlm: str | None = None) -> tuple[Path, str | None]:
@@ -231,16 +231,16 @@ def save_sampler(sampler: Sampler, path: Path) -> None:
 
 
 def new_expert(
-    vlm: FrozenVLM, latents: LatentsCard, recipe: Expert, shards: bool = False
+    vlm: FrozenVLM, latents: LatentsCard, recipe: Expert, empty: bool = False
 ) -> GenerationExpert | DiTExpert:
-    """An untrained generation expert on the VLM's device.
+    """An untrained generation expert on the VLM's device; an empty one to be filled, on the CPU.
 
     Args:
         vlm: whose decoder it copies, or whose hidden states it reads.
         latents: of a checkpoint's card: `channels` and `grid` of z̃.
         recipe: its kind, and where it starts from or its sizes.
-        shards: it is to be sharded: it stays on the CPU, and what starts from the VLM's weights is on `meta`,
-            to be filled afterwards.
+        empty: it will be sharded, or all its weights are there: it stays on the CPU, and what starts from the
+            VLM's weights is on `meta`, to be filled afterwards.
 
     Raises:
         VugenError: the recipe's sizes do not fit together.
@@ -256,17 +256,17 @@ def new_expert(
             mlp=recipe.mlp,
             reference=recipe.reference,
         )
-        return dit if shards else dit.to(vlm.device)
+        return dit if empty else dit.to(vlm.device)
     copied = GenerationExpert(
         vlm.decoder,
         latents.channels,
         latents.grid,
         fresh=recipe.init == "fresh",
         adaptive_norms=recipe.adaptive_norms,
-        empty=shards,
+        empty=empty,
         reference=recipe.reference,
     )
-    return copied if shards else copied.to(vlm.device)
+    return copied if empty else copied.to(vlm.device)
 
 
 @torch.no_grad()

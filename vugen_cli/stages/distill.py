@@ -95,7 +95,7 @@ def distill(
         rows = [shown]
         for decoder, count, way in ((expert, steps, solver), (student, 1, "euler")):
             autoencoder.decoder = decoder
-            rows.append(decode_images(vlm, autoencoder, shown, recipe.seed, count, solver=way).cpu())
+            rows.append(decode_images(vlm, autoencoder, shown, recipe.seed, count, solver=way))
         save_grid(torch.cat(rows), path, columns=len(shown))
 
     card = Card(
@@ -111,7 +111,7 @@ def distill(
     resolved = card.facts("vlm", "data", "latents", "image_size") | {
         "teacher": {
             "fingerprint": fingerprint(autoencoder, "autoencoder."),
-            "steps": steps,
+            "calls": steps,  # not `steps`, which a run may change
             "solver": solver,
         },
         "recipe": recipe.model_dump(mode="json", include={"seed", "data", "decoder", "train_reducer"}),

@@ -26,6 +26,7 @@ from vugen_cli.engine.precision import passes, wants_bfloat16
 from vugen_cli.errors import VugenError
 from vugen_cli.files import write_json
 from vugen_cli.models.autoencoder import Autoencoder
+from vugen_cli.models.reducer import merge
 from vugen_cli.processes import barrier, is_first, rank, world_size
 from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.sampling.trained import load_autoencoder
@@ -61,7 +62,8 @@ def check_size(
     if images.size == card.data.size == card.image_size:
         return
     grey = torch.full((1, 3, images.size, images.size), 127, dtype=torch.uint8)
-    (rows, columns), grid = autoencoder.encode(vlm, grey).shape[1:3], card.latents.grid
+    z = autoencoder.z(vlm, grey)  # on the VLM's device, which need not be the reducer's
+    (rows, columns), grid = merge(z, autoencoder.reducer.recipe.merge).shape[1:3], card.latents.grid
     if (rows, columns) != grid:
         raise VugenError(
             f"pictures of {images.size} px have latents of {rows} x {columns} places, and {checkpoint} is "

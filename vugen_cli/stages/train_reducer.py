@@ -100,7 +100,7 @@ def train_reducer(
 
     def preview(path: Path) -> None:
         decoded = decode_images(vlm, module, shown, recipe.seed)
-        save_grid(torch.cat([shown, decoded.cpu()]), path, columns=len(shown))
+        save_grid(torch.cat([shown, decoded]), path, columns=len(shown))
 
     def z_of(count: int) -> Iterator[Tensor]:
         return (module.z(vlm, batch) for batch in stored_images(images, count, size))

@@ -120,8 +120,10 @@ def train_sampler(
         prompts = prompts_of(batch, chances, settings, vlm.prompts)
         multiple = ALIGNED if device.type == "cuda" else 1
         read = partial(read_prompts, vlm, expert, autoencoder, multiple=multiple)
-        # Sharded, every process must go through the layers as often as the others.
-        kinds = [list(range(len(prompts)))] if shards(recipe.engine) else by_pictures(prompts)
+        # Sharded, every process must go through the layers as often as the others; recomputed layers read
+        # what the last pass left in their norms.
+        once = shards(recipe.engine) or recipe.engine.recompute
+        kinds = [list(range(len(prompts)))] if once else by_pictures(prompts)
         prefixes = [read([prompts[row] for row in rows]) for rows in kinds]
         with torch.no_grad():
             target = batch.images.float() if images.latents else autoencoder.encode(vlm, batch.images)

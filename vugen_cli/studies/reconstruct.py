@@ -119,7 +119,7 @@ def reconstruct(
             squares = [adm_crop(i.transpose(1, 2, 0), card.image_size).copy() for i in chunk]
             originals = torch.stack([torch.from_numpy(i).permute(2, 0, 1) for i in squares])
             made = {
-                name: decode_images(frozen, way, originals, seed, steps, indices).cpu()
+                name: decode_images(frozen, way, originals, seed, steps, indices)
                 for name, way in ways.items()
             }
             with full_float32():

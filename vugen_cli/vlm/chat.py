@@ -42,9 +42,24 @@ def question_inputs(model: Any, processor: Any, images: Tensor, question: str) -
     if not callable(processor):
         raise VugenError(f"{type(model).__name__} cannot be asked: {processor.missing}")
     text = conversation(processor, [None, question])
-    nested = [[image] for image in images]  # one image a text; some processors tell apart by the nesting
-    inputs = processor(images=nested, text=[text] * len(images), return_tensors="pt")
+    inputs = processed(processor, [text] * len(images), [[image] for image in images])
     return inputs.to(model.device, model.dtype)
+
+
+def processed(processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Tensor]], **more: Any) -> Any:
+    """What a processor makes of conversations and the pictures of each: keyword arguments of the model.
+
+    Args:
+        processor: the model's.
+        texts: from `conversation`.
+        pictures: of each text, uint8 [3, H, W].
+        more: what else the processor is told.
+    """
+    start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    if start and texts[0].startswith(start):  # by the template; many a tokenizer would add another
+        more["add_special_tokens"] = False
+    # Nested, since some processors tell apart by the nesting.
+    return processor(images=list(map(list, pictures)), text=list(texts), return_tensors="pt", **more)
 
 
 def conversation(processor: Any, parts: Sequence[str | None]) -> str:

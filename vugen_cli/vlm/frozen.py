@@ -228,12 +228,13 @@ class FrozenVLM:
             visible = visible.masked_fill(~mask, torch.finfo(visible.dtype).min)[:, None, None]
             inputs["attention_mask"] = visible.expand(-1, -1, length, -1)
             inputs["position_ids"] = torch.arange(length, device=self.device).repeat(len(rows), 1)
-        read = self._read(partial(self.decoder, **inputs), len(rows), hidden)
+        read = self._read(partial(self.decoder, **inputs), hidden)
         return Prefix(*read[:2], mask, any(len(row) < length for row in rows), read[2])
 
     @property
     def _reads_both_ways(self) -> bool:
-        return bool(getattr(self.decoder.config, "use_bidirectional_attention", False))
+        # Gemma 4's "vision": pictures are read both ways, texts are not.
+        return getattr(self.decoder.config, "use_bidirectional_attention", False) in (True, "all")
 
     def _mixed(
         self,
@@ -280,7 +281,7 @@ class FrozenVLM:
             with self._vision(PICTURES):
                 positions.append(run_vlm(self.model, self.decoder, inputs, **cache))
 
-        keys, values, states = self._read(run, len(prompts), hidden)
+        keys, values, states = self._read(run, hidden)
         mask = inputs["attention_mask"].bool()
         if any(read.shape[-2] != mask.shape[1] for read in (*keys, *states)):
             raise VugenError(
@@ -311,19 +312,18 @@ class FrozenVLM:
         return len(self.prompts.tokens(prompt.text if isinstance(prompt, Prompt) else prompt))
 
     def _read(
-        self, run: Callable[..., Any], batch: int, hidden: Sequence[int] | None
+        self, run: Callable[..., Any], hidden: Sequence[int] | None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """What a run of the decoder leaves: keys and values of all layers, or the inputs of some.
 
         Args:
             run: takes `past_key_values` and `use_cache`.
-            batch: B.
             hidden: numbers of layers.
         """
         from transformers import DynamicCache
 
         if hidden is not None:
-            return [], [], self._layer_inputs(run, batch, hidden)
+            return [], [], self._layer_inputs(run, hidden)
         cache = DynamicCache()  # no config: sliding-window layers must keep the whole prompt too
         try:
             run(past_key_values=cache, use_cache=True)
@@ -345,7 +345,7 @@ class FrozenVLM:
             ) from problem
         return keys, [layer.values for layer in cache.layers], []
 
-    def _layer_inputs(self, run: Callable[..., Any], batch: int, numbers: Sequence[int]) -> list[Tensor]:
+    def _layer_inputs(self, run: Callable[..., Any], numbers: Sequence[int]) -> list[Tensor]:
         """What goes into the decoder's layers of these numbers, [B, T, D] each."""
         count = self.decoder.config.num_hidden_layers
         stacks = [m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
@@ -366,13 +366,14 @@ class FrozenVLM:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [self._one_stream(seen[number], batch) for number in numbers]
+        return [self._one_stream(seen[number]) for number in numbers]
 
-    def _one_stream(self, states: Tensor, batch: int) -> Tensor:
+    def _one_stream(self, states: Tensor) -> Tensor:
         """Hidden states [B, T, D] of a decoder that may carry several streams of them side by side."""
-        width = self.decoder.config.hidden_size
-        if states.ndim == 4 and len(states) != batch:  # Gemma 3n: [streams, B, T, D], layers read one
-            return states[getattr(self.decoder.config, "altup_active_idx", 0)]
+        config = self.decoder.config
+        width = config.hidden_size
+        if states.ndim == 4 and hasattr(config, "altup_active_idx"):
+            return states[config.altup_active_idx]  # Gemma 3n: [streams, B, T, D], layers read one
         # Hyper-connections (GLM 5, Qwen4): [B, T, streams, D] or [B, T, streams * D], which layers mix.
         return states.reshape(*states.shape[:2], -1, width).mean(2)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vugen_cli.errors import VugenError
-from vugen_cli.vlm.chat import conversation
+from vugen_cli.vlm.chat import conversation, processed
 from vugen_cli.vlm.prompts import Prompt
 
 
@@ -42,7 +42,7 @@ def picture_inputs(
     # say it unasked.
     asks = "mm_token_type_ids" in inspect.signature(model.base_model.forward).parameters
     more = {"return_mm_token_type_ids": True} if asks else {}
-    inputs = processor(images=nested, text=texts, return_tensors="pt", padding=True, **more)
+    inputs = processed(processor, texts, nested, padding=True, **more)
     inputs = dict(inputs.to(model.device, model.dtype))
     inputs.pop("labels", None)  # PaliGemma's, for training
     if "qformer_input_ids" in inputs:  # InstructBLIP's, of no integers where there is no text
