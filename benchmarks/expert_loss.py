@@ -83,7 +83,7 @@ def run(vlm: FrozenVLM, data: Path, arm: str, steps: int, seed: int) -> tuple[fl
     optimizer = make_optimizer(expert, settings)
     generator, autocast = torch.Generator(), torch.autocast("cpu", torch.bfloat16)
 
-    def loss_of(batch: torch.Tensor, prompts: Sequence[list[int] | str], t: torch.Tensor) -> torch.Tensor:
+    def loss_of(batch: torch.Tensor, prompts: Sequence[str], t: torch.Tensor) -> torch.Tensor:
         prefix = vlm.prefix(prompts, hidden=expert.reads)
         return flow_matching_loss(lambda x, t: expert(x, t, prefix), batch.float(), t, generator)
 
@@ -94,8 +94,7 @@ def run(vlm: FrozenVLM, data: Path, arm: str, steps: int, seed: int) -> tuple[fl
         set_rate(optimizer, learning_rate(step, settings))
         generator.manual_seed(seed * 1_000_003 + step)
         dropped = torch.rand(BATCH, generator=generator) < settings.prompt_dropout
-        tokens = batch.tokens or []
-        prompts = ["" if drop else ids for ids, drop in zip(tokens, dropped.tolist(), strict=True)]
+        prompts = ["" if drop else text for text, drop in zip(batch.captions, dropped.tolist(), strict=True)]
         with autocast:
             loss = loss_of(batch.images, prompts, draw_times(BATCH, "logit-normal", 1.0, generator))
         loss.backward()
@@ -109,7 +108,7 @@ def run(vlm: FrozenVLM, data: Path, arm: str, steps: int, seed: int) -> tuple[fl
         for place, t in enumerate(TIMES):
             generator.manual_seed(1000 * number + place)
             with torch.no_grad(), autocast:
-                losses.append(float(loss_of(batch.images, batch.tokens or [], torch.full((64,), t))))
+                losses.append(float(loss_of(batch.images, batch.captions, torch.full((64,), t))))
     return mean(losses), median(seconds), sum(p.numel() for p in expert.parameters())
 
 

@@ -70,7 +70,7 @@ class Batch:
         captions: B captions, one chosen at random for each image and epoch.
         meta: B dictionaries, the samples' `.json`, with every caption under `captions`.
         corrupt: how many samples of this batch were damaged; others, drawn at random, stand in for them.
-        tokens: the captions' token ids, of a latent cache or where the stream was given a tokeniser.
+        tokens: the captions' token ids, where the stream was given a tokeniser.
         sources: the pictures that each image is made from, uint8 [3, H, W] each; none if it is no edit. None
             where the stream was not asked for them.
         cut: how many captions were too long and lost their end.
@@ -291,8 +291,6 @@ class ShardedImages:
                 meta["sources"] = sources
             if self.latents:
                 shape = (1 + self.latents.flip, *self.array_shape(self.kinds[shard]))
-                if len(meta["tokens"]) != len(meta["captions"]):
-                    raise ValueError("captions and tokens are not equally many")
                 return decode_latents(stored, shape), meta
             fits = place is not None and place.shape[:2] == self.shape(shard)
             return decode_stored(stored, self.shape(shard), place if fits else None), meta
@@ -417,8 +415,7 @@ class TrainingStream(IterableDataset[Batch]):
         size: pixels a side; images of another stored size are resized, if all are squares.
         part: (i, of): the i-th of `of` equal parts of every batch, for one of several processes.
         accumulate: a part comes as this many batches that follow one another.
-        tokenize: caption -> token ids, and whether it was cut; called in the workers, to which it is sent. A
-            cache has its own tokens.
+        tokenize: caption -> token ids, and whether it was cut; called in the workers, to which it is sent.
         sources: give the pictures that images are made from too.
 
     Raises:
@@ -473,9 +470,7 @@ class TrainingStream(IterableDataset[Batch]):
         choices, metas, corrupt = zip(*samples, strict=True)
         captions = [m["captions"][i] if m["captions"] else "" for i, m in zip(choices, metas, strict=True)]
         tokens, cut = None, 0
-        if cached:
-            tokens = [m["tokens"][i] if m["tokens"] else [] for i, m in zip(choices, metas, strict=True)]
-        elif self.tokenize:
+        if self.tokenize:
             tokens, cuts = map(list, zip(*map(self.tokenize, captions), strict=True))
             cut = sum(cuts)
         pictures = images if cached else images.permute(0, 3, 1, 2)

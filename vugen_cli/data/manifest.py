@@ -87,7 +87,7 @@ class Split(Facts):
 
 
 class Latents(Facts):
-    """What made a latent cache; beside these, the recipe's keys that z̃ and the token ids depend on."""
+    """What made a latent cache; beside these, the recipe's keys that z̃ depends on."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -101,9 +101,6 @@ class Latents(Facts):
     reducer: str = Field(description="SHA-256 fingerprint of the reducer's weights")
     vlm: str = Field(description="SHA-256 fingerprint of the VLM's vision weights")
     vae: str | None = Field(None, description="SHA-256 fingerprint of the VAE, where that made the latents")
-    prompt_tokens: int | None = Field(
-        None, description="longest caption, in tokens; null where an earlier version did not note it"
-    )
 
 
 class CaptionOrigin(Facts):

@@ -1,4 +1,4 @@
-"""Latent caches: z̃ and token ids of a prepared data set, computed once, so that stage 2 needs no encoder.
+"""Latent caches: z̃ of a prepared data set, computed once, so that stage 2 needs no encoder.
 
 A cache mirrors its data set shard by shard and sample by sample, the damaged ones included, so that the
 loader's order over it is that over the images: training sees the same samples at the same steps.
@@ -37,7 +37,7 @@ ENCODE_BATCH = 64
 
 
 def latent_facts(autoencoder: Autoencoder, vlm: FrozenVLM, recipe: Recipe, card: Card) -> Any:
-    """What the z̃ and the token ids of an image and its captions depend on, as `dataset.json` keeps it."""
+    """What the z̃ of an image depends on, as `dataset.json` keeps it."""
     of_vae = autoencoder.vae is not None and autoencoder.reducer.recipe.kind == "vae"
     return {
         "reducer": fingerprint(autoencoder.reducer, "autoencoder.reducer."),
@@ -45,8 +45,7 @@ def latent_facts(autoencoder: Autoencoder, vlm: FrozenVLM, recipe: Recipe, card:
         "vae": fingerprint(autoencoder.vae.model) if of_vae and autoencoder.vae else None,
         "grid": list(card.latents.grid),
         "channels": card.latents.channels,
-        "prompt_tokens": recipe.prompt_tokens,
-        **recipe.model_dump(mode="json", include=set(USE_OF_VLM)),
+        **recipe.model_dump(mode="json", include=set(USE_OF_VLM) - {"instruction"}),
     }
 
 
@@ -84,8 +83,6 @@ def check_cache(images: ShardedImages, facts: dict[str, Any], flip: bool) -> Non
         return
     assert images.manifest.latents and images.manifest.data
     made = images.manifest.latents.model_dump(mode="json")
-    if made["prompt_tokens"] is None:  # of an earlier version, which did not note it
-        facts = {key: value for key, value in facts.items() if key != "prompt_tokens"}
     different = [key for key, value in facts.items() if made.get(key) != value]
     if different:
         raise VugenError(
@@ -163,7 +160,7 @@ def write_latents(
         chunks = batches(StoredChunks(missing, ENCODE_BATCH), workers if missing else 0)
         for images, shard in missing:
             with passes(precision, device, training=True)():
-                entry = _write_shard(out, images, shard, chunks, encode, frozen.prompts.caption_tokens)
+                entry = _write_shard(out, images, shard, chunks, encode)
             write_json(notes_of[images, shard], entry)
         barrier("latents written")
         entries: dict[str, Any] = {}
@@ -217,7 +214,6 @@ def _write_shard(
     shard: int,
     chunks: Iterator[Chunk],
     encode: Callable[[torch.Tensor], np.ndarray],
-    tokenize: Callable[[str], tuple[list[int], bool]],
 ) -> dict[str, Any]:
     """Write a shard of latents from its next chunks; its entry in the manifest."""
     name, count = images.names[shard], int(images.counts[shard])
@@ -232,7 +228,6 @@ def _write_shard(
                     continue
                 latent, meta = samples[row]
                 captions, sources = meta.pop("captions"), meta.pop("sources", [])
-                meta["tokens"] = [tokenize(text)[0] for text in captions]
                 stored = io.BytesIO()
                 np.save(stored, latent, allow_pickle=False)
                 add_member(tar, f"{row:09d}.npy", stored.getvalue())

@@ -155,10 +155,8 @@ def train_sampler(
         save_preview([drawn[p] for p in range(len(prompts))], prompts, path)
 
     run = out.with_suffix(".run")
-    tokenize = None if images.latents else vlm.prompts.caption_tokens
-    stream = training_batches(
-        images, recipe, settings.batch_size, recipe.data.flip, None, tokenize, images.most_sources > 0
-    )
+    tokenize, edits = vlm.prompts.caption_tokens, images.most_sources > 0
+    stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, None, tokenize, edits)
 
     def save_adapter(path: Path, step: int) -> None:
         weights = gathered(adapter_weights(expert.state_dict()))
