@@ -10,11 +10,12 @@ r"""z̃ or VAE latents? The paper's comparison in small: equal budgets, several 
 
 An arm is a checkpoint of stage 1. Each run trains a sampler on its latents, with the same VLM, expert, data,
 batches and steps, draws held-out prompts at every --guidance, and asks the strict judge, which has seen real
-scenes only and shares nothing with the VLM, what is right; so does the Fréchet distance on the judge's
-features (not FID). Each length is a run of its own whose rate falls to zero. A run that is finished is not
-repeated and one that was stopped goes on, so the script can be killed at any time and called again with
-other arms, rates and seeds. `table.md` in --out has all of them, and what real scenes and the arms'
-reconstructions of them score.
+scenes only and shares nothing with the VLM, what is right; the Fréchet distances (not FID) are on its
+features, times 1,000: to the real scenes, and to the arm's reconstructions of them, which tells how well the
+latents are drawn, whatever the decoder blurs. Each length is a run of its own whose rate falls to zero. A run
+that is finished is not repeated and one that was stopped goes on, so the script can be killed at any time and
+called again with other arms, rates and seeds. `table.md` in --out has all of them, and what the arms'
+reconstructions of real scenes score.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -38,7 +39,7 @@ from vugen_cli.nano.judges import stacked
 from vugen_cli.nano.reader import load_reader, verdicts
 from vugen_cli.recipe import load_recipe
 from vugen_cli.sampling.draw import draw, file_stems
-from vugen_cli.sampling.trained import load_autoencoder, load_sampler
+from vugen_cli.sampling.trained import decode_images, load_autoencoder, load_sampler
 from vugen_cli.stages.latent_cache import write_latents
 from vugen_cli.stages.train_sampler import train_sampler
 from vugen_cli.vlm.frozen import load_vlm
@@ -104,6 +105,7 @@ def run(
     groups = evaluation_scenes(options.count)
     scenes = [sample.meta["scene"] for group in groups.values() for sample in group]
     prompts = [sample.captions[0] for group in groups.values() for sample in group]
+    own: Reconstructed | None = None
     for guidance in options.guidance:
         found = path.with_name(f"{path.stem}-g{guidance:g}.json")
         if found.is_file():
@@ -112,7 +114,23 @@ def run(
         draw(load_sampler(path, device=device), prompts, 1, folder, seed, guidance=guidance)
         pictures = [Image.open(folder / f"{stem}-0000.png").convert("RGB") for stem in file_stems(prompts)]
         about = {"arm": arm.stem, "steps": steps, "seed": seed, "rate": rate, "guidance": guidance}
-        write_json(found, {**about, **judged(stacked(pictures), scenes, real_pictures(options.count))})
+        own = own or reconstructed(arm, options, device)
+        real = real_pictures(options.count)
+        write_json(found, {**about, **judged(stacked(pictures), scenes, real, own.decoded)})
+
+
+class Reconstructed(NamedTuple):
+    """The real scenes of the prompts as an arm decodes them, uint8 [N, 3, 64, 64], and the numbers of a z̃."""
+
+    decoded: torch.Tensor
+    numbers: int
+
+
+def reconstructed(arm: Path, options: argparse.Namespace, device: torch.device) -> Reconstructed:
+    """The real scenes, reduced and decoded again."""
+    autoencoder, _, card = load_autoencoder(arm, device)
+    decoded = decode_images(load_vlm(options.vlm, device), autoencoder, real_pictures(options.count), 0)
+    return Reconstructed(decoded, card.latents.grid[0] * card.latents.grid[1] * card.latents.channels)
 
 
 def reference(arm: Path, options: argparse.Namespace, device: torch.device) -> None:
@@ -120,21 +138,12 @@ def reference(arm: Path, options: argparse.Namespace, device: torch.device) -> N
     found = options.out / f"{arm.stem}-reconstructed.json"
     if found.is_file():
         return
-    autoencoder, _, card = load_autoencoder(arm, device)
-    vlm, real = load_vlm(options.vlm, device), real_pictures(options.count)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        decoded = [
-            autoencoder.decode(autoencoder.encode(vlm, part.to(device)), noise.to(device)).cpu()
-            for part in real.split(32)
-            for noise in [torch.randn(part.shape, generator=generator)]
-        ]
+    real, own = real_pictures(options.count), reconstructed(arm, options, device)
     scenes = [sample.meta["scene"] for group in evaluation_scenes(options.count).values() for sample in group]
-    numbers = card.latents.grid[0] * card.latents.grid[1] * card.latents.channels
-    error = (torch.cat(decoded).float() - real.float()).square().mean((1, 2, 3))
+    error = (own.decoded.float() - real.float()).square().mean((1, 2, 3))
     psnr = float((10 * (255**2 / error).log10()).mean())
-    about = {"arm": arm.stem, "numbers": numbers, "psnr": psnr}
-    write_json(found, {**about, **judged(torch.cat(decoded), scenes, real)})
+    about = {"arm": arm.stem, "numbers": own.numbers, "psnr": psnr}
+    write_json(found, {**about, **judged(own.decoded, scenes, real, own.decoded)})
 
 
 def real_pictures(count: int) -> torch.Tensor:
@@ -142,8 +151,10 @@ def real_pictures(count: int) -> torch.Tensor:
     return stacked([sample.image for group in evaluation_scenes(count).values() for sample in group])
 
 
-def judged(pictures: torch.Tensor, scenes: list[Any], real: torch.Tensor) -> dict[str, float]:
-    """Percent that the strict judge finds right, and the Fréchet distance on its features."""
+def judged(
+    pictures: torch.Tensor, scenes: list[Any], real: torch.Tensor, decoded: torch.Tensor
+) -> dict[str, float]:
+    """Percent that the strict judge finds right, and Fréchet distances on its features."""
     reader = load_reader("strict")
     said = verdicts(reader, pictures, scenes)
     kinds = [group_of(scene) for scene in scenes]
@@ -153,17 +164,19 @@ def judged(pictures: torch.Tensor, scenes: list[Any], real: torch.Tensor) -> dic
         return 100 * mean(answers) if answers else 0.0
 
     with torch.no_grad():
-        features = [reader.trunk(i.float() / 127.5 - 1).mean((2, 3)).numpy() for i in (pictures, real)]
+        features = [reader.trunk(i.float() / 127.5 - 1).mean((2, 3)) for i in (pictures, real, decoded)]
+    seen, of_real, of_decoded = (Moments(rows.numpy()) for rows in features)
     return {
         "subject": right("subject", "seen", "held_out"),
         "both": right("subject", "pair"),
         "side": right("side", "pair"),
         "number": right("count", "count"),
-        "frechet": 1000 * frechet_distance(*map(Moments, features)),
+        "frechet": 1000 * frechet_distance(seen, of_real),
+        "to decoded": 1000 * frechet_distance(seen, of_decoded),
     }
 
 
-COLUMNS = ("subject", "both", "side", "number", "frechet")
+COLUMNS = ("subject", "both", "side", "number", "frechet", "to decoded")
 
 
 def table(out: Path) -> str:
