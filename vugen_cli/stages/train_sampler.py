@@ -93,6 +93,7 @@ def train_sampler(
     expert = begin_expert(recipe, vlm, latents, device, trained, init, adapter=bool(rank))
     stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
     begun = {"expert": fingerprint(expert, "expert.")} if init else {}
+    adapter = None
     if rank:
         adapter = AdapterCard(
             step=recipe.train_sampler.steps,
@@ -105,14 +106,7 @@ def train_sampler(
         inject(expert, rank)
         begun["adapter"] = str(rank)
     settings = recipe.train_sampler
-    layers = blocks(expert)
-    if wants_compile(recipe.engine, device, settings.steps, on_cpu=True):
-        compile_layers(layers, must=recipe.engine.compile is True)
-    if recipe.engine.recompute:
-        recompute(layers)
-    if shards_vlm(recipe.engine):
-        shard_frozen(vlm.model, recipe.engine, device)
-        vlm.device = device
+    layers = engine_layers(expert, vlm, recipe, device)
 
     def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         host = getattr(generator, "host", generator)
@@ -158,25 +152,23 @@ def train_sampler(
     tokenize, edits = vlm.prompts.caption_tokens, images.most_sources > 0
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, None, tokenize, edits)
 
-    def save_adapter(path: Path, step: int) -> None:
-        weights = gathered(adapter_weights(expert.state_dict()))
-        if is_first():
-            own = {name: tensor.half() for name, tensor in with_prefix(weights, "expert").items()}
-            save_checkpoint(path, own, adapter.model_copy(update={"step": step}))
-
     def save(path: Path, step: int) -> None:
-        weights = gathered(expert.state_dict())
+        weights = expert.state_dict()
+        weights = gathered(adapter_weights(weights) if adapter else weights)
         if is_first():
-            whole = with_prefix(weights, "expert") | stored
-            save_checkpoint(path, whole, card.model_copy(update={"step": step}))
+            own = with_prefix(weights, "expert")
+            if adapter:
+                halves = {name: tensor.half() for name, tensor in own.items()}
+                save_checkpoint(path, halves, adapter.model_copy(update={"step": step}))
+            else:
+                save_checkpoint(path, own | stored, card.model_copy(update={"step": step}))
 
-    write = save_adapter if rank else save
-    stage = Stage("sampler", expert, loss, preview, resolved, layers, save=write)
+    stage = Stage("sampler", expert, loss, preview, resolved, layers, save=save)
     if any(parameter.is_meta for parameter in expert.parameters()):
         stage.fill = partial(fill_from_vlm, expert, vlm)
-    stage.adapter = bool(rank)
+    stage.adapter = adapter is not None
     train(stage, stream, settings, recipe, run, device, options)
-    write(out, settings.steps)
+    save(out, settings.steps)
     return out
 
 
@@ -256,6 +248,21 @@ def begin_expert(
             trained = with_references(trained, expert, init, learns=not adapter)
         load_weights(expert, trained, init, assign=sharded)
     return expert
+
+
+def engine_layers(
+    expert: GenerationExpert | DiTExpert, vlm: FrozenVLM, recipe: Recipe, device: torch.device
+) -> list[nn.Module]:
+    """The expert's layers, compiled and recomputed as the recipe's engine says; the VLM is shared out."""
+    layers = blocks(expert)
+    if wants_compile(recipe.engine, device, recipe.train_sampler.steps, on_cpu=True):
+        compile_layers(layers, must=recipe.engine.compile is True)
+    if recipe.engine.recompute:
+        recompute(layers)
+    if shards_vlm(recipe.engine):
+        shard_frozen(vlm.model, recipe.engine, device)
+        vlm.device = device
+    return layers
 
 
 def fill_from_vlm(expert: nn.Module, vlm: FrozenVLM) -> None:
