@@ -31,6 +31,8 @@ def test_kept_checkpoints_are_scored_once_and_the_last_is_the_sampler(
     assert last[1] == final[1] and all(torch.equal(last[0][name], final[0][name]) for name in final[0])
     assert load_sampler(kept[0]).card.step == 2
 
+    captions = ["a bear " * 200, *(f"a bear in {place}" for place in ("a forest", "a city", "space"))] * 2
+    monkeypatch.setattr("vugen_cli.studies.over_training._captions", lambda *_: captions)
     command = ["study", "training", "s.run", "--features", "vlm", "--count", "8"]  # the VLM of the run
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.exception

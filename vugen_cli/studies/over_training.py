@@ -102,8 +102,7 @@ def score_over_training(
             key = digest.hexdigest()
             if broadcast(key not in known):
                 samples = run / "over-training" / path.stem
-                # Not named: gone before the next one is loaded, with its VLM.
-                draw(load_sampler(path, vlm, device), _captions(data, count), 1, samples, seed)
+                _draw(path, vlm, device, _captions(data, count), samples, seed)
                 report = score_sets(samples, data, extractor, ("fid",), count=count, cache=cache)
                 score = broadcast(report.scores[0] if is_first() else None)
                 known[key] = Point(
@@ -157,6 +156,14 @@ def plot_over_training(curves: dict[str, list[Point]], path: Path) -> None:
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
+
+
+def _draw(
+    path: Path, vlm: str | None, device: torch.device | str, captions: list[str], out: Path, seed: int
+) -> None:
+    """Draw what captions say, cut as in training; sampler and VLM are gone before the next are loaded."""
+    sampler = load_sampler(path, vlm, device)
+    draw(sampler, list(dict.fromkeys(map(sampler.vlm.prompts.cut, captions))), 1, out, seed)
 
 
 def _captions(data: Path, count: int) -> list[str]:
