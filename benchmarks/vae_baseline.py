@@ -5,8 +5,8 @@ r"""z̃ or VAE latents? The paper's comparison in small: equal budgets, several 
     vugen train-reducer --data data/openmoji --set reducer.kind=vae --set decoder.vae=vae \
         --out vae.safetensors
     python benchmarks/vae_baseline.py --data data/openmoji --arm z.safetensors --arm vae.safetensors \
-        --steps 600 --seeds 0 --rates 0.5 1 2
-    python benchmarks/vae_baseline.py --data data/openmoji --arm z.safetensors --steps 200 600 1800
+        --steps 750 --seeds 0 --rates 0.5 1 2
+    python benchmarks/vae_baseline.py --data data/openmoji --arm z.safetensors --steps 250 750 2250
 
 An arm is a checkpoint of stage 1. Each run trains a sampler on its latents, with the same VLM, expert, data,
 batches and steps, draws held-out prompts at every --guidance, and asks the strict judge, which has seen real
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--arm", required=True, action="append", type=Path, help="a checkpoint of stage 1")
     parser.add_argument("--out", type=Path, default=Path("experiments"))
     parser.add_argument("--vlm", default="nano")
-    parser.add_argument("--steps", nargs="+", type=int, default=[200, 600, 1800])
+    parser.add_argument("--steps", nargs="+", type=int, default=[250, 750, 2250])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=[1.0], help="times the recipe's")
     parser.add_argument("--guidance", nargs="+", type=float, default=[3.0, 5.0])
