@@ -9,6 +9,8 @@ import pytest
 import yaml
 from conftest import vugen_here
 
+from vugen_cli.commands.options import training_recipe
+from vugen_cli.engine.loggers import MetricsLog
 from vugen_cli.errors import VugenError
 from vugen_cli.files import is_locked, locked
 from vugen_cli.recipe import load_recipe, resolve_recipe
@@ -90,3 +92,20 @@ def test_logs_of_other_tools_are_left_out(tmp_path: Path) -> None:
 
 def test_spans_of_time_are_said_by_their_two_largest_units() -> None:
     assert [in_words(s) for s in (40, 125, 7_500, 90_000)] == ["40 s", "2 min 5 s", "2 h 5 min", "1 d 1 h"]
+
+
+def test_the_name_of_a_vlm_is_taken_as_it_is_typed() -> None:
+    for name in ("/data/run #1/vlm", "2024", "a: b", "caf\u00e9"):
+        assert training_recipe(None, "train_reducer", None, None, None, name).vlm == name
+    assert load_recipe(None, ["train_sampler.lr=1e-3"]).train_sampler.lr == 1e-3
+
+
+def test_small_numbers_are_logged_to_seven_digits(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0, [], {})
+    log.add(step=0, lr=2.5e-7, loss=0.123456789)
+    log.file.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 0,
+        "lr": 2.5e-7,
+        "loss": 0.1234568,
+    }

@@ -12,7 +12,9 @@ from conftest import tiny_overrides, vugen_here
 
 from vugen_cli.checkpoint import read_card
 from vugen_cli.data.loader import ShardedImages, TrainingStream, batches
+from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
+from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.recipe import Recipe, load_recipe
 from vugen_cli.sampling.trained import load_autoencoder
 from vugen_cli.stages.latent_cache import write_latents
@@ -140,6 +142,8 @@ def test_a_cache_is_refused_where_it_does_not_belong(
         train_sampler(with_flip(tiny_recipe), reducer, tmp_path / "plain", out, CPU)
     with pytest.raises(VugenError, match=r"prepared otherwise \(latents\)"):
         write_latents(reducer, scenes, cache, CPU, flip=False)
+    with pytest.raises(VugenError, match="holds latents, made from another data set: choose another --out"):
+        write_dataset(OpenMojiScenes(4, "val"), cache, "val")
     with pytest.raises(VugenError, match="already holds shards without latents"):
         write_latents(reducer, scenes, scenes, CPU)
 

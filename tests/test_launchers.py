@@ -36,6 +36,16 @@ def play_slurm(folder: Path, job: Path, torchrun: str) -> "subprocess.Popen[str]
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="job files are for bash")
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
+def test_a_job_that_fails_after_one_that_was_stopped_is_not_queued_again(job: Path, tmp_path: Path) -> None:
+    (tmp_path / "vugen-7.log").write_text("error: stopped at step 3 of 9; run the same command again\n")
+    assert play_slurm(tmp_path, job, "echo error: the loss is not finite\nexit 1").wait(timeout=20) == 1
+    assert not (tmp_path / "scontrol").exists()
+    assert play_slurm(tmp_path, job, "echo error: stopped at step 4 of 9\nexit 1").wait(timeout=20) == 1
+    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="job files are for bash")
 def test_a_warned_job_saves_is_queued_again_and_goes_on(scenes: Path, vlm_path: Path, tmp_path: Path) -> None:
     run = tmp_path / "r.run"
     small = ["--data", str(scenes), "--out", "r.safetensors", "--batch-size", "8"]

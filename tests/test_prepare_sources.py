@@ -42,10 +42,10 @@ def put(root: Path, files: dict[str, bytes | str]) -> Path:
     return root
 
 
-def tar_of(files: dict[str, bytes]) -> bytes:
+def tar_of(files: dict[str, bytes] | list[tuple[str, bytes]]) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, data in files.items():
+        for name, data in files.items() if isinstance(files, dict) else files:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -471,6 +471,13 @@ def test_wrong_captions(tmp_path, files, words):
         CaptionedImages(put(tmp_path, files))
 
 
+def test_a_folder_named_as_a_split_beside_classes_is_refused(tmp_path):
+    put(tmp_path, {f"{name}/red {n}.jpg": jpeg(n) for name in ("bus", "train", "boat") for n in range(2)})
+    with pytest.raises(VugenError, match=r"has train/ beside boat, bus: rename it"):
+        ImageFolder(tmp_path)
+    assert ImageFolder(tmp_path / "bus").classes == []
+
+
 def test_a_null_is_no_caption(tmp_path):
     text = '{"path": "a.jpg", "caption": null}\n{"path": "b.jpg", "caption": ["x", null]}\n'
     put(tmp_path, {"a.jpg": jpeg(1), "b.jpg": jpeg(2), "t.jsonl": text})
@@ -486,6 +493,22 @@ def test_missing_pictures_of_a_table_are_listed(tmp_path):
 
 
 # --- webdataset
+
+
+def test_plain_endings_come_first_and_an_ending_that_comes_again_begins_a_sample(tmp_path):
+    files = {"0.depth.png": b"depth", "0.jpg": b"0", "0.old.txt": b"old", "0.txt": b"new"}
+    again = [("1.jpg", b"1"), ("1.jpg", b"2"), ("1.txt", b"two")]
+    put(tmp_path, {"a.tar": tar_of([*files.items(), *again])})
+    source = WebDatasetShards(tmp_path)
+    found = [(sample.image, sample.captions) for sample in map(source.__getitem__, range(len(source)))]
+    assert found == [(b"0", ["new"]), (b"1", []), (b"2", ["two"])]
+
+
+def test_pictures_whose_names_have_more_dots_are_not_taken_for_one(tmp_path):
+    files = {f"IMG.{n}.{kind}": b"x" for n in range(3) for kind in ("png", "txt")}
+    put(tmp_path, {"a.tar": tar_of(files)})
+    with pytest.raises(VugenError, match=r"IMG has several pictures \(0\.png, 1\.png, 2\.png\).*KEY\.jpg"):
+        WebDatasetShards(tmp_path)
 
 
 def test_shards_are_listed_once_and_again_when_they_change(tmp_path, monkeypatch):
@@ -641,12 +664,39 @@ def test_hf_captions_that_are_no_text_cost_their_row_alone(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    for name, values in (("numbers", [5, None]), ("lists", [["a dog", None], None])):
+    nested = [[{"raw": "a dog"}], None]
+    for name, values in (("numbers", [5, None]), ("lists", [["a dog", None], None]), ("nested", nested)):
         pq.write_table(pa.table({"image": [jpeg(), jpeg()], "text": values}), tmp_path / f"{name}.parquet")
-    with pytest.raises(ValueError, match="caption is no text"):
-        HuggingFaceDataset(tmp_path / "numbers.parquet")[0]
+    for name in ("numbers", "nested"):
+        with pytest.raises(ValueError, match="caption is no text"):
+            HuggingFaceDataset(tmp_path / f"{name}.parquet")[0]
     lists = HuggingFaceDataset(tmp_path / "lists.parquet")
     assert [lists[i].captions for i in range(2)] == [["a dog"], []]
+
+
+def test_hf_reads_a_row_group_once_for_rows_that_follow_each_other(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows = {"image": [jpeg(i) for i in range(6)], "text": [f"text {i}" for i in range(6)]}
+    pq.write_table(pa.table(rows), tmp_path / "0.parquet", row_group_size=3)
+    source, groups = HuggingFaceDataset(tmp_path), []
+    read = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda *a, **b: groups.append(a[1]) or read(*a, **b)
+    )
+    assert [source[i].captions for i in range(6)] == [[f"text {i}"] for i in range(6)]
+    assert groups == [0, 1] and len(pickle.dumps(source)) < 4000
+
+
+def test_hf_takes_no_held_out_files_for_training(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"image": [jpeg()], "text": ["x"]}), tmp_path / "validation-0.parquet")
+    with pytest.raises(VugenError, match=r"holds no train split .*found validation-0\.parquet"):
+        HuggingFaceDataset(tmp_path)
+    assert len(HuggingFaceDataset(tmp_path, "val")) == 1
 
 
 def test_hf_keeps_few_of_many_files_open(tmp_path, monkeypatch):

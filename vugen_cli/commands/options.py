@@ -1,5 +1,6 @@
 """Options that several commands share, and how they become a recipe."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -200,7 +201,8 @@ def _overrides(
     vlm: str | None,
     log: list[str] | None,
 ) -> list[str]:
-    given = {f"{stage}.steps": steps, f"{stage}.batch_size": batch_size, "vlm": vlm, "log": log or None}
+    named = vlm and json.dumps(vlm)  # in quotes: ` #` and numbers mean something in YAML
+    given = {f"{stage}.steps": steps, f"{stage}.batch_size": batch_size, "vlm": named, "log": log or None}
     return [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
 
 

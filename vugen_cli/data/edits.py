@@ -11,7 +11,7 @@ from vugen_cli.data.folder import IMAGE_SUFFIXES, split_folder
 from vugen_cli.data.hf import Tables, parquet_files, stored_picture
 from vugen_cli.data.listing import Listing
 from vugen_cli.data.sample import Meta, Sample, Source, texts_of
-from vugen_cli.data.shards import read_at, shards_of, tar_members
+from vugen_cli.data.shards import read_at, samples_of, shards_of, tar_members
 from vugen_cli.errors import VugenError
 
 # Column names of InstructPix2Pix, UltraEdit, OmniEdit, MagicBrush and of tables of one's own.
@@ -178,21 +178,7 @@ class EditShards:
 
     def _read(self, number: int) -> Iterator[list[Any]]:
         """Of each sample: shard, key, places of sources, of the target, of `.txt` and of `.json`."""
-        key = ""
-        parts: dict[str, tuple[int, int]] = {}
-        for name, offset, size in tar_members(self.shards[number]):
-            folder, _, base = name.rpartition("/")
-            stem, _, kind = base.partition(".")
-            if not stem:
-                continue
-            sample = f"{folder}/{stem}".removeprefix("./").removeprefix("/")
-            if sample != key:
-                if parts:
-                    yield self._row(number, key, parts)
-                key, parts = sample, {}
-            parts.setdefault(kind.lower(), (offset, size))
-        if parts:
-            yield self._row(number, key, parts)
+        return (self._row(number, key, parts) for key, parts in samples_of(self.shards[number]))
 
     def _row(self, number: int, key: str, parts: dict[str, tuple[int, int]]) -> list[Any]:
         sources: list[tuple[int, tuple[int, int]]] = []

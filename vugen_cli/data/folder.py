@@ -132,6 +132,12 @@ class ImageFolder:
                 f"{self.folder} has images both in class folders and beside them ({flat}): move those "
                 f"into a class folder or out"
             )
+        beside = [] if self.folder == Path(path) else _class_folders(Path(path))
+        if flat and beside:
+            raise VugenError(
+                f"{path} has {self.folder.name}/ beside {', '.join(beside[:3])}: rename it if it is a class "
+                f"too, or point --source at {self.folder} if it is the {split} split"
+            )
         self.classes = sorted({name.replace("_", " ") for name in folders})
         self.labels = {name: label for label, name in enumerate(self.classes)}
         if flat and not any(map(_words, self.paths)):
@@ -153,6 +159,13 @@ class ImageFolder:
         return Sample(
             key=path, image=image, captions=[name], meta={"class": name, "label": self.labels[name]}
         )
+
+
+def _class_folders(path: Path) -> list[str]:
+    """Folders that are no split."""
+    splits = {name for names in _SPLIT_NAMES.values() for name in names}
+    folders = (entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(name for name in folders if name not in splits)
 
 
 def _words(file: str) -> str:

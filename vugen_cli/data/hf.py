@@ -15,6 +15,7 @@ from vugen_cli.errors import VugenError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
+SPLITS = ("train", "val", "validation", "valid", "dev", "test")
 MOST_OPEN = 256  # files kept open: of the 1024 that a process may have as a rule
 
 
@@ -45,6 +46,7 @@ class Tables:
         self.files = _find_files(path, split)
         # Opened where they are needed, and not sent to workers.
         self._tables: OrderedDict[int, Any] = OrderedDict()
+        self._group: tuple[Any, Any] = None, None  # the last row group read, and which it is
         self.ends: list[int] = []
         rows = 0
         for number in range(len(self.files)):
@@ -54,7 +56,7 @@ class Tables:
         self.fingerprint = hash_of([(file.name, file.stat().st_size) for file in self.files])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": OrderedDict()}
+        return {**self.__dict__, "_tables": OrderedDict(), "_group": (None, None)}
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -108,7 +110,10 @@ class Tables:
             group = 0
             while row >= (rows := table.metadata.row_group(group).num_rows):
                 row, group = row - rows, group + 1
-            table = table.read_row_group(group, columns=columns)
+            wanted = number, group, tuple(columns)
+            if self._group[0] != wanted:  # kept: its rows are asked for one after the other
+                self._group = wanted, table.read_row_group(group, columns=columns)
+            table = self._group[1]
         try:
             return table.select(columns).slice(row, 1).to_pylist()[0]
         except KeyError as error:  # columns are told from the first file
@@ -149,8 +154,8 @@ class HuggingFaceDataset:
     give.
 
     The image column holds the file's bytes, or a struct of `bytes` and `path`, which is how `datasets` stores
-    images. An Arrow directory is memory-mapped; of parquet, the row group around a picture is read each time
-    (`datasets` writes groups of 100), which is several times slower.
+    images. An Arrow directory is memory-mapped; of parquet, the row group around a picture is kept, as
+    its neighbours are asked for next (`datasets` writes groups of 100), which is slower.
 
     Args:
         path: a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, a `.parquet` file,
@@ -215,7 +220,7 @@ def _find_files(path: Path, split: str) -> list[Path]:
         raise VugenError(
             f"{path} is no parquet file: point --source at a save_to_disk directory or parquet files"
         )
-    names = ("train",) if split == "train" else ("val", "validation", "valid", "dev", "test")
+    names = SPLITS[:1] if split == "train" else SPLITS[1:]
     if (path / "dataset_dict.json").exists():
         folder = next((path / name for name in names if (path / name).is_dir()), None)
         if folder is None:
@@ -235,9 +240,7 @@ def _find_files(path: Path, split: str) -> list[Path]:
             )
         return files
     files = parquet_files(path)
-    named = {
-        name: [f for f in files if f.name.startswith((f"{name}-", f"{name}."))] for name in ("train", *names)
-    }
+    named = {name: [f for f in files if f.name.startswith((f"{name}-", f"{name}."))] for name in SPLITS}
     if any(named.values()):
         files = next((named[name] for name in names if named[name]), [])
     if not files:

@@ -112,8 +112,8 @@ def opened(image: Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         ValueError: it is too small, too large or too long; what Pillow raises on damage.
     """
     _check_size(*image.size, max_pixels)
-    orientation = _orientation(image)
-    return _upright(np.asarray(_to_rgb(image)), orientation)
+    pixels = np.asarray(_to_rgb(image))
+    return _upright(pixels, _orientation(image))  # asked afterwards: Pillow itself turns TIFFs as it reads
 
 
 @cache

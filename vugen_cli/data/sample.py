@@ -64,7 +64,7 @@ def texts_of(value: Any) -> list[str]:
     """
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list):
+    if isinstance(value, list) and not any(isinstance(text, list | dict) for text in value):
         return [str(text) for text in value if text is not None]
     if not value:
         return []

@@ -209,7 +209,7 @@ def shards_of(path: Path, split: str) -> list[Path]:
 def listing_path(shard: Path) -> Path:
     """Where the listing of a foreign shard is kept; a shard that changes gets another."""
     facts = shard.stat()
-    name = hash_of([str(shard.resolve()), facts.st_size, facts.st_mtime_ns])
+    name = hash_of(["plain endings first", str(shard.resolve()), facts.st_size, facts.st_mtime_ns])
     return user_cache() / "listings" / name[:2] / f"{name}.npz"
 
 
@@ -243,23 +243,44 @@ def _listing(shard: Path) -> tuple[np.ndarray, np.ndarray]:
         return stored["rows"], stored["keys"]
 
 
-def _list_shard(shard: Path) -> None:
-    """Keep a listing of a shard: neighbouring members of one name up to the first dot are a sample."""
-    rows, keys, last = array("q"), [], None
+def samples_of(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """The samples of a shard: key, and offset and size of each member by what follows the key.
+
+    Neighbouring members of one name up to the first dot are a sample; an ending that comes again begins
+    another one.
+    """
+    key, parts = "", dict[str, tuple[int, int]]()
     for name, offset, size in tar_members(shard):
         folder, _, base = name.rpartition("/")
         stem, _, kind = base.partition(".")
         if not stem:
             continue
-        key = f"{folder}/{stem}".removeprefix("./").removeprefix("/")
-        if key != last:
-            rows.extend((-1,) * 6)
-            keys.append(key.encode("utf-8", "replace"))
-            last = key
-        kind = "." + kind.lower().rpartition(".")[2]
-        column = 0 if kind in IMAGE_SUFFIXES else {".txt": 2, ".json": 4}.get(kind)
-        if column is not None and rows[column - 6] < 0:  # the first image counts
-            rows[column - 6], rows[column - 5] = offset, size
+        sample, kind = f"{folder}/{stem}".removeprefix("./").removeprefix("/"), kind.lower()
+        if sample != key or kind in parts:
+            if parts:
+                yield key, parts
+            key, parts = sample, {}
+        parts[kind] = offset, size
+    if parts:
+        yield key, parts
+
+
+def _list_shard(shard: Path) -> None:
+    """Keep a listing of a shard."""
+    rows, keys = array("q"), []
+    for key, parts in samples_of(shard):
+        keys.append(key.encode("utf-8", "replace"))
+        for endings in (IMAGE_SUFFIXES, (".txt",), (".json",)):
+            found = [kind for kind in parts if f".{kind.rpartition('.')[2]}" in endings]
+            plain = [
+                kind for kind in found if "." not in kind
+            ]  # `jpg`, beside which `depth.png` is another's
+            if len(found) > 1 and not plain and endings is IMAGE_SUFFIXES:
+                raise VugenError(
+                    f"{shard}: the sample {key} has several pictures ({', '.join(found[:3])}), since a key "
+                    "ends at the first dot: rename them to KEY.jpg, without other dots"
+                )
+            rows.extend(parts[kind] if (kind := next(iter(plain or found), "")) else (-1, -1))
     with whole_file(listing_path(shard)) as temporary, open(temporary, "wb") as file:
         np.savez(
             file, rows=np.array(rows, dtype=np.int64).reshape(-1, 6), keys=np.array(keys, dtype=np.bytes_)

@@ -63,6 +63,7 @@ LOSSLESS_UP_TO = 128
 _PASSING = frozenset(
     (
         errno.EIO,
+        errno.EACCES,  # of one file for good, but of all of them when a ticket has run out
         errno.ESTALE,
         errno.ENOTCONN,
         errno.ETIMEDOUT,
@@ -241,6 +242,9 @@ def held(out: Path) -> AbstractContextManager[None]:
 
 def _check_other_splits(out: Path, manifest: Manifest | None, plan: Plan) -> None:
     """All splits of a data set share its name and the size and shapes of its pictures."""
+    if manifest and (manifest.captioned or manifest.latents):
+        what = "latents" if manifest.latents else "captions of `vugen caption`"
+        raise VugenError(f"{out} holds {what}, made from another data set: choose another --out")
     if manifest:
         _check_plan(out, _of_all(manifest), plan, "data set")
 

@@ -130,7 +130,7 @@ class MetricsLog:
 
     def add(self, **values: float) -> None:
         """Append one step."""
-        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        rounded = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in values.items()}
         self.file.write(json.dumps(rounded) + "\n")
         self.others.add(int(rounded.pop("step")), rounded)
 

@@ -21,7 +21,7 @@ from vugen_cli.engine.state import differences
 from vugen_cli.errors import VugenError
 from vugen_cli.models.vae import VAEDecoder
 from vugen_cli.pictures import save_grid
-from vugen_cli.processes import is_first
+from vugen_cli.processes import barrier, is_first
 from vugen_cli.recipe import Recipe
 from vugen_cli.sampling.trained import decode_images, load_autoencoder, save_autoencoder
 from vugen_cli.seeds import random_rows
@@ -122,4 +122,5 @@ def distill(
     autoencoder.decoder = student
     if is_first():
         save_autoencoder(autoencoder, out, card)
+    barrier("written")  # the others may read it from here on
     return out

@@ -19,7 +19,7 @@ from vugen_cli.engine.state import differences
 from vugen_cli.errors import VugenError
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.pictures import save_grid
-from vugen_cli.processes import is_first, world_size
+from vugen_cli.processes import barrier, is_first, world_size
 from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.sampling.trained import decode_images, load_autoencoder, load_vae, save_autoencoder
 from vugen_cli.stages.latent_report import describe_latents, save_latent_report
@@ -129,6 +129,7 @@ def train_reducer(
     if is_first():
         save_latent_report(report, out)
         save_autoencoder(module, out, card)
+    barrier("written")  # the others may read it from here on
     return out
 
 
