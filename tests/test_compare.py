@@ -35,12 +35,30 @@ def test_samplers_and_folders_stand_side_by_side_on_one_page(
     assert len(by_label) == 4 and all(len(same) == 1 for same in by_label.values())
 
 
+def test_the_first_process_of_a_job_compares_alone(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert "1 side by side" in run(
+        "compare", trained / "sampler.safetensors", "--prompt", "a bear", "-n", "1"
+    )
+
+
 def test_what_cannot_be_compared_says_why(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     runner = CliRunner()
     assert "no nowhere" in str(runner.invoke(app, ["compare", "nowhere"]).exception)
+    folders = ["compare", str(tmp_path), "--prompt", "a bear"]
+    assert "these are all folders" in str(runner.invoke(app, folders).exception)
     assert "no samples.jsonl" in str(runner.invoke(app, ["compare", str(tmp_path)]).exception)
     assert "no prompt" in str(runner.invoke(app, ["compare", str(trained / "sampler.safetensors")]).exception)
 

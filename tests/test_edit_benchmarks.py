@@ -15,6 +15,7 @@ from vugen_cli.sampling.trained import load_sampler
 from vugen_cli.studies.edit_benchmarks import (
     Benchmark,
     Case,
+    _mean,
     asks,
     judge_case,
     number_in,
@@ -131,6 +132,9 @@ def test_gedit_is_read_in_one_language(tmp_path: Path) -> None:
         ("I would say 3.5.", 3.5),
         ("9 out of 10", None),
         ("4/5, for the 3 hats", 4.0),
+        ("Prompt Compliance: 4/5\nVisual Naturalness: (2)\nIntegrity: 3 out of 5", 3.0),
+        ("In picture 2 the cat is gone. Score 4", 4.0),
+        ("In picture 2 there are 3 cats.", None),
         ("a bear", None),
     ],
 )
@@ -153,13 +157,27 @@ def test_a_case_is_asked_about_and_its_numbers_become_one() -> None:
     assert judge_case(lambda *_: "no", Benchmark("gedit", [case], 0, 10), case, source, drawn) is None
 
 
+def test_gedits_average_is_that_of_its_kinds_and_imgedits_of_its_cases() -> None:
+    cases = [Case(str(n), "add" if n else "style", "it", b"") for n in range(4)]
+    scores: list[float | None] = [8.0, 2.0, 2.0, 2.0]
+    found = {
+        name: _mean(Benchmark(name, cases, 0, 10), "all", scores, "x").value for name in ("gedit", "imgedit")
+    }
+    assert found == {"gedit": 5.0, "imgedit": 3.5}
+
+
+def test_imgedits_own_questions_are_answered_in_lines_or_not_at_all() -> None:
+    assert number_in("The 2 cats are gone.\nPrompt Compliance: 4", 1, 5, lines=True) == 4
+    assert number_in("4", 1, 5, lines=True) is None
+
+
 def test_a_vlm_is_asked_about_two_pictures(vlm: FrozenVLM) -> None:
     assert isinstance(asks(vlm.model, vlm.processor)(noise(2), "which is nicer?"), str)
 
 
 def test_a_benchmark_is_drawn_and_scored_by_kind(imgedit: Path, trained: Path, tmp_path: Path) -> None:
     sampler = load_sampler(trained / "sampler.safetensors")
-    answers = iter(["3", "4", "5", "none"])
+    answers = iter(["Prompt Compliance: 3", "4", "5", "none"])
     report = score_benchmark(
         sampler, read_benchmark(imgedit), lambda *_: next(answers), "fake", tmp_path / "drawn"
     )

@@ -283,6 +283,14 @@ def test_understanding_is_shown_to_be_preserved(trained: Path, tmp_path: Path) -
     assert score["weights_before"] == score["weights_after"]
 
 
+def test_understanding_of_no_pictures_is_refused(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"no picture")
+    command = ("study", "understanding", "--sampler", trained / "sampler.safetensors", "--images", "photos")
+    result = vugen_here(*command, cwd=tmp_path)
+    assert result.returncode == 1 and "photos holds no picture that can be read (a.png" in result.stderr
+
+
 def test_a_changed_weight_changes_the_hash_and_the_logits(vlm_path: Path) -> None:
     from vugen_cli.studies.understanding import _understand
 

@@ -170,6 +170,18 @@ def test_the_standard_error_is_honest():
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.35)
 
 
+def test_the_standard_error_is_honest_where_pictures_share_prompts():
+    values, errors = [], []
+    prompts = np.repeat(np.arange(30), 8)
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        a = np.repeat(rng.standard_normal((30, 4)), 8, 0) + 0.3 * rng.standard_normal((240, 4))
+        b = rng.exponential(1.2, (150, 4))
+        values.append(frechet_distance(Moments(a), Moments(b)))
+        errors.append(frechet_standard_error(a, b, (prompts, None)))
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.35)
+
+
 def test_zero_covariance():
     point = Statistics(np.zeros(3), np.zeros((3, 3)))
     assert frechet_distance(point, Statistics(np.ones(3), np.eye(3))) == pytest.approx(6)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -310,6 +311,17 @@ def test_a_mixture_that_is_here_says_how_many_images(scenes: Path, recipe: Recip
     known = data_of(mixed)
     assert (known.size, known.images, known.sources) == (64, 96, 0)
     assert known.bytes == pytest.approx(sum(f.stat().st_size for f in scenes.glob("train-*.tar")) / 96)
+
+
+def test_a_mixture_of_held_out_images_alone_is_refused(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "vugen_cli.studies.plan.read_manifest", lambda _: SimpleNamespace(splits={"val": None})
+    )
+    mixed = Recipe.model_validate(recipe.model_dump() | {"data": {"mixture": [{"path": str(tmp_path)}]}})
+    with pytest.raises(VugenError, match="has no train split: prepare it, or leave it out"):
+        data_of(mixed)
 
 
 def test_call_times_are_those_of_the_solver() -> None:

@@ -350,6 +350,7 @@ def test_a_drawing_that_fails_tells_no_secret_and_ends_nothing(
         ({"prompt": " "}, 400, "invalid_value", "say what to draw"),
         ({"prompt": "a" * 4001}, 400, "invalid_value", "4000"),
         ({"prompt": "a bear " * 400}, 400, "invalid_value", "too long"),
+        ({"prompt": "a hat on {image}"}, 400, "invalid_value", "no picture is given"),
         (b'{"prompt": "\\ud800"}', 400, "invalid_value", "prompt"),
         ({"prompt": "a", "n": 10_000}, 400, "invalid_value", "n: "),
         ({"prompt": "a", "n": 0}, 400, "invalid_value", "n: "),

@@ -122,6 +122,14 @@ def test_what_holds_no_scores_is_refused(trained: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "exported").exists()
 
 
+def test_a_prompt_that_cannot_be_drawn_is_refused_before_anything_is_written(
+    trained: Path, tmp_path: Path
+) -> None:
+    long = ("--prompt", "a bear " * 400)
+    result = vugen_here("export", trained / "sampler.safetensors", *long, "--out", "it", cwd=tmp_path)
+    assert result.returncode == 1 and "is too long" in result.stderr and not (tmp_path / "it").exists()
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as pushing and downloading ask for, of one revision a repository."""
 

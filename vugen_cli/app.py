@@ -158,8 +158,10 @@ def vugen(
     --debug, --json and --quiet may also stand after the command.
     """
     progress.quiet = quiet
-    if context.invoked_subcommand not in SPREAD and not processes.is_first():
-        raise typer.Exit  # the first process of the job does it alone
+    if context.invoked_subcommand not in SPREAD:
+        if not processes.is_first():
+            raise typer.Exit  # the first process of the job does it alone
+        os.environ.pop("MASTER_ADDR", None)  # and waits for no other
 
 
 def main() -> None:
@@ -168,7 +170,9 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code in (2, 130):  # typer and `prepare` have said more on standard error
+        if (
+            end.code in (2, 130) and processes.is_first()
+        ):  # typer and `prepare` have said more on standard error
             _print_error("interrupted" if end.code == 130 else "the command line is not understood")
         raise
     except Stopped as stopped:

@@ -165,7 +165,9 @@ def _device(device: str | None) -> Found:
         return
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in cpu_flags()]
     cpu = f"{os.cpu_count()} CPU cores ({', '.join(flags) or platform.machine()})"
-    if device is None and Path("/dev/nvidia0").exists():
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        yield "good", f"{cpu}; CUDA_VISIBLE_DEVICES hides all GPUs", ""
+    elif device is None and Path("/dev/nvidia0").exists():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
         yield (
             "advice",
@@ -258,7 +260,9 @@ def _cache() -> Found:
 
 def _hub() -> Found:
     """Within seconds: looking up a name obeys no time limit, so it is done in a thread that may be left."""
-    if os.environ.get("HF_HUB_OFFLINE"):
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
         yield "good", "HF_HUB_OFFLINE is set: not asked", ""
     elif problem := within(HUB_SECONDS, lambda: hub_problem(HUB_SECONDS)):
         yield (

@@ -42,6 +42,8 @@ def compare(
     if missing := [path for path in sources if not path.exists()]:
         raise VugenError(f"no {missing[0]}: give sampler checkpoints or folders of samples")
     folders = [path for path in sources if path.is_dir()]
+    if len(folders) == len(sources) and (prompt or prompts):
+        raise VugenError("--prompt and --prompts are for samplers to draw, and these are all folders")
     if out.is_dir() or (not out.suffix and len(folders) < len(sources)):  # a folder has the stem
         raise VugenError(f"--out {out}: give the name of a page, as week.html")
     drawn_before = {path: read_shown(path) for path in folders}

@@ -122,7 +122,9 @@ def edit_benchmark(
     cases.cases = cases.cases[:count]
     where = join(pick_device(device))
     loaded = load_sampler(pick_sampler(sampler), vlm, where)
-    ask = asks(*load_model(judge, where)) if judge else asks(loaded.vlm.model, loaded.vlm.processor)
+    ask = asks(loaded.vlm.model, loaded.vlm.processor)
+    if judge and is_first():  # which alone asks
+        ask = asks(*load_model(judge, where, "bfloat16" if where.type == "cuda" else "float32"))
     folder = out.parent / "edit-benchmark"
     return finish(score_benchmark(loaded, cases, ask, judge or loaded.vlm.name, folder), out)
 
@@ -171,7 +173,10 @@ def _pictures(images: Path | None, count: int) -> "list[torch.Tensor]":
     from vugen_cli.metrics.image_sets import open_image_set
 
     if images is not None:
-        return [torch.from_numpy(image) for image in open_image_set(images, count)]
+        found = open_image_set(images, count)
+        if pictures := [torch.from_numpy(image) for image in found]:
+            return pictures
+        raise VugenError(f"--images {images} holds no picture that can be read ({', '.join(found.bad[:2])})")
     from vugen_cli.nano.scenes import OpenMojiScenes
 
     scenes = OpenMojiScenes(count, "val", 64)

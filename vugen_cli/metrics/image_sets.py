@@ -140,8 +140,15 @@ class ImageSet:
         return [name for index, name in enumerate(self.names()) if index not in self.left_out]
 
     def pictures(self, names: Collection[str]) -> np.ndarray:
-        """The images of these names, all of one size, as uint8 [N, 3, H, W] in the set's order."""
-        return np.stack([self._pixels(get) for name, get in self._limited() if name in names])
+        """The images of these names as uint8 [N, 3, H, W], in the set's order.
+
+        Raises:
+            VugenError: they are of several sizes.
+        """
+        found = [self._pixels(get) for name, get in self._limited() if name in names]
+        if len({image.shape for image in found}) > 1:
+            raise VugenError(f"{self.path} holds pictures of several sizes, which no grid shows: resize them")
+        return np.stack(found)
 
     def digest(self, progress: bool = True) -> str:
         """SHA-256 over the name and the bytes of every image, in order; nothing is decoded.

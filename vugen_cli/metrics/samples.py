@@ -33,6 +33,7 @@ class DrawnImage(BaseModel):
     precision: str | None = Field(None, description="of drawing, as the recipe's `sampling.precision`")
     sampler: str | None = Field(None, description="the checkpoint")
     step: int | None = Field(None, description="how long that was trained")
+    size: str | None = Field(None, description="of the picture, WIDTHxHEIGHT, if not the sampler's own")
     decoder: str | None = Field(None, description="the file whose decoder drew, if not the sampler's own")
     adapters: list[str] | None = Field(None, description="added to it, as `file` or `file:weight`")
     vlm: str | None = Field(None, description="the VLM it was trained on")

@@ -99,6 +99,15 @@ class Side:
                 next(iter(self.statistics.values())).n or "of an unknown number of images"
             )
 
+    def prompts(self) -> np.ndarray | None:
+        """The number of each row's prompt, int [n]; None where none are known."""
+        asked = {sample.file: sample.prompt for sample in self.images.samples}
+        found = [asked.get(name) for name in self.images.good_names()] if asked else [None]
+        if None in found:
+            return None
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(found))}
+        return np.array([numbers[prompt] for prompt in found])
+
     def gaussian(self, output: str) -> Statistics:
         """Mean and covariance of one of the features: given, or of the images."""
         if output not in self.statistics:
@@ -334,7 +343,8 @@ def _frechet(ours: Side, theirs: Side, metric: "Metric") -> list[Score]:
     score = Score(metric=metric.key, name=metric.name, value=value, warning=warning)
     measured = output not in ours.given | theirs.given
     if measured and a.mean.size <= JACKKNIFE_DIM and warning is None:
-        error = frechet_standard_error(ours.features[output], theirs.features[output])
+        features = ours.features[output], theirs.features[output]
+        error = frechet_standard_error(*features, (ours.prompts(), theirs.prompts()))
         _add_normal_interval(score, value, error, "jackknife over ten groups of each set")
     return [score]
 

@@ -31,13 +31,14 @@ def export(
         licence: of the weights, as hubs write it.
 
     Raises:
-        VugenError: a file holds no scores, or the folder cannot be written.
+        VugenError: a file holds no scores, a prompt cannot be drawn, or the folder cannot be written.
     """
     reports = [_report(path) for path in scores]
+    images = sampler.sample(prompts, EACH)  # which says at once if a prompt cannot be drawn
     VugenPipeline(sampler).save_pretrained(out)
     (out / PICTURES).unlink(missing_ok=True)
     if prompts:
-        drawn = {(p, i): image for p, i, image in sampler.sample(prompts, EACH)}
+        drawn = {(p, i): image for p, i, image in images}
         pictures = torch.stack([drawn[key] for key in sorted(drawn)])
         save_grid(pictures, out / PICTURES, EACH, [prompts[p] for p, _ in sorted(drawn)])
     with whole_file(out / "README.md") as temporary:

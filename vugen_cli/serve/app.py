@@ -32,7 +32,7 @@ from vugen_cli.serve.guard import Guard
 from vugen_cli.serve.shelf import Shelf
 from vugen_cli.serve.uploads import read_edit
 from vugen_cli.version import __version__
-from vugen_cli.vlm.prompts import Prompt
+from vugen_cli.vlm.prompts import Prompt, refuse_places
 
 PATHS = ("/", "/healthz", "/metrics", "/v1/models", "/v1/images/generations", "/v1/images/edits")
 TELLING = 0.2  # seconds between two words on progress
@@ -153,6 +153,8 @@ class Service:
         seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
         prompt = Prompt(asked.prompt, tuple(pictures))
         try:
+            if not pictures:
+                refuse_places([asked.prompt], "one (/v1/images/edits)")
             with _refused():
                 return self.drawer.submit(prompt, asked.n, seed, settings, size)
         except VugenError as error:

@@ -178,14 +178,25 @@ def asks(model: Any, processor: Any) -> Ask:
     return ask
 
 
-def number_in(answer: str, low: int, high: int) -> float | None:
-    """What an answer says: the mean of its lines that end as `Naturalness: 4`, else its first number.
+def number_in(answer: str, low: int, high: int, lines: bool = False) -> float | None:
+    """What an answer says: the mean of its lines that end as `Naturalness: 4` or `4/5`, else what it calls a
+    score, else the one number that it has or begins with.
+
+    Args:
+        answer: of the judge.
+        low, high: of the scale.
+        lines: take such lines alone, as ImgEdit's own script does.
 
     Returns:
-        None if no number is between `low` and `high`.
+        None if there is no such number between `low` and `high`.
     """
-    lines = re.findall(r":[\s*]*(\d+(?:\.\d+)?)[\s*.]*$", answer, re.MULTILINE)
-    told = lines or re.findall(r"(?<![\d.])\d+(?:\.\d+)?", answer)[:1]
+    number = r"(\d+(?:\.\d+)?)"
+    told = re.findall(rf":[\s*(\[]*{number}(?:\s*/\s*\d+|\s+out of \d+)?[\s*.)\]]*$", answer, re.MULTILINE)
+    if not told and not lines:
+        every = re.findall(rf"(?<![\d.]){number}", answer)
+        scored = re.findall(rf"(?:score|rating|rate)[^\d\n]{{0,20}}{number}", answer, re.IGNORECASE)
+        begins = re.match(rf"[\s*(\[]*{number}", answer)
+        told = scored[-1:] or (every[:1] if begins or len(every) == 1 else [])
     numbers = [float(number) for number in told if low <= float(number) <= high]
     return sum(numbers) / len(numbers) if numbers else None
 
@@ -203,7 +214,7 @@ def judge_case(ask: Ask, benchmark: Benchmark, case: Case, source: Tensor, drawn
     """
     low, high = benchmark.low, benchmark.high
     if case.question:
-        return number_in(ask([source, drawn], case.question), low, high)
+        return number_in(ask([source, drawn], case.question), low, high, lines=True)
     numbers = []
     for question, pictures in ((FOLLOWED, [source, drawn]), (KEPT, [source, drawn]), (LOOKS, [drawn])):
         text = question.format(instruction=case.instruction, low=low, high=high)
@@ -263,12 +274,15 @@ def _open_source(case: Case, size: int) -> Tensor:
 def _mean(benchmark: Benchmark, kind: str, found: list[float | None], judge: str) -> Score:
     given = [score for case, score in zip(benchmark.cases, found, strict=True) if kind in ("all", case.kind)]
     values = np.array([score for score in given if score is not None])
-    without = len(given) - len(values)
+    without, weights = len(given) - len(values), np.ones(len(values))
+    if kind == "all" and benchmark.name == "gedit":  # whose average is that of its kinds, however large
+        kinds = [case.kind for case, score in zip(benchmark.cases, found, strict=True) if score is not None]
+        weights = np.array([1 / kinds.count(each) for each in kinds])
     return score_of(
         f"{benchmark.name}_{kind}",
         f"{benchmark.name}, {kind}, {benchmark.low} to {benchmark.high}",
-        float(values.mean()) if len(values) else None,
-        resampled_means(values, np.ones(len(values))) if len(values) else None,
+        float(np.average(values, weights=weights)) if len(values) else None,
+        resampled_means(values * weights, weights) if len(values) else None,
         parameters={"judge": judge, "edits": len(given), "without_a_number": without},
         warning=f"the judge gave no number for {without} of {len(given)}." if without else None,
     )

@@ -414,6 +414,9 @@ def data_of(recipe: Recipe) -> Data:
     if not recipe.data.mixture or not all(Path(s.path).is_dir() for s in recipe.data.mixture):
         return Data()
     manifests = [read_manifest(source.path) for source in recipe.data.mixture]
+    for source, manifest in zip(recipe.data.mixture, manifests, strict=True):
+        if "train" not in manifest.splits:
+            raise VugenError(f"data.mixture: {source.path} has no train split: prepare it, or leave it out")
     splits = [manifest.splits["train"] for manifest in manifests]
     images = sum(split.count for split in splits)
     stored = sum(shard.bytes for split in splits for shard in split.shards)
