@@ -148,6 +148,12 @@ def test_a_cache_is_refused_where_it_does_not_belong(
         write_latents(reducer, scenes, scenes, CPU)
 
 
+@pytest.mark.parametrize("option", ["--split=val", "--seed=1", "--shard-size=5"])
+def test_options_that_would_do_nothing_are_refused(option: str, trained: Path, tmp_path: Path) -> None:
+    done = vugen_here("prepare", "--latents", trained / "reducer.safetensors", option, cwd=tmp_path)
+    assert done.returncode == 1 and "--latents makes those of a whole data set" in done.stderr
+
+
 def test_the_command(scenes: Path, trained: Path, tmp_path: Path) -> None:
     done = vugen_here("prepare", "--latents", trained / "reducer.safetensors", "--out", "z", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -79,6 +79,9 @@ FlipOption = Annotated[
 ]
 
 
+SHARD_SIZE = 1000
+
+
 def prepare(
     dataset: Annotated[Dataset | None, typer.Option(help="What kind of data to prepare.")] = None,
     source: SourceOption = None,
@@ -87,7 +90,7 @@ def prepare(
     size: SizeOption = None,
     shapes: ShapesOption = None,
     count: CountOption = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = SHARD_SIZE,
     workers: WorkersOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle, and of drawn scenes.")] = 0,
     pairs: PairsOption = None,
@@ -132,9 +135,11 @@ def prepare(
         raise VugenError("--data, --flip, --vlm and --device go with --latents")
     if pairs is not None and dataset is not Dataset.openmoji:
         raise VugenError("--pairs goes with --dataset openmoji")
-    if dataset is None and (source or count or strict or size or shapes):
+    laid = split is not Split.train or seed or shard_size != SHARD_SIZE
+    if dataset is None and (source or count or strict or size or shapes or laid):
         raise VugenError(
-            "--source, --size, --shapes, --count and --strict go with --dataset, not with --latents"
+            "--source, --split, --size, --shapes, --count, --shard-size, --seed and --strict go with "
+            "--dataset: --latents makes those of a whole data set"
         )
     if latents is not None:
         return prepare_latents(latents, data, out, vlm, device, flip, workers)
