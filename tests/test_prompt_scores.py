@@ -23,7 +23,7 @@ from vugen_cli.metrics.detectors import Found, _instances, load_detector
 from vugen_cli.metrics.dpg_bench import Item, Question, count_answers, dpg_bench_scores, read_dpg_bench
 from vugen_cli.metrics.encoders import load_clip
 from vugen_cli.metrics.geneval import color_namer, failure, geneval_scores, keep_objects, read_geneval, sides
-from vugen_cli.metrics.geneval2 import answers_of, check_geneval2, geneval2_scores, read_geneval2
+from vugen_cli.metrics.geneval2 import answers_of, geneval2_scores, read_geneval2
 from vugen_cli.metrics.image_sets import open_image_set
 from vugen_cli.metrics.prompt_scores import score_prompts
 from vugen_cli.metrics.prompted_images import prompted_images as of_set
@@ -341,7 +341,7 @@ def test_soft_tifa_counts_as_the_published_scripts(tmp_path):
     pairs = prompted_images(
         write_samples(tmp_path / "drawn", [(prompt, 40 + i) for i, prompt in enumerate(ATOMS)])
     )
-    check_geneval2(items, pairs, tmp_path)
+    pairs.refuse_others(items, tmp_path, "FILE")
 
     def probability(image, question, answers):
         assert question.endswith("? Answer in one word.") and len(answers) in (4, 6)
@@ -413,7 +413,7 @@ def test_geneval2_in_another_layout_is_refused(tmp_path):
         read_geneval2(tmp_path)
     items = read_geneval2(write_geneval2(path))
     with pytest.raises(VugenError, match=r"the prompt of 0\.png, 'a bear', is none of"):
-        check_geneval2(items, prompted_images(write_samples(tmp_path / "drawn", [("a bear", 1)])), path)
+        prompted_images(write_samples(tmp_path / "drawn", [("a bear", 1)])).refuse_others(items, path, "FILE")
 
 
 # DPG-Bench

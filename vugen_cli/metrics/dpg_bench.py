@@ -133,12 +133,7 @@ def match_items(pairs: PromptedImages, items: list[Item], directory: Path) -> di
         VugenError: a prompt is none of the benchmark's; names its first image.
     """
     known = {prompt: item for item in items for prompt in item.prompts}
-    for name, prompt in pairs.prompts.items():
-        if prompt not in known:
-            raise VugenError(
-                f"the prompt of {name}, '{prompt[:60]}', is none of {directory}'s: draw its prompts with "
-                f"`vugen sample --prompts {Path(directory) / 'prompts'}`."
-            )
+    pairs.refuse_others(known, directory, str(Path(directory) / "prompts"))
     return {prompt: known[prompt] for prompt in pairs.prompts.values()}
 
 

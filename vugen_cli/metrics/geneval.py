@@ -228,12 +228,7 @@ def check_geneval(asked: dict[str, Asked], pairs: PromptedImages, path: Path, de
     Raises:
         VugenError: names the first image or class.
     """
-    for name, prompt in pairs.prompts.items():
-        if prompt not in asked:
-            raise VugenError(
-                f"the prompt of {name}, '{prompt[:60]}', is none of {path}'s: draw its prompts with "
-                "`vugen sample --prompts generation_prompts.txt`, the file beside it."
-            )
+    pairs.refuse_others(asked, path, str(path.with_name("generation_prompts.txt")))
     known = {SPELLINGS.get(label, label) for label in detector.labels}
     for prompt in pairs.prompts.values():
         for clause in (*asked[prompt]["include"], *asked[prompt].get("exclude", [])):

@@ -78,20 +78,6 @@ def answers_of(question: str, answer: str) -> list[str]:
     return [space + word for word in (answer, answer.capitalize(), digits) for space in ("", " ")]
 
 
-def check_geneval2(items: dict[str, Item], pairs: PromptedImages, path: Path) -> None:
-    """Refuse images of other prompts.
-
-    Raises:
-        VugenError: names the first image.
-    """
-    for name, prompt in pairs.prompts.items():
-        if prompt not in items:
-            raise VugenError(
-                f"the prompt of {name}, '{prompt[:60]}', is none of {path}'s: draw its prompts with `vugen "
-                "sample --prompts`."
-            )
-
-
 def geneval2_scores(
     pairs: PromptedImages, items: dict[str, Item], judge: YesNoJudge, progress: bool = True
 ) -> list[Score]:
@@ -102,7 +88,7 @@ def geneval2_scores(
     images where it has several.
 
     Args:
-        pairs: images whose prompts are the benchmark's; see `check_geneval2`.
+        pairs: images whose prompts are the benchmark's; see `PromptedImages.refuse_others`.
         items: from `read_geneval2`.
         judge: answers the questions.
         progress: show a bar on standard error.

@@ -10,7 +10,7 @@ from vugen_cli.metrics.detectors import load_detector
 from vugen_cli.metrics.dpg_bench import dpg_bench_scores, match_items, read_dpg_bench
 from vugen_cli.metrics.encoders import load_clip
 from vugen_cli.metrics.geneval import check_geneval, geneval_scores, read_geneval
-from vugen_cli.metrics.geneval2 import check_geneval2, geneval2_scores, read_geneval2
+from vugen_cli.metrics.geneval2 import geneval2_scores, read_geneval2
 from vugen_cli.metrics.image_sets import ImageSet
 from vugen_cli.metrics.prompted_images import prompted_images
 from vugen_cli.metrics.report import Report, Score, versions
@@ -70,7 +70,7 @@ def score_prompts(
     if dpg_bench:
         match_items(pairs, items, dpg_bench)
     if geneval2:
-        check_geneval2(atoms, pairs, geneval2)
+        pairs.refuse_others(atoms, geneval2, "FILE")
     scores: list[Score] = []
     loaded_clip = load_clip(clip, device) if clip is not None and (clip_score or geneval) else None
     found = load_detector(detector, device) if geneval and detector else None

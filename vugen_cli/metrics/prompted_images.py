@@ -1,7 +1,7 @@
 """Images with the prompts they were drawn for, and means over them with intervals that resample prompts."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -38,6 +38,24 @@ class PromptedImages:
     prompts: dict[str, str]
     source: str
     grid: bool = False
+
+    def refuse_others(self, known: Collection[str], benchmark: Path, file: str) -> None:
+        """Refuse images of prompts that a benchmark does not have.
+
+        Args:
+            known: its prompts.
+            benchmark: where it was read from.
+            file: what its prompts lie in.
+
+        Raises:
+            VugenError: names the first image.
+        """
+        for name, prompt in self.prompts.items():
+            if prompt not in known:
+                raise VugenError(
+                    f"the prompt of {name}, '{prompt[:60]}', is none of {benchmark}'s: draw its prompts with "
+                    f"`vugen sample --prompts {file}`."
+                )
 
     def judged(
         self,
