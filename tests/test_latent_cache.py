@@ -142,8 +142,10 @@ def test_a_cache_is_refused_where_it_does_not_belong(
         train_sampler(with_flip(tiny_recipe), reducer, tmp_path / "plain", out, CPU)
     with pytest.raises(VugenError, match=r"prepared otherwise \(latents\)"):
         write_latents(reducer, scenes, cache, CPU, flip=False)
+    manifest["splits"].pop("val")
+    (other / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(VugenError, match="holds latents, made from another data set: choose another --out"):
-        write_dataset(OpenMojiScenes(4, "val"), cache, "val")
+        write_dataset(OpenMojiScenes(4, "val"), other, "val")
     with pytest.raises(VugenError, match="already holds shards without latents"):
         write_latents(reducer, scenes, scenes, CPU)
 

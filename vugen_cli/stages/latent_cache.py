@@ -28,6 +28,7 @@ from vugen_cli.files import write_json
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.reducer import merge
 from vugen_cli.processes import barrier, is_first, rank, world_size
+from vugen_cli.progress import progress_bar
 from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.sampling.trained import load_autoencoder
 from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
@@ -158,10 +159,12 @@ def write_latents(
             which for which in shards[rank() :: world_size()] if not finished_shard(out, notes_of[which])
         ]
         chunks = batches(StoredChunks(missing, ENCODE_BATCH), workers if missing else 0)
-        for images, shard in missing:
-            with passes(precision, device, training=True)():
-                entry = _write_shard(out, images, shard, chunks, encode)
-            write_json(notes_of[images, shard], entry)
+        total = sum(int(images.counts[shard]) for images, shard in missing)
+        with progress_bar(total=total, unit="img", desc=f"{out}") as bar:
+            for images, shard in missing:
+                with passes(precision, device, training=True)():
+                    entry = _write_shard(out, images, shard, chunks, encode, bar)
+                write_json(notes_of[images, shard], entry)
         barrier("latents written")
         entries: dict[str, Any] = {}
         for name, images in splits.items():
@@ -214,6 +217,7 @@ def _write_shard(
     shard: int,
     chunks: Iterator[Chunk],
     encode: Callable[[torch.Tensor], np.ndarray],
+    bar: Any,
 ) -> dict[str, Any]:
     """Write a shard of latents from its next chunks; its entry in the manifest."""
     name, count = images.names[shard], int(images.counts[shard])
@@ -236,6 +240,7 @@ def _write_shard(
                 for number, source in enumerate(sources):  # as they are: the VLM reads their pixels
                     kind = "jpg" if is_jpeg(source) else "png"
                     add_member(tar, f"{row:09d}.source{number}.{kind}", source)
+            bar.update(min(ENCODE_BATCH, count - first))
     entry = {"name": name, "samples": count, "bytes": facts["bytes"], "sha256": facts["sha256"]}
     return entry | ({"shape": shape_name(images.shape(shard))} if len(images.shapes) > 1 else {})
 
