@@ -181,7 +181,7 @@ COLUMNS = ("subject", "both", "side", "number", "frechet", "to decoded")
 
 def table(out: Path) -> str:
     """The Markdown table of every result so far, seeds joined: mean, and lowest to highest."""
-    results = [json.loads(path.read_text()) for path in sorted(out.glob("*-g*.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(out.glob("*-g[0-9]*.json"))]
     results.sort(key=lambda r: (r["steps"], r["arm"], r["rate"], r["guidance"]))
     joined: dict[tuple[Any, ...], list[dict[str, float]]] = defaultdict(list)
     for r in results:

@@ -95,7 +95,7 @@ def test_spans_of_time_are_said_by_their_two_largest_units() -> None:
 
 
 def test_the_name_of_a_vlm_is_taken_as_it_is_typed() -> None:
-    for name in ("/data/run #1/vlm", "2024", "a: b", "caf\u00e9"):
+    for name in ("/data/run #1/vlm", "2024", "a: b", "caf\u00e9", "\U0001f600", "caf\udce9"):
         assert training_recipe(None, "train_reducer", None, None, None, name).vlm == name
     assert load_recipe(None, ["train_sampler.lr=1e-3"]).train_sampler.lr == 1e-3
 

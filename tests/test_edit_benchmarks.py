@@ -135,6 +135,10 @@ def test_gedit_is_read_in_one_language(tmp_path: Path) -> None:
         ("Prompt Compliance: 4/5\nVisual Naturalness: (2)\nIntegrity: 3 out of 5", 3.0),
         ("In picture 2 the cat is gone. Score 4", 4.0),
         ("In picture 2 there are 3 cats.", None),
+        ("I'd give it 4/5.", 4.0),
+        ("I give it 2 out of 5, since 1 cat is left", 2.0),
+        ("The edit is accurate in 2 places. 5/5", 5.0),
+        ("The score (1-5) is 4", 4.0),
         ("a bear", None),
     ],
 )

@@ -180,6 +180,7 @@ def test_the_standard_error_is_honest_where_pictures_share_prompts():
         values.append(frechet_distance(Moments(a), Moments(b)))
         errors.append(frechet_standard_error(a, b, (prompts, None)))
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.35)
+    assert frechet_standard_error(a, b, (prompts % 9, None)) is None
 
 
 def test_zero_covariance():

@@ -475,7 +475,8 @@ def test_a_folder_named_as_a_split_beside_classes_is_refused(tmp_path):
     put(tmp_path, {f"{name}/red {n}.jpg": jpeg(n) for name in ("bus", "train", "boat") for n in range(2)})
     with pytest.raises(VugenError, match=r"has train/ beside boat, bus: rename it"):
         ImageFolder(tmp_path)
-    assert ImageFolder(tmp_path / "bus").classes == []
+    split = put(tmp_path / "split", {"train/red 1.jpg": jpeg(1), "annotations/a.json": "{}"})
+    assert ImageFolder(split).classes == ImageFolder(tmp_path / "bus").classes == []
 
 
 def test_a_null_is_no_caption(tmp_path):

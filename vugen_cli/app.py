@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -161,7 +162,8 @@ def vugen(
     if context.invoked_subcommand not in SPREAD:
         if not processes.is_first():
             raise typer.Exit  # the first process of the job does it alone
-        os.environ.pop("MASTER_ADDR", None)  # and waits for no other
+        if address := os.environ.pop("MASTER_ADDR", None):  # and waits for no other
+            context.call_on_close(partial(os.environ.__setitem__, "MASTER_ADDR", address))
 
 
 def main() -> None:

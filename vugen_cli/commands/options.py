@@ -1,6 +1,5 @@
 """Options that several commands share, and how they become a recipe."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,7 +85,7 @@ def training_recipe(
     """The recipe of a training command, with its options applied over `--set`."""
     from vugen_cli.recipe import load_recipe
 
-    return load_recipe(recipe, _overrides(stage, steps, batch_size, overrides, vlm, log))
+    return _on(vlm, load_recipe(recipe, _overrides(stage, steps, batch_size, overrides, log)))
 
 
 def sampler_recipe(
@@ -111,8 +110,8 @@ def sampler_recipe(
     own = {**stored, stage: {**stored.get(stage, {}), **(training or {})}}
     values = load_recipe(recipe).model_dump() if recipe else own
     fixed = {key: stored[key] for key in (*kept, "vlm", "latents", "vlm_size") if key in stored}
-    given = _overrides(stage, steps, batch_size, overrides, vlm, log)
-    return parse_recipe({**values, **fixed}, str(reducer), given)
+    given = _overrides(stage, steps, batch_size, overrides, log)
+    return _on(vlm, parse_recipe({**values, **fixed}, str(reducer), given))
 
 
 def at_size_of(card: "Card", reducer: "Card") -> "Card":
@@ -198,12 +197,15 @@ def _overrides(
     steps: int | None,
     batch_size: int | None,
     overrides: list[str] | None,
-    vlm: str | None,
     log: list[str] | None,
 ) -> list[str]:
-    named = vlm and json.dumps(vlm)  # in quotes: ` #` and numbers mean something in YAML
-    given = {f"{stage}.steps": steps, f"{stage}.batch_size": batch_size, "vlm": named, "log": log or None}
+    given = {f"{stage}.steps": steps, f"{stage}.batch_size": batch_size, "log": log or None}
     return [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
+
+
+def _on(vlm: str | None, recipe: "Recipe") -> "Recipe":
+    """A recipe with the VLM of the command line, if that names one: as it is typed, not as YAML reads it."""
+    return recipe.model_copy(update={"vlm": vlm}) if vlm else recipe
 
 
 def require_safetensors(out: Path) -> None:

@@ -162,10 +162,10 @@ class ImageFolder:
 
 
 def _class_folders(path: Path) -> list[str]:
-    """Folders that are no split."""
+    """Folders with images in them that are no split."""
     splits = {name for names in _SPLIT_NAMES.values() for name in names}
     folders = (entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return sorted(name for name in folders if name not in splits)
+    return sorted(name for name in folders if name not in splits and any(image_paths(path, f"{name}/")))
 
 
 def _words(file: str) -> str:

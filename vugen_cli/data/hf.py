@@ -111,7 +111,8 @@ class Tables:
             while row >= (rows := table.metadata.row_group(group).num_rows):
                 row, group = row - rows, group + 1
             wanted = number, group, tuple(columns)
-            if self._group[0] != wanted:  # kept: its rows are asked for one after the other
+            if self._group[0] != wanted:
+                self._group = None, None  # before another is in memory
                 self._group = wanted, table.read_row_group(group, columns=columns)
             table = self._group[1]
         try:
@@ -154,8 +155,9 @@ class HuggingFaceDataset:
     give.
 
     The image column holds the file's bytes, or a struct of `bytes` and `path`, which is how `datasets` stores
-    images. An Arrow directory is memory-mapped; of parquet, the row group around a picture is kept, as
-    its neighbours are asked for next (`datasets` writes groups of 100), which is slower.
+    images. An Arrow directory is memory-mapped; of parquet, the row group around a picture is read,
+    and kept for the next, which lies in another one unless the file has few (`datasets` writes groups of
+    100); that is several times slower.
 
     Args:
         path: a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, a `.parquet` file,

@@ -6,7 +6,6 @@ Pillow. Both end in the same thing: `uint8 [H, W, 3]`, values 0 to 255, upright,
 
 import io
 import warnings
-from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -15,6 +14,9 @@ import simplejpeg
 from PIL import Image
 
 from vugen_cli.data.shapes import Shape, as_shape
+
+# Pillow warns from half of its limit on; up to the limit there is nothing that a user should do.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 MAX_PIXELS = 2 * 89_478_485
 """Larger pictures are refused undecoded: the limit at which Pillow calls a file a bomb (179 MP)."""
@@ -77,23 +79,18 @@ def _decode_plain_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
         raise ValueError(f"corrupt JPEG: {err}") from err
     if b"Exif\0\0" in data[:65536]:  # APP1 comes first and holds at most 64 KiB
         try:
-            with _unwarned(), Image.open(io.BytesIO(data), formats=_formats()) as header:
+            with Image.open(io.BytesIO(data), formats=_formats()) as header:
                 return _upright(pixels, _orientation(header))
         except (OSError, SyntaxError):
             return pixels
     return pixels
 
 
-def _unwarned() -> AbstractContextManager[Any]:
-    """Pillow warns from half of its limit on; up to the limit there is nothing that a user should do."""
-    return warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
-
-
 def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
     if not data:
         raise ValueError("empty file")
     try:
-        with _unwarned(), Image.open(io.BytesIO(data), formats=_formats()) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             return opened(image, max_pixels)
     except MemoryError:
         raise

@@ -63,7 +63,6 @@ LOSSLESS_UP_TO = 128
 _PASSING = frozenset(
     (
         errno.EIO,
-        errno.EACCES,  # of one file for good, but of all of them when a ticket has run out
         errno.ESTALE,
         errno.ENOTCONN,
         errno.ETIMEDOUT,

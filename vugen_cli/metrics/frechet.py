@@ -108,13 +108,14 @@ def frechet_standard_error(
     a: np.ndarray,
     b: np.ndarray,
     prompts: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
-) -> float:
+) -> float | None:
     """Standard error of the Fréchet distance between two sets of features [n, d], [m, d].
 
     Args:
         a, b: the features.
         prompts: of each set the number of each row's prompt, where several rows share one: they are no
-            independent draws, so they are left out together, if there are at least ten prompts.
+            independent draws, so they are left out together, which takes ten prompts:
+            None for fewer.
 
     The delete-a-group jackknife (Kott 2001): each set is cut into ten groups, the distance taken without one
     of them at a time, and the two sets' variances added. Resampling with replacement would not do: repeated
@@ -124,8 +125,10 @@ def frechet_standard_error(
     whole = Moments(a), Moments(b)
     for side, rows in enumerate((a, b)):
         units, asked = np.arange(len(rows)), prompts[side]
-        if asked is not None and asked.max() + 1 >= JACKKNIFE_GROUPS:
+        if asked is not None and asked.max() + 1 < len(rows):
             units = asked
+            if asked.max() + 1 < JACKKNIFE_GROUPS:
+                return None
         groups = [Moments(rows[units % JACKKNIFE_GROUPS == group]) for group in range(JACKKNIFE_GROUPS)]
         values = []
         for left_out in groups:

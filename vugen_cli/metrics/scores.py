@@ -345,7 +345,8 @@ def _frechet(ours: Side, theirs: Side, metric: "Metric") -> list[Score]:
     if measured and a.mean.size <= JACKKNIFE_DIM and warning is None:
         features = ours.features[output], theirs.features[output]
         error = frechet_standard_error(*features, (ours.prompts(), theirs.prompts()))
-        _add_normal_interval(score, value, error, "jackknife over ten groups of each set")
+        if error is not None:
+            _add_normal_interval(score, value, error, "jackknife over ten groups of each set")
     return [score]
 
 

@@ -134,7 +134,11 @@ def load_weights(
         VugenError: a tensor is missing, unknown, or of another shape.
     """
     if assign:
-        weights = {name: tensor.float() for name, tensor in weights.items()}
+        # Copies: a tensor of a file that changes changes with it.
+        weights = {
+            name: tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
+            for name, tensor in weights.items()
+        }
     try:
         module.load_state_dict(weights, assign=assign)
     except RuntimeError as error:

@@ -179,8 +179,8 @@ def asks(model: Any, processor: Any) -> Ask:
 
 
 def number_in(answer: str, low: int, high: int, lines: bool = False) -> float | None:
-    """What an answer says: the mean of its lines that end as `Naturalness: 4` or `4/5`, else what it calls a
-    score, else the one number that it has or begins with.
+    """What an answer says: the mean of its lines that end as `Naturalness: 4` or `4/5`, else the first of its
+    numbers out of another, else the first that it calls a score, else the one that it has or begins with.
 
     Args:
         answer: of the judge.
@@ -190,13 +190,16 @@ def number_in(answer: str, low: int, high: int, lines: bool = False) -> float | 
     Returns:
         None if there is no such number between `low` and `high`.
     """
-    number = r"(\d+(?:\.\d+)?)"
-    told = re.findall(rf":[\s*(\[]*{number}(?:\s*/\s*\d+|\s+out of \d+)?[\s*.)\]]*$", answer, re.MULTILINE)
+    one, of = r"(\d+(?:\.\d+)?)", r"(?:\s*/\s*\d+|\s+out of \d+)"
+    told = re.findall(rf":[\s*(\[]*{one}{of}?[\s*.)\]]*$", answer, re.MULTILINE)
     if not told and not lines:
-        every = re.findall(rf"(?<![\d.]){number}", answer)
-        scored = re.findall(rf"(?:score|rating|rate)[^\d\n]{{0,20}}{number}", answer, re.IGNORECASE)
-        begins = re.match(rf"[\s*(\[]*{number}", answer)
-        told = scored[-1:] or (every[:1] if begins or len(every) == 1 else [])
+        every = re.findall(rf"(?<![\d.]){one}", answer)
+        scale = r"(?:\d+\s*(?:-|–|to)\s*\d+[^\d\n]{0,20})?"  # as in `score (1-5): 4`
+        word = r"\b(?:scor|rat)(?:e|es|ed|ing)\b[^\d\n]{0,20}"
+        scored = re.findall(word + scale + one, answer, re.IGNORECASE)
+        begins = re.match(rf"[\s*(\[]*{one}", answer)
+        alone = every[:1] if begins or len(every) == 1 else []
+        told = re.findall(rf"(?<![\d.]){one}{of}", answer)[:1] or scored[:1] or alone
     numbers = [float(number) for number in told if low <= float(number) <= high]
     return sum(numbers) / len(numbers) if numbers else None
 
