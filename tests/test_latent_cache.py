@@ -107,6 +107,17 @@ def test_the_same_bytes_after_an_interruption_and_from_worker_processes_that_dec
         assert file.read_bytes() == (copy / file.name).read_bytes()
 
 
+def test_a_cache_that_an_earlier_version_began_goes_on(
+    cache: Path, scenes: Path, trained: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(cache, tmp_path / "copy"))
+    plan = json.loads((copy / ".progress" / "plan.json").read_text())
+    plan["latents"] |= {"instruction": "{prompt}", "prompt_tokens": 128}
+    (copy / ".progress" / "plan.json").write_text(json.dumps(plan))
+    write_latents(trained / "reducer.safetensors", scenes, copy, CPU, flip=True)
+    assert (copy / "dataset.json").read_bytes() == (cache / "dataset.json").read_bytes()
+
+
 def test_a_damaged_image_is_replaced_as_it_is_without_a_cache(
     scenes: Path, trained: Path, tmp_path: Path
 ) -> None:

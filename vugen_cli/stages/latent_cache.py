@@ -198,7 +198,7 @@ def claim(out: Path, plan: dict[str, Any], what: str) -> None:
     except (OSError, ValueError) as error:
         raise VugenError(f"{note} is damaged ({error}): delete {out} and prepare again") from error
     for words in ("instruction", "prompt_tokens"):  # of earlier versions, whose caches held token ids
-        (found or {}).get("latents", {}).pop(words, None)
+        ((found or {}).get("latents") or {}).pop(words, None)
     if found is None and any(out.glob("*.tar")):
         raise VugenError(f"{out} already holds shards without {what} of this tool: choose another --out")
     if found not in (None, plan):
