@@ -172,9 +172,8 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if (
-            end.code in (2, 130) and processes.is_first()
-        ):  # typer and `prepare` have said more on standard error
+        # Typer and `prepare` have said more on standard error.
+        if end.code in (2, 130) and processes.is_first():
             _print_error("interrupted" if end.code == 130 else "the command line is not understood")
         raise
     except Stopped as stopped:

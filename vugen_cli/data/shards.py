@@ -272,9 +272,7 @@ def _list_shard(shard: Path) -> None:
         keys.append(key.encode("utf-8", "replace"))
         for endings in (IMAGE_SUFFIXES, (".txt",), (".json",)):
             found = [kind for kind in parts if f".{kind.rpartition('.')[2]}" in endings]
-            plain = [
-                kind for kind in found if "." not in kind
-            ]  # `jpg`, beside which `depth.png` is another's
+            plain = [kind for kind in found if "." not in kind]  # beside `jpg`, `depth.png` is another's
             if len(found) > 1 and not plain and endings is IMAGE_SUFFIXES:
                 raise VugenError(
                     f"{shard}: the sample {key} has several pictures ({', '.join(found[:3])}), since a key "
