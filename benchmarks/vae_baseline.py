@@ -22,13 +22,17 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cache
+from math import prod
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
 
+from vugen_cli.checkpoint import read_card
+from vugen_cli.data.sample import Sample
 from vugen_cli.engine.device import pick_device
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.frechet import frechet_distance
@@ -102,10 +106,8 @@ def run(
     recipe = recipe.model_copy(update={"train_sampler": training.model_copy(update=rates)})
     if not path.is_file():
         train_sampler(recipe, arm, latents_of(arm, options), path, device)
-    groups = evaluation_scenes(options.count)
-    scenes = [sample.meta["scene"] for group in groups.values() for sample in group]
-    prompts = [sample.captions[0] for group in groups.values() for sample in group]
-    own: Reconstructed | None = None
+    prompts = [sample.captions[0] for sample in held_out(options.count)]
+    decoded: torch.Tensor | None = None
     for guidance in options.guidance:
         found = path.with_name(f"{path.stem}-g{guidance:g}.json")
         if found.is_file():
@@ -114,23 +116,15 @@ def run(
         draw(load_sampler(path, device=device), prompts, 1, folder, seed, guidance=guidance)
         pictures = [Image.open(folder / f"{stem}-0000.png").convert("RGB") for stem in file_stems(prompts)]
         about = {"arm": arm.stem, "steps": steps, "seed": seed, "rate": rate, "guidance": guidance}
-        own = own or reconstructed(arm, options, device)
-        real = real_pictures(options.count)
-        write_json(found, {**about, **judged(stacked(pictures), scenes, real, own.decoded)})
+        if decoded is None:
+            decoded = reconstructed(arm, options, device)
+        write_json(found, {**about, **judged(stacked(pictures), decoded, options.count)})
 
 
-class Reconstructed(NamedTuple):
-    """The real scenes of the prompts as an arm decodes them, uint8 [N, 3, 64, 64], and the numbers of a z̃."""
-
-    decoded: torch.Tensor
-    numbers: int
-
-
-def reconstructed(arm: Path, options: argparse.Namespace, device: torch.device) -> Reconstructed:
-    """The real scenes, reduced and decoded again."""
-    autoencoder, _, card = load_autoencoder(arm, device)
-    decoded = decode_images(load_vlm(options.vlm, device), autoencoder, real_pictures(options.count), 0)
-    return Reconstructed(decoded, card.latents.grid[0] * card.latents.grid[1] * card.latents.channels)
+def reconstructed(arm: Path, options: argparse.Namespace, device: torch.device) -> torch.Tensor:
+    """The real scenes of the prompts as an arm reduces and decodes them, uint8 [N, 3, 64, 64]."""
+    autoencoder, _, _ = load_autoencoder(arm, device)
+    return decode_images(load_vlm(options.vlm, device), autoencoder, real_pictures(options.count), 0)
 
 
 def reference(arm: Path, options: argparse.Namespace, device: torch.device) -> None:
@@ -138,24 +132,28 @@ def reference(arm: Path, options: argparse.Namespace, device: torch.device) -> N
     found = options.out / f"{arm.stem}-reconstructed.json"
     if found.is_file():
         return
-    real, own = real_pictures(options.count), reconstructed(arm, options, device)
-    scenes = [sample.meta["scene"] for group in evaluation_scenes(options.count).values() for sample in group]
-    error = (own.decoded.float() - real.float()).square().mean((1, 2, 3))
+    decoded, latents = reconstructed(arm, options, device), read_card(arm).latents
+    error = (decoded.float() - real_pictures(options.count).float()).square().mean((1, 2, 3))
     psnr = float((10 * (255**2 / error).log10()).mean())
-    about = {"arm": arm.stem, "numbers": own.numbers, "psnr": psnr}
-    write_json(found, {**about, **judged(own.decoded, scenes, real, own.decoded)})
+    about = {"arm": arm.stem, "numbers": prod(latents.grid) * latents.channels, "psnr": psnr}
+    write_json(found, {**about, **judged(decoded, decoded, options.count)})
+
+
+@cache
+def held_out(count: int) -> list[Sample]:
+    """The scenes of the prompts, drawn once."""
+    return [sample for group in evaluation_scenes(count).values() for sample in group]
 
 
 def real_pictures(count: int) -> torch.Tensor:
     """The real scenes of the prompts, uint8 [N, 3, 64, 64]."""
-    return stacked([sample.image for group in evaluation_scenes(count).values() for sample in group])
+    return stacked([sample.image for sample in held_out(count)])
 
 
-def judged(
-    pictures: torch.Tensor, scenes: list[Any], real: torch.Tensor, decoded: torch.Tensor
-) -> dict[str, float]:
+def judged(pictures: torch.Tensor, decoded: torch.Tensor, count: int) -> dict[str, float]:
     """Percent that the strict judge finds right, and Fréchet distances on its features."""
-    reader = load_reader("strict")
+    reader, real = load_reader("strict"), real_pictures(count)
+    scenes = [sample.meta["scene"] for sample in held_out(count)]
     said = verdicts(reader, pictures, scenes)
     kinds = [group_of(scene) for scene in scenes]
 

@@ -560,9 +560,8 @@ def parse_recipe(values: dict[str, Any], where: str, overrides: list[str] | None
             if not isinstance(section, dict):
                 raise VugenError(f"--set {override}: {parent} is a value, not a section")
         try:
-            section[leaf] = (
-                yaml.safe_load(text) if text.startswith(('"', "'")) else _number(yaml.safe_load(text))
-            )
+            value = yaml.safe_load(text)
+            section[leaf] = value if text.startswith(('"', "'")) else _number(value)
         except yaml.YAMLError as error:
             raise VugenError(f"--set {override}: the value is not YAML; put text in quotes") from error
         if (

@@ -132,8 +132,7 @@ class ImageFolder:
                 f"{self.folder} has images both in class folders and beside them ({flat}): move those "
                 f"into a class folder or out"
             )
-        beside = [] if self.folder == Path(path) else _class_folders(Path(path))
-        if flat and beside:
+        if flat and self.folder != Path(path) and (beside := _class_folders(Path(path))):
             raise VugenError(
                 f"{path} has {self.folder.name}/ beside {', '.join(beside[:3])}: rename it if it is a class "
                 f"too, or point --source at {self.folder} if it is the {split} split"
