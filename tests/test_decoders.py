@@ -76,6 +76,14 @@ def test_the_last_step_ends_on_what_the_decoder_last_predicted() -> None:
     assert torch.allclose(reached, predicted[-1], atol=1e-5)
 
 
+def test_decoding_takes_its_steps_where_training_drew_its_times() -> None:
+    decoder = PixelDecoder(SMALL.model_copy(update={"shift": 3.0}), 4).eval()
+    noise, latents, times = torch.randn(1, 3, 16, 16), torch.randn(1, 2, 2, 4), []
+    with decoder.register_forward_pre_hook(lambda _, given: times.append(given[1].item())):
+        decoder.decode(latents, noise, 4)  # type: ignore[operator]
+    assert times == pytest.approx([0, 1 / 10, 1 / 4, 1 / 2])  # t / (t + 3 (1 - t)) of 0, 1/4, 1/2, 3/4
+
+
 def test_midpoint_is_refused_for_pixels_and_an_old_card_that_says_it_takes_heun() -> None:
     with pytest.raises(VugenError, match=r"decoder\.solver=midpoint.* past which .* take heun"):
         load_recipe("nano", ["decoder.solver=midpoint"])

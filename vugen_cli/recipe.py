@@ -180,7 +180,9 @@ class Decoder(Section):
         "euler", description="ODE solver when decoding; `midpoint` is the ldm's alone"
     )
     time: Time | None = Field(None, description="how training times are drawn; default: as flow.time says")
-    shift: float = Field(2.0, gt=0, description="moves training times towards the noise end if > 1")
+    shift: float = Field(
+        2.0, gt=0, description="moves times, of training and of decoding, towards the noise end if > 1"
+    )
     weighting: Literal["velocity", "balanced", "clean"] = Field(
         "velocity",
         description="of the square of the pdd's clean prediction: by 1 / (1 - t)², which is the velocity's "

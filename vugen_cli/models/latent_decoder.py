@@ -99,7 +99,7 @@ class LatentDecoder(nn.Module):
         height, width = noise.shape[2] // self.vae.factor, noise.shape[3] // self.vae.factor
         shape = (self.vae.channels, height, width)
         start = noise.flatten(1)[:, : self.vae.channels * height * width].unflatten(1, shape)
-        return solve(lambda x, t: self(x, at(t, x), latents), start, steps, solver)
+        return solve(lambda x, t: self(x, at(t, x), latents), start, steps, solver, self.recipe.shift)
 
     @torch.no_grad()
     def decode(

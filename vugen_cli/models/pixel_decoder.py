@@ -127,7 +127,7 @@ class PixelDecoder(nn.Module):
         """
         if solver == "midpoint":
             raise VugenError(NO_MIDPOINT)
-        return solve(lambda x, t: self(x, at(t, x), latents), noise, steps, solver)
+        return solve(lambda x, t: self(x, at(t, x), latents), noise, steps, solver, self.recipe.shift)
 
     @torch.no_grad()
     def decode(
