@@ -154,7 +154,7 @@ def test_a_path_is_never_an_address(tmp_path: Path) -> None:
 
 
 class Unreliable(Handler):
-    """Fails as `failures` says, by the number of the request: a status, `reset`, or `short`."""
+    """Fails as `failures` says, by the number of the request: a status, `reset`, `short` or `damaged`."""
 
     failures: ClassVar[dict[int, int | str]] = {}
     requests: ClassVar[Iterator[int]] = count()
@@ -166,12 +166,14 @@ class Unreliable(Handler):
         elif how == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
-        elif how == "short":
+        elif how in ("short", "damaged"):
             data = Path(self.translate_path(self.path)).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data[:1000])
+            if how == "damaged":
+                self.wfile.write(bytes(byte ^ 1 for byte in data[1000:]))
         else:
             super().do_GET()
 
@@ -191,6 +193,12 @@ def test_what_fails_in_passing_is_asked_for_again(copy: Path, unreliable: str, h
     images = ShardedImages(unreliable)
     assert np.array_equal(images.read(0, 0)[0], ShardedImages(copy).read(0, 0)[0])
     assert next(Unreliable.requests) == 5
+
+
+def test_a_shard_that_was_damaged_on_the_way_is_fetched_once_more(copy: Path, unreliable: str) -> None:
+    Unreliable.failures = {1: "damaged"}
+    assert np.array_equal(ShardedImages(unreliable).read(0, 0)[0], ShardedImages(copy).read(0, 0)[0])
+    assert next(Unreliable.requests) == 3
 
 
 @pytest.mark.parametrize(("how", "asked"), [(404, 2), (403, 2), (503, 1 + remote.TRIES)])
