@@ -87,6 +87,12 @@ def test_a_weight_follows_a_colon(given: str, read: tuple[str, float]) -> None:
     assert parse(given) == read
 
 
+@pytest.mark.parametrize("weight", ["nan", "inf", "-inf"])
+def test_a_weight_is_a_finite_number(weight: str) -> None:
+    with pytest.raises(VugenError, match=f"{weight} is no weight"):
+        parse(f"a.safetensors:{weight}")
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes_from_a_state_of_the_adapter_alone(
     trained: Path, scenes: Path, tmp_path: Path
 ) -> None:

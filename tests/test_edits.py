@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.image_sets import open_image_set
 from vugen_cli.nano.edits import EDITS, OpenMojiEdits, describe_edit, is_held_out, natural_color
-from vugen_cli.nano.painting import random_stream
+from vugen_cli.nano.painting import _layout, random_stream
 from vugen_cli.nano.vocabulary import SUBJECTS
 from vugen_cli.recipe import MixtureSource
 from vugen_cli.stages.caption import Captioning, write_captions
@@ -322,6 +323,14 @@ def test_drawn_edits_change_what_is_asked_and_nothing_else() -> None:
             assert changed < 0.4
     again = OpenMojiEdits(9, "train", 32)[7]
     assert again.captions == drawn[7].captions and again.image == drawn[7].image
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_both_scenes_of_an_edit_show_as_many_of_each_subject_as_they_say(kind: str) -> None:
+    for i in range(150):
+        for scene in describe_edit("train", kind, random_stream(kind, i))[:2]:
+            placed = Counter(each.name for each in _layout(scene, random_stream("layout", i)))
+            assert placed == {subject["name"]: subject["count"] for subject in scene["subjects"]}
 
 
 def test_no_edit_asks_for_the_colour_that_is_there() -> None:

@@ -208,9 +208,6 @@ def test_the_expert_is_a_copy_and_leaves_the_vlm_alone(vlm: FrozenVLM) -> None:
     assert not any("embed_tokens" in name for name in copied)
 
 
-# --- embeddings ---
-
-
 def test_the_copy_has_no_dropout_whatever_its_original_has(vlm: FrozenVLM) -> None:
     original = copy.deepcopy(vlm.decoder)
     original.config.attention_dropout = 0.5
@@ -224,6 +221,9 @@ def test_the_copy_has_no_dropout_whatever_its_original_has(vlm: FrozenVLM) -> No
     assert torch.equal(expert(noised, t, prefix), expert(noised, t, prefix))
     assert torch.equal(torch.get_rng_state(), state), "nothing draws from the global generator"
     assert original.config.attention_dropout == 0.5
+
+
+# --- embeddings ---
 
 
 def test_positions_are_all_different() -> None:

@@ -119,9 +119,20 @@ def test_text_and_pictures_are_guided_by_scales_of_their_own(lively_sampler: Sam
     end = fake.latents(of(7.0), keys, settings, of(3.0))
     # 1 + 1.5 (3 - 1) + 4 (7 - 3)
     torch.testing.assert_close(end - start, torch.full_like(end, 20.0))
+    half = fake.latents(of(7.0), keys, settings.model_copy(update={"guidance_interval": (0.0, 0.5)}), of(3.0))
+    torch.testing.assert_close(half - start, torch.full_like(end, (20.0 + 7.0) / 2))
     seen.clear()
     fake.latents(of(7.0), keys, settings.model_copy(update={"image_guidance": 1.0}), of(3.0))
     assert set(seen) == {7.0, 3.0}, "a scale of 1 spares the pass without pictures"
+
+
+def test_variations_follow_the_pictures_scale_alone(lively_sampler: Sampler) -> None:
+    def drawn(**scales: float) -> Tensor:
+        (image,) = [image for _, _, image in lively_sampler.sample([Prompt("", tuple(noise(1)))], **scales)]
+        return image
+
+    assert torch.equal(drawn(guidance=1.0), drawn(guidance=9.0))
+    assert not torch.equal(drawn(image_guidance=1.0), drawn(image_guidance=9.0))
 
 
 @pytest.mark.parametrize(

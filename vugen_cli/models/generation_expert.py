@@ -115,10 +115,8 @@ class GenerationExpert(nn.Module):
         instead: dict[int, Any] = {id(words): nn.Identity()}
         if empty:
             instead |= {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in decoder.parameters()}
-        copied = copy.deepcopy(decoder, instead)
+        copied = fresh_decoder(decoder) if fresh else copy.deepcopy(decoder, instead)
         config = copied.config
-        if fresh:
-            copied = fresh_decoder(decoder)
         if config._attn_implementation == "sdpa":
             copied.set_attn_implementation(FUSED)
         self.decoder: Any = without_dropout(copied).float().requires_grad_(True)

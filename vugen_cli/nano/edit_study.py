@@ -21,7 +21,7 @@ from vugen_cli.metrics.prompted_images import score_of
 from vugen_cli.metrics.report import Report, Score, versions
 from vugen_cli.nano.conversations import DESCRIBE
 from vugen_cli.nano.edits import EDITS, OpenMojiEdits
-from vugen_cli.nano.judge import mentions
+from vugen_cli.nano.judge import mentions, mentions_setting
 from vugen_cli.nano.judges import stacked
 from vugen_cli.nano.reader import JUDGES, SIDES, Reading, SceneReader, load_reader, read
 from vugen_cli.nano.vocabulary import (
@@ -40,6 +40,7 @@ from vugen_cli.sampling.draw import draw, file_stems
 from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.sampling.trained import decode_images
 from vugen_cli.studies.compare import read_shown, write_comparison
+from vugen_cli.studies.reconstruct import DECODE_BATCH
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.frozen import FrozenVLM
 from vugen_cli.vlm.prompts import Prompt
@@ -111,11 +112,7 @@ def scene_of(caption: str) -> Scene:
     if len(found) == 2:
         between = caption[found[0][1] : found[1][0]]
         relation = next((r for r in RELATIONS if mentions(between, r)), None)
-    settings = (
-        name
-        for name, setting in SETTINGS.items()
-        if mentions(caption, name) or mentions(caption, setting.noun.removeprefix("a "))
-    )
+    settings = (name for name in SETTINGS if mentions_setting(caption, name))
     return {
         "subjects": [entry for *_, entry in found],
         "relation": relation,
@@ -221,7 +218,12 @@ def score_edits(
     for name, see in (judges or all_judges(sampler.vlm)).items():
         shown = {"drawn": see(drawn), "source": see(sources), "real": see(targets)}
         scores += _shares(name, samples, shown, about)
-    decoded = decode_images(sampler.vlm, sampler.autoencoder, targets, seed)
+    decoded = torch.cat(
+        [
+            decode_images(sampler.vlm, sampler.autoencoder, targets[rows], seed, numbers=rows.tolist())
+            for rows in torch.arange(count).split(DECODE_BATCH)
+        ]
+    )
     scores.append(_pixels_kept(drawn, sources, targets, decoded, about))
     return Report(scores=scores, versions=versions())
 

@@ -8,13 +8,18 @@ from torch import Tensor
 
 from vugen_cli.data.loader import ShardedImages
 from vugen_cli.nano.conversations import DESCRIBE
-from vugen_cli.nano.vocabulary import NUMBERS, OPPOSITES, SUBJECTS, Scene
+from vugen_cli.nano.vocabulary import NUMBERS, OPPOSITES, SETTINGS, SUBJECTS, Scene
 from vugen_cli.vlm.chat import ask
 
 
 def mentions(text: str, words: str) -> bool:
     """Whether a text has these words as words: "a carrot" does not mention a car."""
     return re.search(rf"\b{re.escape(words)}\b", text) is not None
+
+
+def mentions_setting(text: str, name: str) -> bool:
+    """Whether a text names a setting, by its noun or by its adjective ("snow", "a snowy place")."""
+    return mentions(text, name) or mentions(text, SETTINGS[name].noun.removeprefix("a "))
 
 
 @torch.no_grad()
@@ -72,7 +77,7 @@ def judge(caption: str, scene: Scene) -> dict[str, bool]:
     spoken = [_spoken(subject["name"]) for subject in subjects]
     right = {
         "subject": all(re.search(rf"\b{words}\b", caption) for words in spoken),
-        "setting": mentions(caption, scene["setting"]),
+        "setting": mentions_setting(caption, scene["setting"]),
     }
     if scene["kind"] == "count":
         number, plural = NUMBERS[subjects[0]["count"]], SUBJECTS[subjects[0]["name"]].plural

@@ -99,7 +99,7 @@ def reconstructing(reducer: Path, device: torch.device) -> Reconstruct:
 
     @torch.no_grad()
     def through(images: Tensor, noise: Tensor) -> Tensor:
-        latents = autoencoder.encode(vlm, images.to(torch.uint8))
+        latents = autoencoder.encode(vlm, images.round().to(torch.uint8))
         return autoencoder.decode(latents, noise).to(images)
 
     return through

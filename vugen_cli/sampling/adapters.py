@@ -4,6 +4,7 @@ Trained by `peft` beside the frozen expert; added to its matrices wherever it dr
 `peft` and takes no longer: W + weight B A.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,21 @@ def with_adapters(tensors: dict[str, Tensor], given: Sequence[str], path: str | 
 
 
 def parse(given: str) -> tuple[str, float]:
-    """`mine.safetensors:0.8` -> the file and its weight, which is 1 where none is given."""
-    file, _, weight = given.rpartition(":")
+    """`mine.safetensors:0.8` -> the file and its weight, which is 1 where none is given.
+
+    Raises:
+        VugenError: a weight that is not finite.
+    """
+    file, _, number = given.rpartition(":")
     try:
-        return (file, float(weight)) if file else (given, 1.0)
+        weight = float(number)
     except ValueError:
+        file = ""
+    if not file:
         return given, 1.0
+    if not math.isfinite(weight):
+        raise VugenError(f"--adapter {given}: {number} is no weight")
+    return file, weight
 
 
 def merge(sampler: Path, given: Sequence[str], out: Path, vlm: str | None = None) -> None:
