@@ -160,7 +160,7 @@ def sampler_scores(
     prompts = list(dict.fromkeys(meta["captions"][0] for _, meta in held_out if meta["captions"]))
     each = max(1, options.images // len(prompts))
     folder = draw(sampler, prompts, each, base.with_name(path.stem))
-    extractor = vlm_extractor(load_vlm(options.vlm, device), device)
+    extractor = vlm_extractor(load_vlm(options.vlm, device))
     references = options.data, base / "rec" / "decoded"
     reports = [score_sets(folder, reference, extractor, count=options.images) for reference in references]
     return [value for report in reports if (value := report.scores[0].value) is not None]

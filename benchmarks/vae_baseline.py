@@ -37,8 +37,8 @@ from vugen_cli.engine.device import pick_device
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.frechet import frechet_distance
 from vugen_cli.moments import Moments
+from vugen_cli.nano.caption_judge import group_of
 from vugen_cli.nano.composition import evaluation_scenes
-from vugen_cli.nano.judge import group_of
 from vugen_cli.nano.judges import stacked
 from vugen_cli.nano.reader import load_reader, verdicts
 from vugen_cli.recipe import load_recipe

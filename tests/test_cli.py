@@ -209,6 +209,11 @@ def test_inspect_shows_cards_and_manifests(trained: Path, scenes: Path, tmp_path
         (["study", "diversity", "--images", "nowhere"], "no images at nowhere"),
         (["study", "composition", "--sampler", "{reducer}"], "is a reducer checkpoint"),
         (["inspect", "nothing"], "no checkpoint at nothing"),
+        (["inspect", "{truncated}"], "was cut short"),
+        (["sample", "a bear", "--device", "meta"], "--device meta"),
+        (["export", "{sampler}", "--out", "noted"], "noted/README.md is of something else"),
+        (["export", "{sampler}", "--scores", "{manifest}"], "is no JSON of `vugen score`: Extra inputs"),
+        (["prepare", "--dataset", "folder", "--source", "noted", "--shapes", ""], "--shapes"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_line(
@@ -220,11 +225,16 @@ def test_bad_input_ends_in_one_line(
     truncated.write_bytes((trained / "reducer.safetensors").read_bytes()[:-100])
     names = {name: trained / f"{name}.safetensors" for name in ("reducer", "sampler")}
     names |= {"scenes": scenes, "vlm": vlm_path, "truncated": truncated}
+    names["manifest"] = scenes / "dataset.json"
+    noted = tmp_path / "noted" / "README.md"
+    noted.parent.mkdir()
+    noted.write_text("mine")
+    Image.new("RGB", (64, 64)).save(noted.with_name("a bear.png"))
     if "{other}" in arguments:
         names["other"] = save_random_vlm(tmp_path / "other", seed=5)
     before = set(tmp_path.rglob("*"))
     line = fails(*(a.format(**names) if "{" in a else a for a in arguments), cwd=tmp_path)
-    assert message in line
+    assert message in line and noted.read_text() == "mine"
     assert not [p for p in set(tmp_path.rglob("*")) - before if p.suffix == ".safetensors"]
 
 

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vugen_cli.app import app
+from vugen_cli.nano.caption_judge import GROUPS, group_of, judge
 from vugen_cli.nano.composition import evaluation_scenes
-from vugen_cli.nano.judge import GROUPS, group_of, judge
 
 WHAT = ("seen_subject", "held_out_setting", "pair_subject", "count_count")
 

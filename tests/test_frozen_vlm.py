@@ -25,11 +25,10 @@ def test_latents_are_what_the_projector_reads(vlm: FrozenVLM) -> None:
     assert torch.allclose(z.flatten(1, 2), seen[0], atol=1e-4)
 
 
-def test_encoding_is_invariant_to_batch_and_to_the_way_pixels_are_given(vlm: FrozenVLM) -> None:
+def test_encoding_is_invariant_to_batch(vlm: FrozenVLM) -> None:
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     together = vlm.encode(images)
     assert torch.allclose(together, torch.cat([vlm.encode(i[None]) for i in images]), atol=1e-5)
-    assert torch.equal(together, vlm.encode(images.float() / 255))
 
 
 def test_the_empty_prompt_has_a_prefix_of_its_own(vlm: FrozenVLM) -> None:

@@ -12,6 +12,7 @@ from conftest import tiny_overrides, vugen_here
 
 from vugen_cli.checkpoint import read_card
 from vugen_cli.data.loader import ShardedImages, TrainingStream, batches
+from vugen_cli.data.manifest import read_skipped
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 from vugen_cli.nano.scenes import OpenMojiScenes
@@ -107,17 +108,6 @@ def test_the_same_bytes_after_an_interruption_and_from_worker_processes_that_dec
         assert file.read_bytes() == (copy / file.name).read_bytes()
 
 
-def test_a_cache_that_an_earlier_version_began_goes_on(
-    cache: Path, scenes: Path, trained: Path, tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(cache, tmp_path / "copy"))
-    plan = json.loads((copy / ".progress" / "plan.json").read_text())
-    plan["latents"] |= {"instruction": "{prompt}", "prompt_tokens": 128}
-    (copy / ".progress" / "plan.json").write_text(json.dumps(plan))
-    write_latents(trained / "reducer.safetensors", scenes, copy, CPU, flip=True)
-    assert (copy / "dataset.json").read_bytes() == (cache / "dataset.json").read_bytes()
-
-
 def test_a_damaged_image_is_replaced_as_it_is_without_a_cache(
     scenes: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -126,10 +116,27 @@ def test_a_damaged_image_is_replaced_as_it_is_without_a_cache(
     start = data.index(b"\x89PNG")
     data[start : start + 64] = bytes(64)
     (copy / "train-000000.tar").write_bytes(data)
-    write_latents(trained / "reducer.safetensors", copy, tmp_path / "latents", CPU)
+    manifest = write_latents(trained / "reducer.safetensors", copy, tmp_path / "latents", CPU)
+    (damaged,) = read_skipped(tmp_path / "latents", "train")
+    assert manifest.splits["train"].skipped_count == 1 and damaged.key.startswith("train-000000.tar/")
     live = next(iter(TrainingStream(ShardedImages(copy), 96, seed=0)))
     cached = next(iter(TrainingStream(ShardedImages(tmp_path / "latents", latents=True), 96, seed=0)))
     assert live.corrupt == cached.corrupt == 1 and live.captions == cached.captions
+
+
+def test_a_shard_of_which_little_can_be_read_is_refused_and_written_once_it_is_whole(
+    scenes: Path, trained: Path, tmp_path: Path
+) -> None:
+    copy, out = Path(shutil.copytree(scenes, tmp_path / "copy")), tmp_path / "latents"
+    whole = (copy / "train-000001.tar").read_bytes()
+    (copy / "train-000001.tar").write_bytes(whole[: len(whole) // 2])
+    said = r"1\d of 24 pictures of .*/train-000001\.tar are damaged \(.*\), more than data.max_corrupt=0.1"
+    with pytest.raises(VugenError, match=said):
+        write_latents(trained / "reducer.safetensors", copy, out, CPU)
+    assert not (out / "train-000001.tar").exists() and not (out / "dataset.json").exists()
+    (copy / "train-000001.tar").write_bytes(whole)
+    manifest = write_latents(trained / "reducer.safetensors", copy, out, CPU)
+    assert not manifest.splits["train"].skipped_count and not list(out.glob("skipped-*"))
 
 
 def test_a_cache_is_refused_where_it_does_not_belong(

@@ -222,7 +222,7 @@ def test_distances_rise_with_damage(tmp_path, pictures, vlm, damage, strengths):
         return tmp_path / name
 
     clean = batch("clean.npz", pictures)
-    extractor = vlm_extractor(vlm, "cpu")
+    extractor = vlm_extractor(vlm)
     rows = []
     for strength in (0, *strengths):
         worse = batch("worse.npz", [damage(image, strength) if strength else image for image in pictures])

@@ -16,6 +16,7 @@ from vugen_cli.data.loader import Batch, ShardedImages, TrainingStream
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 from vugen_cli.files import bundle
+from vugen_cli.nano.caption_judge import caption_accuracy, mentions
 from vugen_cli.nano.conversations import (
     MATCH,
     conversation,
@@ -24,7 +25,6 @@ from vugen_cli.nano.conversations import (
     training_texts,
     word_rarity,
 )
-from vugen_cli.nano.judge import caption_accuracy, mentions
 from vugen_cli.nano.scenes import OpenMojiScenes, swapped_caption
 from vugen_cli.nano.train_vlm import NanoTraining
 from vugen_cli.nano.vlm import build, save_vlm, train_tokenizer

@@ -308,10 +308,10 @@ def test_vlm_features_are_averaged_over_the_grid_and_never_called_fid(tmp_path):
         processor = SimpleNamespace(image_processor=SimpleNamespace(to_dict=lambda: {"size": 8}))
 
         def encode(self, images):
-            assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
-            return torch.nn.functional.avg_pool2d(images, 8).permute(0, 2, 3, 1)
+            assert images.dtype == torch.uint8
+            return torch.nn.functional.avg_pool2d(images / 255, 8).permute(0, 2, 3, 1)
 
-    extractor = vlm_extractor(Vlm(), torch.device("cpu"))
+    extractor = vlm_extractor(Vlm())
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     torch.testing.assert_close(extractor.features(images)["features"], images.float().mean(dim=(2, 3)) / 255)
     a, b = write_images(tmp_path / "a", 6, 1), write_images(tmp_path / "b", 6, 2)

@@ -438,7 +438,7 @@ def test_a_missing_gpu_is_explained() -> None:
 def test_a_task_that_is_shown_one_gpu_takes_it_whatever_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("is_available", True), ("device_count", 1), ("set_device", None)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
     said = {"MASTER_ADDR": "a", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "3"}
     for name, text in said.items():
         monkeypatch.setenv(name, text)

@@ -110,7 +110,7 @@ class Card(BaseModel):
 class RunCard(BaseModel):
     """`run.json`: what a run sets out to do, written at each of its starts."""
 
-    stage: str = Field(description="`vlm`, `vae`, `reducer`, `decoder` or `sampler`")
+    stage: str = Field(description="`vlm`, `vae`, `judge`, `reducer`, `decoder` or `sampler`")
     steps: int = Field(description="optimiser steps of the whole run")
     batch_size: int = Field(description="images a step")
     version: str = Field("", description="of the tool")
@@ -141,7 +141,7 @@ class StateCard(BaseModel):
 
     format: int = Field(FORMAT, description="as of a checkpoint")
     version: str = Field("", description="of the tool that wrote it")
-    stage: str = Field(description="`vlm-`, `vae-`, `reducer-`, `decoder-` or `sampler-state`")
+    stage: str = Field(description="`vlm-`, `vae-`, `judge-`, `reducer-`, `decoder-` or `sampler-state`")
     step: int = Field(description="optimiser steps taken")
     resolved: dict[str, Any] = Field(
         description="recipe, data and VLM of the run, which a resumed one must match"

@@ -69,8 +69,15 @@ def read_header(path: str | Path) -> AnyCard:
             if not 2 <= length <= min(LARGEST_HEADER, file.stat().st_size):
                 raise ValueError("its header is not that of a safetensors file")
             header = json.loads(handle.read(length))
+        whole = (
+            8
+            + length
+            + max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+        )
+        if file.stat().st_size < whole:
+            raise ValueError(f"it was cut short: {file.stat().st_size} of {whole} bytes are there")
         text = header.get("__metadata__", {}).get("vugen")
-    except (OSError, ValueError, struct.error, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, struct.error, AttributeError) as error:
         raise VugenError(f"{file} is not a readable safetensors file ({error})") from error
     if text is None:
         raise VugenError(f"{file} was not written by vugen: its header has no card")

@@ -12,7 +12,7 @@ FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 CONFIGS = ("*config.json",)  # what says how large a VLM is
 
 
-def reach_hub(name: str, what: str, seconds: float = 5.0) -> bool:
+def reach_hub(name: str, what: str) -> bool:
     """Whether the hub answers, for a hub id that is to be loaded.
 
     Left alone, the hub library retries an unreachable host for minutes.
@@ -20,7 +20,6 @@ def reach_hub(name: str, what: str, seconds: float = 5.0) -> bool:
     Args:
         name: the id, owner/name.
         what: it is, as a message begins: `the VLM`.
-        seconds: to wait.
 
     Raises:
         VugenError: the hub does not answer and the model was not downloaded before, or the id can be none.
@@ -28,7 +27,7 @@ def reach_hub(name: str, what: str, seconds: float = 5.0) -> bool:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    problem = hub_problem(seconds)
+    problem = hub_problem()
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
     except HFValidationError as error:

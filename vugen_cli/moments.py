@@ -77,11 +77,6 @@ class Moments:
         self.n = self._folded
 
     @property
-    def dim(self) -> int:
-        """The feature dimension d; 0 before the first row."""
-        return self._mean.size
-
-    @property
     def mean(self) -> np.ndarray:
         """float64 [d]."""
         self._fold_pending()

@@ -22,7 +22,9 @@ class Run(Record):
     """One run."""
 
     run: str = Field(description="its folder")
-    stage: str | None = Field(description="`vlm`, `vae`, `reducer`, `decoder` or `sampler`; null if unknown")
+    stage: str | None = Field(
+        description="`vlm`, `vae`, `judge`, `reducer`, `decoder` or `sampler`; null if unknown"
+    )
     state: Literal["running", "finished", "stopped"] = Field(description="whether it goes on")
     step: int = Field(description="optimiser steps logged")
     steps: int | None = Field(description="of the whole run; null if unknown")

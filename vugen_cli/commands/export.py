@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import Answer, DeviceOption
+from vugen_cli.commands.options import Answer, DeviceOption, VlmNowOption
 
 
 def export(
@@ -27,9 +27,7 @@ def export(
     adapter: Annotated[
         list[str] | None, typer.Option(help="Adapter to add for good, as FILE or FILE:WEIGHT. Repeatable.")
     ] = None,
-    vlm: Annotated[
-        str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
-    ] = None,
+    vlm: VlmNowOption = None,
     device: DeviceOption = None,
 ) -> Answer:
     """Write a sampler with its VLM as a diffusers folder with a model card, to share.

@@ -51,6 +51,9 @@ VlmOption = Annotated[
         help="VLM: `nano` (bundled), a Hugging Face directory, or a hub id, also hf:owner/name@revision."
     ),
 ]
+VlmNowOption = Annotated[
+    str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
+]
 AllowMismatchOption = Annotated[
     bool,
     typer.Option("--allow-vlm-mismatch", help="Take a VLM of other weights than the checkpoint's."),
@@ -88,7 +91,7 @@ def training_recipe(
     return _on(vlm, load_recipe(recipe, _overrides(stage, steps, batch_size, overrides, log)))
 
 
-def sampler_recipe(
+def recipe_from_card(
     card: "Card",
     reducer: Path,
     recipe: str | None,

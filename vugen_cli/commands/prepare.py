@@ -43,7 +43,9 @@ SourceOption = Annotated[
     typer.Option(help="Where the data is; imagenet and coco also look in $IMAGENET_DIR and $COCO_DIR."),
 ]
 OutOption = Annotated[Path | None, typer.Option(help="Folder to write.  [default: data/DATASET]")]
-SizeOption = Annotated[int | None, typer.Option(min=8, help="Side in pixels.  [default: 256; openmoji 64]")]
+SizeOption = Annotated[
+    int | None, typer.Option(min=8, max=8192, help="Side in pixels.  [default: 256; openmoji 64]")
+]
 ShapesOption = Annotated[
     str | None,
     typer.Option(
@@ -136,7 +138,7 @@ def prepare(
     if pairs is not None and dataset is not Dataset.openmoji:
         raise VugenError("--pairs goes with --dataset openmoji")
     laid = split is not Split.train or seed or shard_size != SHARD_SIZE
-    if dataset is None and (source or count or strict or size or shapes or laid):
+    if dataset is None and (source or count or strict or size or shapes is not None or laid):
         raise VugenError(
             "--source, --split, --size, --shapes, --count, --shard-size, --seed and --strict go with "
             "--dataset: --latents makes those of a whole data set"
@@ -144,7 +146,7 @@ def prepare(
     if latents is not None:
         return prepare_latents(latents, data, out, vlm, device, flip, workers)
     assert dataset is not None
-    if shapes:
+    if shapes is not None:
         check_shapes(dataset, size)
     out = out or Path("data") / dataset.value
     size = size or (64 if dataset in (Dataset.openmoji, Dataset.openmoji_edits) else 256)
@@ -240,11 +242,14 @@ def prepare_latents(
         typer.echo(f"Interrupted. Finished shards are kept in {out}; the same command goes on.", err=True)
         raise typer.Exit(130) from None
     count = sum(entry.count for entry in manifest.splits.values())
+    damaged = sum(entry.skipped_count for entry in manifest.splits.values())
+    listed = f", {damaged} damaged (listed in skipped-SPLIT.jsonl)" if damaged else ""
     typer.echo(
-        f"{out}: latents of {count} images; next: vugen train-sampler --reducer {checkpoint} --data {out}"
+        f"{out}: latents of {count} images{listed}; "
+        f"next: vugen train-sampler --reducer {checkpoint} --data {out}"
     )
     shards = sum(len(entry.shards) for entry in manifest.splits.values())
-    return Prepared(out=str(out), count=count, size=manifest.size, shards=shards)
+    return Prepared(out=str(out), count=count, size=manifest.size, shards=shards, skipped_count=damaged)
 
 
 def open_source(

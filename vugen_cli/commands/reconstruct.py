@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption
+from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption, VlmNowOption
 
 if TYPE_CHECKING:
     from vugen_cli.nano.judges import OfReconstructions
@@ -27,9 +27,7 @@ def reconstruct(
         int | None, typer.Option(min=1, help="Decoder steps. [default: the checkpoint's]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the decoder's noise.")] = 0,
-    vlm: Annotated[
-        str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
-    ] = None,
+    vlm: VlmNowOption = None,
     allow_vlm_mismatch: AllowMismatchOption = False,
     save_images: Annotated[
         bool, typer.Option("--save-images", help="Also write every original and its reconstruction as PNG.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption
+from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption, VlmNowOption
 
 if TYPE_CHECKING:
     from vugen_cli.data.shapes import Shape
@@ -52,9 +52,6 @@ SeedOption = Annotated[
 ]
 CompileOption = Annotated[
     bool, typer.Option("--compile", help="Compile the expert first: a minute that pays for many pictures.")
-]
-VlmNowOption = Annotated[
-    str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
 ]
 GuidanceOption = Annotated[
     float | None,

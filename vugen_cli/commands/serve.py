@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption, SamplerOption
+from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption, SamplerOption, VlmNowOption
 from vugen_cli.commands.sample import AdapterOption, DecoderOption, QuantizeOption
 from vugen_cli.errors import VugenError
 
@@ -21,9 +21,7 @@ def serve(
     sampler: SamplerOption = None,
     decoder: DecoderOption = None,
     adapter: AdapterOption = None,
-    vlm: Annotated[
-        str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
-    ] = None,
+    vlm: VlmNowOption = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",

@@ -65,8 +65,8 @@ def train_reducer(
     from vugen_cli.commands.options import (
         at_size_of_data,
         data_of,
+        recipe_from_card,
         require_safetensors,
-        sampler_recipe,
         training_recipe,
     )
     from vugen_cli.engine.device import pick_device
@@ -82,7 +82,7 @@ def train_reducer(
     if given:
         card = read_card(given) if distill else at_size_of_data(read_card(given))
         kept = ("reducer", "decoder") if distill else ("reducer",)
-        resolved = sampler_recipe(
+        resolved = recipe_from_card(
             card, given, recipe, steps, batch_size, set_, vlm, "train_reducer", kept, log
         )
         source = data_of(resolved, data, card, recipe is not None)

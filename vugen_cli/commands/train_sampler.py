@@ -76,7 +76,7 @@ def train_sampler(
     """
     from vugen_cli.checkpoint import read_card
     from vugen_cli.commands.answers import Trained
-    from vugen_cli.commands.options import at_size_of, data_of, require_safetensors, sampler_recipe
+    from vugen_cli.commands.options import at_size_of, data_of, recipe_from_card, require_safetensors
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
     from vugen_cli.processes import join
@@ -96,7 +96,7 @@ def train_sampler(
     kept = ("reducer", "decoder", "expert") if init else ("reducer", "decoder")
     training = ADAPTER_TRAINING if adapter else None
     given = (recipe, steps, batch_size, set_, vlm, "train_sampler", kept, log, training)
-    resolved, options = sampler_recipe(card, start, *given), RunOptions(profile, change_recipe)
+    resolved, options = recipe_from_card(card, start, *given), RunOptions(profile, change_recipe)
     images, where = data_of(resolved, data, card, recipe is not None), join(pick_device(device))
     further = start if init else None
     run(resolved, reducer or start, images, out, where, allow_vlm_mismatch, further, options, adapter)

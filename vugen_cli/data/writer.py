@@ -147,7 +147,7 @@ def write_dataset(
             f"--size must be 8 or more and --shard-size, --workers and --count 1 or more, not "
             f"{size}, {shard_size}, {workers} and {count}"
         )
-    cuts = parse_shapes(shapes) if shapes else [(size, size)]
+    cuts = [(size, size)] if shapes is None else parse_shapes(shapes)
     size = next(height for height, width in cuts if height == width)
     if len(source) == 0:
         raise VugenError(f"{source.origin} holds no pictures: nothing to prepare")

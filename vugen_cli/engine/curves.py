@@ -47,16 +47,14 @@ def plot_curves(run: Path) -> None:
     log = [json.loads(line) for line in lines]
     if not log:
         return
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     hidden = {"step", "corrupt", "captions_cut", "data_wait", "memory_gb"}
     names = [k for k in dict.fromkeys(k for row in log for k in row) if k not in hidden]
     wide = 3.6 * len(names)  # inches; margins are set, since measuring every label takes as long as drawing
     margins = {"left": 0.6 / wide, "right": 1 - 0.1 / wide, "bottom": 0.17, "top": 0.9, "wspace": 0.25}
-    figure, axes = plt.subplots(1, len(names), figsize=(wide, 3), gridspec_kw=margins, squeeze=False)
+    figure = Figure(figsize=(wide, 3))
+    axes = figure.subplots(1, len(names), gridspec_kw=margins, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         steps = np.array([row["step"] for row in log if name in row])
         values = np.array([row[name] for row in log if name in row])
@@ -71,4 +69,3 @@ def plot_curves(run: Path) -> None:
             axis.set_yscale("log")
     with whole_file(run / "curves.png") as temporary:
         figure.savefig(temporary, dpi=100, format="png")
-    plt.close(figure)

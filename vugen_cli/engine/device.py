@@ -52,7 +52,7 @@ def pick_device(name: str | None = None) -> torch.device:
         name = f"cuda:{number}"
     try:
         device = torch.device(name or "cpu")
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which `meta` has not
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except Exception as error:  # each backend that is missing raises its own kind

@@ -29,7 +29,7 @@ class Stage:
     """What makes one stage different from another.
 
     Attributes:
-        name: `vlm`, `vae`, `reducer`, `decoder` or `sampler`.
+        name: `vlm`, `vae`, `judge`, `reducer`, `decoder` or `sampler`.
         module: holds every trained weight.
         loss: (batch, generator, step) -> (scalar loss, named scalars to log). Called under autocast.
         preview: path of the PNG to write -> None; called while the module has its averaged weights.

@@ -190,8 +190,10 @@ def resume(
     # States of earlier versions do not say what their data set held.
     changed = [c for c in changed if not c.startswith(("data.sha256: None ", "teacher.calls: None "))]
     if changed and not change_recipe:
+        began = any(c.startswith("expert: ") for c in changed)
+        init = "give --init the sampler that it began with, " if began else ""
         raise VugenError(
-            f"{run} holds a run with other settings ({'; '.join(changed)}): give --out another name, "
+            f"{run} holds a run with other settings ({'; '.join(changed)}): {init}give --out another name, "
             f"delete {run} to start over, or pass --change-recipe to go on with the new ones"
         )
     parts: dict[str, Mapping[str, Tensor]] = {

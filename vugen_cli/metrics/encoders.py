@@ -18,17 +18,16 @@ from vugen_cli.metrics.features import Extractor
 from vugen_cli.torchvision_repair import repair_torchvision
 
 
-def vlm_extractor(vlm: Any, device: torch.device | str) -> Extractor:
+def vlm_extractor(vlm: Any) -> Extractor:
     """Features from a VLM's own vision encoder, averaged over its grid of patches.
 
     Args:
         vlm: what `vugen_cli.vlm.frozen.load_vlm` returns, of which this uses `fingerprint`, the settings of
-            `processor.image_processor`, and `encode(float [B, 3, H, W] in [0, 1]) -> float [B, h, w, d]`.
-        device: where images are moved before they are encoded.
+            `processor.image_processor`, and `encode(uint8 [B, 3, H, W]) -> float [B, h, w, d]`.
     """
 
     def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
-        grid = vlm.encode(images.to(device).float() / 255)
+        grid = vlm.encode(images)
         return {"features": grid.double().mean(dim=(1, 2)).float()}
 
     return Extractor(
@@ -266,7 +265,7 @@ def load_extractor(features: str, recorded_vlm: str, device: torch.device | str)
 
         if not which:
             print(f"features: of the VLM {recorded_vlm}")
-        return vlm_extractor(load_vlm(which or recorded_vlm, device=device), device)
+        return vlm_extractor(load_vlm(which or recorded_vlm, device=device))
     if kind == "clip" and which:
         return clip_extractor(which, device)
     if kind == "dinov2" and which:

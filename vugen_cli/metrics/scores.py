@@ -151,11 +151,7 @@ def score_sets(
         VugenError: as `open_image_set` and `compare_sets`.
     """
     if isinstance(extractor, str):
-        from vugen_cli.metrics.encoders import vlm_extractor
-        from vugen_cli.vlm.frozen import load_vlm
-
-        frozen = load_vlm(extractor)
-        extractor = vlm_extractor(frozen, frozen.device)
+        extractor = load_extractor(f"vlm:{extractor}", "", "cpu")
     # Both are opened before either is read: a wrong path should not cost a pass over the other set.
     ours = open_image_set(images, count)
     theirs = None if reference is None else open_image_set(reference, count)

@@ -10,10 +10,10 @@ from vugen_cli.data.sample import MOST_SOURCES
 from vugen_cli.vlm.prefix import Prefix
 
 
-def sinusoid(values: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
+def sinusoid(values: Tensor, width: int) -> Tensor:
     """Sines and cosines of `values` [...] at `width / 2` geometric frequencies, float32 [..., width]."""
     frequencies = torch.exp(
-        -math.log(longest) * torch.arange(width // 2, device=values.device) / (width // 2)
+        -math.log(10_000.0) * torch.arange(width // 2, device=values.device) / (width // 2)
     )
     angles = values.float()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)

@@ -15,8 +15,8 @@ from vugen_cli.errors import VugenError
 from vugen_cli.metrics.encoders import vlm_extractor
 from vugen_cli.metrics.report import Report
 from vugen_cli.metrics.scores import score_sets
+from vugen_cli.nano.caption_judge import GROUPS, group_of
 from vugen_cli.nano.conversations import DESCRIBE
-from vugen_cli.nano.judge import GROUPS, group_of
 from vugen_cli.nano.judges import judges_beside, shares, stacked
 from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.processes import barrier, is_first
@@ -107,7 +107,7 @@ def _compare_with_real(
         _save_scenes(groups, real)
         _save_scenes(evaluation_scenes(each, sampler.card.image_size, seed + 1), other)
     barrier("real scenes")
-    extractor = vlm_extractor(sampler.vlm, sampler.vlm.device)
+    extractor = vlm_extractor(sampler.vlm)
     ours, theirs = (score_sets(path, real, extractor, ("fid", "pr", "dc")) for path in (out, other))
     for score, best in zip(ours.scores, theirs.scores, strict=True):
         score.name += f" (another real set: {best.value:.4g})"

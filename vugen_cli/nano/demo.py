@@ -135,7 +135,7 @@ def run_demo(out: Path, device: torch.device) -> Path:
     draw_both(taught, out, "after")
 
     _say("5/5 score: Fréchet distance to drawn flamingos in the same places, on the VLM's own features")
-    extractor = vlm_extractor(sampler.vlm, device)
+    extractor = vlm_extractor(sampler.vlm)
     reports = {name: score_sets(out / name, things, extractor) for name in ("before", "after")}
     write_json(out / "scores.json", {name: report.written() for name, report in reports.items()})
 

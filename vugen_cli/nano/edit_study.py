@@ -19,11 +19,11 @@ from vugen_cli.errors import VugenError
 from vugen_cli.metrics.bootstrap import resampled_means
 from vugen_cli.metrics.prompted_images import score_of
 from vugen_cli.metrics.report import Report, Score, versions
+from vugen_cli.nano.caption_judge import mentions, mentions_setting
 from vugen_cli.nano.conversations import DESCRIBE
 from vugen_cli.nano.edits import EDITS, OpenMojiEdits
-from vugen_cli.nano.judge import mentions, mentions_setting
 from vugen_cli.nano.judges import stacked
-from vugen_cli.nano.reader import JUDGES, SIDES, Reading, SceneReader, load_reader, read
+from vugen_cli.nano.reader import JUDGES, Reading, SceneReader, load_reader, read
 from vugen_cli.nano.vocabulary import (
     COLORS,
     NUMBERS,
@@ -140,12 +140,8 @@ def by_reader(reader: SceneReader) -> See:
 
 
 def _seen(reading: Reading, row: int) -> Scene:
-    counts = reading.counts[row]
-    there = [i for i in counts.argsort(descending=True).tolist() if counts[i] > 0.5]
-    relation = None
-    if len(there) == 2:
-        one = Reading(*(values[row : row + 1] for values in reading))
-        relation = SIDES[int(one.sides(torch.tensor(there[:1]), torch.tensor(there[1:])).argmax())]
+    counts, there = reading.counts[row], reading.there(row)
+    relation = reading.side(row, *there) if len(there) == 2 else None
     return {
         "subjects": [
             {

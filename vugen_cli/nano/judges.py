@@ -17,8 +17,8 @@ from vugen_cli.data.loader import ShardedImages
 from vugen_cli.metrics.bootstrap import resampled_means
 from vugen_cli.metrics.prompted_images import score_of
 from vugen_cli.metrics.report import Score
+from vugen_cli.nano.caption_judge import GROUPS, judge, tally
 from vugen_cli.nano.conversations import DESCRIBE
-from vugen_cli.nano.judge import GROUPS, group_of, judge
 from vugen_cli.nano.reader import JUDGES, load_reader, verdicts
 from vugen_cli.nano.vocabulary import Scene
 from vugen_cli.vlm.chat import ask
@@ -65,14 +65,10 @@ def shares(
     """
     found = []
     for who, judged in judges.items():
-        ours, theirs = judged(pictures, scenes), judged(real, scenes)
+        ours, theirs = (tally(scenes, judged(shown, scenes)) for shown in (pictures, real))
         for group, spoken in GROUPS.items():
-            rows = [i for i, scene in enumerate(scenes) if group_of(scene) == group]
-            for what in dict.fromkeys(what for i in rows for what in theirs[i]):
-                right, best = (
-                    100 * np.array([all_of[i][what] for i in rows if what in all_of[i]], dtype=float)
-                    for all_of in (ours, theirs)
-                )
+            for what, of_real in theirs[group].items():
+                right, best = (100 * np.array(of, dtype=float) for of in (ours[group].get(what, []), of_real))
                 found.append(
                     score_of(
                         f"{name}_{who}_{group}_{what}",

@@ -55,6 +55,16 @@ class Reading(NamedTuple):
         x, y = (self.centres[rows, first] - self.centres[rows, second]).unbind(1)
         return 8 * torch.stack([-x, x, -y, y], 1)
 
+    def side(self, row: int, first: int, second: int) -> str:
+        """Which of `SIDES` it is, in one picture."""
+        one = Reading(*(values[row : row + 1] for values in self))
+        return SIDES[int(one.sides(torch.tensor([first]), torch.tensor([second])).argmax())]
+
+    def there(self, row: int) -> list[int]:
+        """Numbers of the subjects of one picture, the most first."""
+        counts = self.counts[row]
+        return [i for i in counts.argsort(descending=True).tolist() if counts[i] > 0.5]
+
 
 class Block(nn.Module):
     """A residual block of two convolutions [B, c, h, w]."""
@@ -182,9 +192,7 @@ def _verdict(reading: Reading, row: int, scene: Scene) -> dict[str, bool]:
     if not right["subject"]:
         return right
     if scene["relation"] in SIDES:
-        one = Reading(*(values[row : row + 1] for values in reading))
-        side = one.sides(torch.tensor(asked[:1]), torch.tensor(asked[1:]))
-        right["side"] = SIDES[int(side.argmax())] == scene["relation"]
+        right["side"] = reading.side(row, *asked) == scene["relation"]
     named = [(i, s["color"]) for i, s in zip(asked, scene["subjects"], strict=True) if s["color"]]
     if named:
         colours = list(COLORS)
@@ -195,6 +203,5 @@ def _verdict(reading: Reading, row: int, scene: Scene) -> dict[str, bool]:
 def told(reading: Reading, row: int) -> str:
     """One row of a reading in a few words, as `2 cat, car, forest`."""
     counts = reading.counts[row]
-    there = [i for i in counts.argsort(descending=True).tolist() if counts[i] > 0.5]
-    words = [f"{min(max(NUMBERS), round(float(counts[i])))} {SUBJECT_NAMES[i]}" for i in there]
+    words = [f"{min(max(NUMBERS), round(float(counts[i])))} {SUBJECT_NAMES[i]}" for i in reading.there(row)]
     return ", ".join([*words, SETTING_NAMES[int(reading.settings[row].argmax())]])

@@ -13,7 +13,7 @@ from vugen_cli.data.manifest import dataset_card
 from vugen_cli.engine.loop import train
 from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.errors import VugenError
-from vugen_cli.nano.judge import GROUPS, group_of
+from vugen_cli.nano.caption_judge import tally
 from vugen_cli.nano.reader import SIDES, Reading, SceneReader, load_reader, save_reader, told, verdicts
 from vugen_cli.nano.vocabulary import COLORS, SETTING_NAMES, SUBJECT_NAMES, Scene
 from vugen_cli.pictures import save_grid
@@ -137,14 +137,10 @@ def reading_accuracy(reader: SceneReader, images: ShardedImages, count: int = 20
     for pixels, meta in images.in_order(count):
         pictures.append(torch.from_numpy(pixels).permute(2, 0, 1))
         scenes.append(meta["scene"])
-    found = verdicts(reader, torch.stack(pictures), scenes)
     scores: dict[str, float] = {}
-    for group in GROUPS:
-        rows = [verdict for verdict, scene in zip(found, scenes, strict=True) if group_of(scene) == group]
-        for what in dict.fromkeys(what for verdict in rows for what in verdict):
-            right = [verdict[what] for verdict in rows if what in verdict]
-            scores[f"{group}_{what}"] = sum(right) / len(right)
-        scores[f"{group}_scenes"] = len(rows)
+    for group, asked in tally(scenes, verdicts(reader, torch.stack(pictures), scenes)).items():
+        scores |= {f"{group}_{what}": sum(right) / len(right) for what, right in asked.items()}
+        scores[f"{group}_scenes"] = len(asked.get("subject", []))  # which is asked of each
     return scores
 
 

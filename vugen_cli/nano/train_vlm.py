@@ -31,8 +31,8 @@ from vugen_cli.engine.loop import train
 from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.errors import VugenError
 from vugen_cli.files import refuse_foreign, whole_folder
+from vugen_cli.nano.caption_judge import caption_accuracy
 from vugen_cli.nano.conversations import DESCRIBE, conversation, training_texts, whole_batch, word_rarity
-from vugen_cli.nano.judge import caption_accuracy
 from vugen_cli.nano.vlm import SPECIAL, build, save_vlm, save_words, train_tokenizer
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import is_first

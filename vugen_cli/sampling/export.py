@@ -16,6 +16,7 @@ from vugen_cli.sampling.sampler import Sampler
 
 PICTURES = "pictures.png"
 EACH = 4  # pictures of a prompt
+METHOD = "by the VUGEN method"  # which every model card names: it tells those of earlier exports
 
 
 def export(
@@ -31,8 +32,12 @@ def export(
         licence: of the weights, as hubs write it.
 
     Raises:
-        VugenError: a file holds no scores, a prompt cannot be drawn, or the folder cannot be written.
+        VugenError: a file holds no scores, a prompt cannot be drawn, or the folder has a README.md of its own
+            or cannot be written.
     """
+    readme = out / "README.md"
+    if readme.exists() and METHOD not in readme.read_text(encoding="utf-8", errors="replace"):
+        raise VugenError(f"{readme} is of something else: choose another --out, or move it away")
     reports = [_report(path) for path in scores]
     images = sampler.sample(prompts, EACH)  # which says at once if a prompt cannot be drawn
     VugenPipeline(sampler).save_pretrained(out)
@@ -41,7 +46,7 @@ def export(
         drawn = {(p, i): image for p, i, image in images}
         pictures = torch.stack([drawn[key] for key in sorted(drawn)])
         save_grid(pictures, out / PICTURES, EACH, [prompts[p] for p, _ in sorted(drawn)])
-    with whole_file(out / "README.md") as temporary:
+    with whole_file(readme) as temporary:
         temporary.write_text(model_card(sampler, out.name, prompts, reports, licence), encoding="utf-8")
 
 
@@ -76,7 +81,7 @@ def model_card(
     parts = [
         f"---\n{head.to_yaml()}\n---\n",
         f"# {name}\n",
-        "Draws pictures for prompts, in the embeddings of a vision-language model, by the VUGEN method.\n",
+        f"Draws pictures for prompts, in the embeddings of a vision-language model, {METHOD}.\n",
         f"![{'; '.join(prompts)}]({PICTURES})\n" if prompts else "",
         USE,
         "## What it is\n\n| | |\n|---|---|\n" + "".join(f"| {k} | {v} |\n" for k, v in facts.items() if v),
@@ -118,4 +123,5 @@ def _report(path: Path) -> Report:
     try:
         return Report.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise VugenError(f"--scores {path} is no JSON of `vugen score`: {first_line(error)}") from error
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
+        raise VugenError(f"--scores {path} is no JSON of `vugen score`: {problem}") from error

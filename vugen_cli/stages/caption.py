@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.images import is_jpeg
-from vugen_cli.data.loader import Chunk, Damaged, ShardedImages, StoredChunks, batches
+from vugen_cli.data.loader import Chunk, ShardedImages, StoredChunks, batches
 from vugen_cli.data.manifest import (
     FORMAT,
     CaptionOrigin,
@@ -25,6 +25,7 @@ from vugen_cli.data.manifest import (
     Record,
     Skipped,
     Split,
+    read_manifest,
     this_tool,
     write_manifest,
     write_skipped,
@@ -32,12 +33,12 @@ from vugen_cli.data.manifest import (
 from vugen_cli.data.sample import Meta
 from vugen_cli.data.shapes import shape_name
 from vugen_cli.data.writer import add_member, finished_shard, held, shard_file
-from vugen_cli.errors import VugenError, first_line
+from vugen_cli.errors import VugenError
 from vugen_cli.files import write_json
 from vugen_cli.processes import barrier, is_first, rank, world_size
 from vugen_cli.progress import progress_bar
 from vugen_cli.recipe import Captioning
-from vugen_cli.stages.latent_cache import claim
+from vugen_cli.stages.latent_cache import claim, damage_of
 from vugen_cli.vlm.chat import CHAT_BATCH, ask, asking
 from vugen_cli.vlm.frozen import load_model
 
@@ -99,11 +100,11 @@ def write_captions(
         barrier("captions planned")
         _write_missing(out, list(splits.values()), describe, known, workers)
         barrier("captions written")
-        manifest.splits = {name: _split(out, name, images) for name, images in splits.items()}
         if is_first():
+            manifest.splits = {name: _split(out, name, images) for name, images in splits.items()}
             write_manifest(out, manifest)
     barrier("captions prepared")
-    return manifest
+    return read_manifest(out)
 
 
 def _describe(model: Any, processor: Any, name: str, asked: Captioning, images: Tensor) -> list[list[str]]:
@@ -151,7 +152,7 @@ def _write_shard(
             samples = dict(zip(rows, zip(metas, told, strict=True), strict=True))
             for row in range(first, min(first + CHAT_BATCH, count)):
                 if row not in samples:
-                    skipped.append(Skipped(key=f"{name}/{row:09d}", reason=_damage(images, shard, row)))
+                    skipped.append(Skipped(key=f"{name}/{row:09d}", reason=damage_of(images, shard, row)))
                     continue
                 meta = with_captions(samples[row][0], samples[row][1], known)
                 lines = meta.pop("captions")
@@ -189,14 +190,6 @@ def with_captions(meta: Meta, told: Sequence[str], known: int) -> Meta:
     }
 
 
-def _damage(images: ShardedImages, shard: int, row: int) -> str:
-    try:
-        images.read(shard, row)
-    except Damaged as error:
-        return first_line(error)
-    return "could not be read a moment ago"
-
-
 def _note(out: Path, shard: str) -> Path:
     return out / ".progress" / f"{shard}.json"
 
@@ -210,8 +203,7 @@ def _split(out: Path, name: str, images: ShardedImages) -> Split:
             raise VugenError(f"shards are missing from {out}: all processes of the job must share --out")
         records.append(record)
         captions.merge(record.captions)
-    if is_first():
-        write_skipped(out, name, records)
+    write_skipped(out, name, records)
     return Split(
         count=captions.images,
         source=images.manifest.splits[name].source,

@@ -18,12 +18,21 @@ import torch
 from vugen_cli.card import Card
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.images import is_jpeg
-from vugen_cli.data.loader import Chunk, ShardedImages, StoredChunks, batches
-from vugen_cli.data.manifest import FORMAT, Manifest, dataset_card, write_manifest
+from vugen_cli.data.loader import Chunk, Damaged, ShardedImages, StoredChunks, batches
+from vugen_cli.data.manifest import (
+    FORMAT,
+    Manifest,
+    Record,
+    Skipped,
+    dataset_card,
+    read_manifest,
+    write_manifest,
+    write_skipped,
+)
 from vugen_cli.data.shapes import shape_name
 from vugen_cli.data.writer import add_member, finished_shard, held, shard_file
 from vugen_cli.engine.precision import passes, wants_bfloat16
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import write_json
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.reducer import merge
@@ -109,6 +118,7 @@ def write_latents(
     """Write the latent cache of every split of a data set and return its manifest.
 
     The processes of a job share out the shards. Killed, the same call goes on with those that are missing.
+    Damaged pictures are counted and listed.
 
     Args:
         checkpoint: a reducer or sampler, whose reducer makes the z̃.
@@ -121,7 +131,9 @@ def write_latents(
         workers: processes that read and decode the images while these are encoded; 0: this one does.
 
     Raises:
-        VugenError: a bad checkpoint, VLM or data set; `out` holds something else or cannot be written.
+        VugenError: a bad checkpoint, VLM or data set; a shard with more damaged pictures than
+            `data.max_corrupt` of the checkpoint's recipe allows; `out` holds something else or cannot be
+            written.
     """
     autoencoder, _, card = load_autoencoder(checkpoint, device)
     frozen = vlm_of(card, checkpoint, vlm, device)
@@ -160,25 +172,34 @@ def write_latents(
         ]
         chunks = batches(StoredChunks(missing, ENCODE_BATCH), workers if missing else 0)
         total = sum(int(images.counts[shard]) for images, shard in missing)
+        most = frozen.recipe.data.max_corrupt
         with progress_bar(total=total, unit="img", desc=f"{out}") as bar:
             for images, shard in missing:
                 with passes(precision, device, training=True)():
-                    entry = _write_shard(out, images, shard, chunks, encode, bar)
-                write_json(notes_of[images, shard], entry)
+                    record = _write_shard(out, images, shard, chunks, encode, bar, most)
+                write_json(notes_of[images, shard], record.model_dump(exclude_none=True))
         barrier("latents written")
-        entries: dict[str, Any] = {}
-        for name, images in splits.items():
-            records = [finished_shard(out, notes / f"{shard}.json") for shard in images.names]
-            if None in records:
-                raise VugenError(f"shards are missing from {out}: all processes of the job must share --out")
-            entries[name] = {"count": len(images), "shards": [record.shard for record in records if record]}
-            if images.most_sources:
-                entries[name]["sources"] = images.most_sources
-        manifest = Manifest.model_validate({**plan, "splits": entries})
         if is_first():
-            write_manifest(out, manifest)
+            entries = {name: _split(out, name, images) for name, images in splits.items()}
+            write_manifest(out, Manifest.model_validate({**plan, "splits": entries}))
     barrier("latents prepared")
-    return manifest
+    return read_manifest(out)
+
+
+def _split(out: Path, name: str, images: ShardedImages) -> dict[str, Any]:
+    """What the manifest says of a split, from the records of its shards; lists the damaged pictures."""
+    records = [finished_shard(out, out / ".progress" / f"{shard}.json") for shard in images.names]
+    written = [record for record in records if record]
+    if len(written) < len(records):
+        raise VugenError(f"shards are missing from {out}: all processes of the job must share --out")
+    write_skipped(out, name, written)
+    skipped = sum(len(record.skipped) for record in written)
+    return {
+        "count": len(images),
+        "shards": [record.shard for record in written],
+        **({"skipped_count": skipped} if skipped else {}),
+        **({"sources": images.most_sources} if images.most_sources else {}),
+    }
 
 
 def claim(out: Path, plan: dict[str, Any], what: str) -> None:
@@ -197,8 +218,6 @@ def claim(out: Path, plan: dict[str, Any], what: str) -> None:
         found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
     except (OSError, ValueError) as error:
         raise VugenError(f"{note} is damaged ({error}): delete {out} and prepare again") from error
-    for words in ("instruction", "prompt_tokens"):  # of earlier versions, whose caches held token ids
-        ((found or {}).get("latents") or {}).pop(words, None)
     if found is None and any(out.glob("*.tar")):
         raise VugenError(f"{out} already holds shards without {what} of this tool: choose another --out")
     if found not in (None, plan):
@@ -220,9 +239,10 @@ def _write_shard(
     chunks: Iterator[Chunk],
     encode: Callable[[torch.Tensor], np.ndarray],
     bar: Any,
-) -> dict[str, Any]:
-    """Write a shard of latents from its next chunks; its entry in the manifest."""
-    name, count = images.names[shard], int(images.counts[shard])
+    most: float,
+) -> Record:
+    """Write a shard of latents from its next chunks, unless a larger share than `most` is damaged."""
+    name, count, skipped = images.names[shard], int(images.counts[shard]), []
     with shard_file(out / name) as (tar, facts):
         for first in range(0, count, ENCODE_BATCH):
             rows, pixels, metas = next(chunks)
@@ -231,6 +251,7 @@ def _write_shard(
             for row in range(first, min(first + ENCODE_BATCH, count)):
                 if row not in samples:  # the loader puts another sample there, as it does for the image
                     add_member(tar, f"{row:09d}.json", b'{"damaged": true}')
+                    skipped.append(Skipped(key=f"{name}/{row:09d}", reason=damage_of(images, shard, row)))
                     continue
                 latent, meta = samples[row]
                 captions, sources = meta.pop("captions"), meta.pop("sources", [])
@@ -243,8 +264,23 @@ def _write_shard(
                     kind = "jpg" if is_jpeg(source) else "png"
                     add_member(tar, f"{row:09d}.source{number}.{kind}", source)
             bar.update(min(ENCODE_BATCH, count - first))
-    entry = {"name": name, "samples": count, "bytes": facts["bytes"], "sha256": facts["sha256"]}
-    return entry | ({"shape": shape_name(images.shape(shard))} if len(images.shapes) > 1 else {})
+        if len(skipped) > most * count:
+            raise VugenError(
+                f"{len(skipped)} of {count} pictures of {images.directory}/{name} are damaged "
+                f"({skipped[0].reason}), more than data.max_corrupt={most:g} allows: copy that shard or "
+                "prepare its data set again"
+            )
+    shape = shape_name(images.shape(shard)) if len(images.shapes) > 1 else None
+    return Record(**facts, samples=count, skipped=skipped, shape=shape)
+
+
+def damage_of(images: ShardedImages, shard: int, row: int) -> str:
+    """Why a sample was left out."""
+    try:
+        images.read(shard, row)
+    except Damaged as error:
+        return first_line(error)
+    return "could not be read a moment ago"
 
 
 def _encode(autoencoder: Autoencoder, vlm: FrozenVLM, flip: bool, images: torch.Tensor) -> np.ndarray:

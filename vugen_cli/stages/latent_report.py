@@ -84,10 +84,7 @@ def negentropy(density: np.ndarray, std: np.ndarray) -> np.ndarray:
 
 def save_latent_report(report: dict[str, Any], out: Path) -> Path:
     """Write a report as `<out>.latents.json` and its picture, `<out>.latents.png`, which is returned."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     write_json(out.with_suffix(".latents.json"), report)
     shown = min(PANELS, len(report["std"]))
@@ -96,9 +93,8 @@ def save_latent_report(report: dict[str, Any], out: Path) -> Path:
     wide, high = 3.0 * columns, 2.2 * rows  # inches; margins are set: measuring labels takes seconds
     margins = {"left": 0.45 / wide, "right": 1 - 0.1 / wide, "bottom": 0.3 / high, "top": 1 - 0.3 / high}
     spaces = {"wspace": 0.2, "hspace": 0.35}
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(wide, high), gridspec_kw=margins | spaces, squeeze=False
-    )
+    figure = Figure(figsize=(wide, high))
+    axes = figure.subplots(rows, columns, gridspec_kw=margins | spaces, squeeze=False)
     first, *panels = axes.flat
     first.bar(range(1, len(report["eigenvalues"]) + 1), report["eigenvalues"])
     first.set_title(f"eigenvalues, effective rank {report['effective_rank']:.1f} of {len(report['std'])}")
@@ -115,5 +111,4 @@ def save_latent_report(report: dict[str, Any], out: Path) -> Path:
     picture = out.with_suffix(".latents.png")
     with whole_file(picture) as temporary:
         figure.savefig(temporary, dpi=80, format="png")
-    plt.close(figure)
     return picture

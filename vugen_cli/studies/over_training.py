@@ -19,6 +19,8 @@ from vugen_cli.processes import broadcast, is_first
 from vugen_cli.sampling.draw import draw
 from vugen_cli.sampling.trained import load_sampler
 
+SEED = 0  # of the samples
+
 
 class Point(Record):
     """The samples of one kept checkpoint, scored."""
@@ -61,8 +63,6 @@ def score_over_training(
     *,
     reference: Path | None = None,
     count: int = 256,
-    seed: int = 0,
-    vlm: str | None = None,
     device: torch.device | str = "cpu",
     cache: Path | None = None,
 ) -> dict[str, list[Point]]:
@@ -77,8 +77,6 @@ def score_over_training(
         extractor: the features.
         reference: a prepared data set; default: that of each run.
         count: prompts, one sample of each.
-        seed: of the samples.
-        vlm: where the VLM is now, if not where the cards say.
         device: where to sample.
         cache: folder of cached features.
 
@@ -96,13 +94,13 @@ def score_over_training(
         for path in checkpoints:
             card = read_card(path)
             data = reference or Path(card.data.path)
-            asked = [read_manifest(data).sha256, count, seed, extractor.label, extractor.identity]
+            asked = [read_manifest(data).sha256, count, SEED, extractor.label, extractor.identity]
             digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
             digest.update(path.read_bytes())
             key = digest.hexdigest()
             if broadcast(key not in known):
                 samples = run / "over-training" / path.stem
-                _draw(path, vlm, device, _captions(data, count), samples, seed)
+                _draw(path, device, _captions(data, count), samples)
                 report = score_sets(samples, data, extractor, ("fid",), count=count, cache=cache)
                 score = broadcast(report.scores[0] if is_first() else None)
                 known[key] = Point(
@@ -134,12 +132,10 @@ def _read_points(listing: Path) -> list[Point]:
 
 def plot_over_training(curves: dict[str, list[Point]], path: Path) -> None:
     """A PNG of the metric against training steps and against images seen, all runs on the same axes."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, by, label in zip(axes, ("step", "images"), ("training step", "images seen"), strict=True):
         for run, curve in curves.items():
             axis.plot(
@@ -155,15 +151,12 @@ def plot_over_training(curves: dict[str, list[Point]], path: Path) -> None:
     axes[0].legend(fontsize=8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
 
 
-def _draw(
-    path: Path, vlm: str | None, device: torch.device | str, captions: list[str], out: Path, seed: int
-) -> None:
+def _draw(path: Path, device: torch.device | str, captions: list[str], out: Path) -> None:
     """Draw what captions say, cut as in training; sampler and VLM are gone before the next are loaded."""
-    sampler = load_sampler(path, vlm, device)
-    draw(sampler, list(dict.fromkeys(map(sampler.vlm.prompts.cut, captions))), 1, out, seed)
+    sampler = load_sampler(path, device=device)
+    draw(sampler, list(dict.fromkeys(map(sampler.vlm.prompts.cut, captions))), 1, out, SEED)
 
 
 def _captions(data: Path, count: int) -> list[str]:

@@ -106,7 +106,7 @@ def reconstruct(
     ways = {REDUCED: autoencoder}
     if full:
         ways = {FULL: load_whole(full, frozen, card.image_size, checkpoint, allow_vlm_mismatch), **ways}
-    extractor = vlm_extractor(frozen, device)
+    extractor = vlm_extractor(frozen)
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
     with contextlib.suppress(VugenError):  # its weights are not at hand
         measures["lpips"], _ = load_lpips(device)

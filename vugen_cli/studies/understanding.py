@@ -43,7 +43,6 @@ def score_understanding(
     images: list[Tensor],
     vlm: str | None = None,
     device: torch.device | str = "cpu",
-    allow_vlm_mismatch: bool = False,
 ) -> Understanding:
     """Ask a VLM about images alone, then again beside a sampler that has just drawn; compare bit for bit.
 
@@ -52,7 +51,6 @@ def score_understanding(
         images: uint8 [3, H, W] each.
         vlm: where the VLM is now, if not where the sampler's card says.
         device: where to run.
-        allow_vlm_mismatch: take a VLM of other weights than the sampler was trained on.
 
     Returns:
         Hashes of all weights before and after, how many logits were compared and differ, and the answers.
@@ -60,7 +58,7 @@ def score_understanding(
     Raises:
         VugenError: the sampler or its VLM cannot be used, or the VLM cannot be asked.
     """
-    loaded = load_sampler(sampler, vlm, device, allow_vlm_mismatch)
+    loaded = load_sampler(sampler, vlm, device)
     name, recipe = loaded.vlm.name, loaded.vlm.recipe
     del loaded  # the first answers come from a process state in which no sampler is loaded
     alone = load_vlm(name, device, recipe)
@@ -68,7 +66,7 @@ def score_understanding(
     logits, answers = _understand(alone, images)
     del alone
 
-    loaded = load_sampler(sampler, vlm, device, allow_vlm_mismatch)
+    loaded = load_sampler(sampler, vlm, device)
     for _ in loaded.sample(["a bear in a forest"], steps=2):
         pass
     logits_after, answers_after = _understand(loaded.vlm, images)

@@ -150,7 +150,7 @@ class FrozenVLM:
         """z: what the model's own projector reads, or gives if the recipe says `latents: projector`.
 
         Args:
-            images: uint8 or float in [0, 1], [B, 3, H, W].
+            images: uint8 [B, 3, H, W].
 
         Returns:
             float32 [B, h, w, d].
@@ -158,8 +158,6 @@ class FrozenVLM:
         Raises:
             VugenError: the vision side cannot be used, or not at the recipe's `vlm_size`.
         """
-        if images.dtype != torch.uint8:
-            images = (images * 255).round().clamp(0, 255).to(torch.uint8)
         with self._vision():
             return self.read(self.vision_inputs(images), len(images))
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from vugen_cli.data.shapes import Shape, as_shape, shape_name
 from vugen_cli.errors import VugenError
 
-# One image, one view, one grid: how each image processor's tiling is switched off, where it has an attribute.
 Inputs = dict[str, Any]  # keyword arguments of a vision side: what its image processor gives, or a call took
+# One image, one view, one grid: how each image processor's tiling is switched off, where it has an attribute.
 ONE_VIEW: dict[str, Inputs] = {
     "do_image_splitting": {"do_image_splitting": False},
     "crop_to_patches": {"crop_to_patches": False},

@@ -1,6 +1,7 @@
 """Whether a caption tells what a scene shows."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,15 @@ def group_of(scene: Scene) -> str:
     if scene["kind"] == "single":
         return "held_out" if scene["held_out"] else "seen"
     return str(scene["kind"])
+
+
+def tally(scenes: Sequence[Scene], verdicts: Sequence[dict[str, bool]]) -> dict[str, dict[str, list[bool]]]:
+    """By group of scenes and what is asked of them: each verdict."""
+    found: dict[str, dict[str, list[bool]]] = {group: {} for group in GROUPS}
+    for scene, right in zip(scenes, verdicts, strict=True):
+        for what, value in right.items():
+            found[group_of(scene)].setdefault(what, []).append(value)
+    return found
 
 
 def judge(caption: str, scene: Scene) -> dict[str, bool]:
