@@ -1,5 +1,6 @@
 """The engine as GPUs and clusters need it: tensors on their device, few waits, one run a folder, signals."""
 
+import errno
 import json
 import os
 import signal
@@ -213,6 +214,20 @@ def test_the_lock_of_a_run_is_not_held_by_its_forked_workers(tmp_path: Path) -> 
     finally:
         os.write(end, b"x")
         os.waitpid(child, 0)
+
+
+def test_what_cannot_be_cleared_away_does_not_stop_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps a file that was replaced while somebody reads it, and answers that it is busy."""
+    (tmp_path / ".nfs0001").write_bytes(b"read by tail -f")
+
+    def busy(path: Path, **_: object) -> None:
+        raise OSError(errno.EBUSY, "busy", str(path))
+
+    monkeypatch.setattr(Path, "unlink", busy)
+    with run_lock(tmp_path):
+        assert (tmp_path / ".nfs0001").exists()
 
 
 def test_what_killed_processes_left_half_written_is_cleared_away(tmp_path: Path) -> None:

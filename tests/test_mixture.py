@@ -69,6 +69,16 @@ def test_a_mixed_stream_is_the_same_with_workers_when_resumed_and_in_parts(
         assert torch.equal(a.images, torch.cat([left.images, right.images]))
 
 
+def test_the_sets_of_a_mixture_share_the_files_that_may_be_open(
+    mixture: list[MixtureSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vugen_cli.data.mixture.MOST_OPEN", 4)
+    monkeypatch.setattr("vugen_cli.data.order.LEAST", 10)
+    images = MixedImages(mixture)
+    images.order(5, window=30, batch_size=4)
+    assert [part.keep_open for part in images.parts] == [2, 2]
+
+
 def test_every_sample_of_a_mixture_is_read_from_its_own_set(
     mixture: list[MixtureSource], scenes: Path, other: Path
 ) -> None:

@@ -127,19 +127,23 @@ def test_curves_of_a_run_that_has_logged_nothing_are_not_drawn(tmp_path: Path) -
 
 
 def test_a_loss_that_begins_later_has_its_curve_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    made, subplots = [], pyplot.subplots
+    made, subplots = [], Figure.subplots
 
     def watched(*shape: Any, **how: Any) -> Any:
         made.append(subplots(*shape, **how))
         return made[-1]
 
-    monkeypatch.setattr(pyplot, "subplots", watched)
+    monkeypatch.setattr(Figure, "subplots", watched)
     rows = [{"step": 0, "loss": 2.0}, {"step": 1, "loss": 1.0, "repa": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     curves.plot_curves(tmp_path)
-    assert [axis.get_title() for axis in made[0][1][0]] == ["loss", "repa"]
+    assert [axis.get_title() for axis in made[0][0]] == ["loss", "repa"]
+    monkeypatch.setattr(curves, "POINTS", 1)
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "loss": 1.0}}\n' for n in range(6)))
+    curves.plot_curves(tmp_path)
+    assert len(made[1][0][0].lines[0].get_xdata()) == 1, "of a long log some steps are drawn"
 
 
 def test_every_gpu_is_found_by_its_own_name() -> None:

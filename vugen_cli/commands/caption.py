@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import Answer, DeviceOption, SetOption, beside
+from vugen_cli.commands.options import Answer, DeviceOption, SetOption, beside, going_on
 
 
 def caption(
@@ -45,11 +45,8 @@ def caption(
     out = out or beside(data, "captioned")
     if workers is None:
         workers = max(1, cores() // local_world_size())
-    try:
+    with going_on(out):
         manifest = write_captions(data, out, vlm, asked, pick_device(device), workers)
-    except KeyboardInterrupt:
-        typer.echo(f"Interrupted. Finished shards are kept in {out}; the same command goes on.", err=True)
-        raise typer.Exit(130) from None
     for name, split in manifest.splits.items():
         assert split.captions
         bad = (

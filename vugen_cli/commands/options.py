@@ -1,5 +1,7 @@
 """Options that several commands share, and how they become a recipe."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +91,16 @@ def training_recipe(
     from vugen_cli.recipe import load_recipe
 
     return _on(vlm, load_recipe(recipe, _overrides(stage, steps, batch_size, overrides, log)))
+
+
+@contextmanager
+def going_on(out: Path) -> Iterator[None]:
+    """Says, of a command that Ctrl-C ends while it writes shards, that they are kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. Finished shards are kept in {out}; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
 
 
 def recipe_from_card(

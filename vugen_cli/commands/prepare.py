@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vugen_cli.commands.options import Answer, DeviceOption, VlmOption, beside, refuse_address
+from vugen_cli.commands.options import Answer, DeviceOption, VlmOption, beside, going_on, refuse_address
 from vugen_cli.errors import VugenError
 
 if TYPE_CHECKING:
@@ -180,15 +180,10 @@ def prepare_images(
 
     meet()
     workers = workers or max(1, cores() // local_world_size())
-    try:
+    with going_on(out):
         manifest = write_dataset(
             opened(), out, split, size, shard_size, workers, seed, count, strict, shapes=shapes
         )
-    except KeyboardInterrupt:
-        typer.echo(
-            f"Interrupted. Finished shards are kept in {out}; run the same command to go on.", err=True
-        )
-        raise typer.Exit(130) from None
     entry = manifest.splits[split]
     listed = f"skipped-{split}.jsonl"
     skipped = f", {entry.skipped_count} skipped (listed in {listed})" if entry.skipped_count else ""
@@ -236,11 +231,8 @@ def prepare_latents(
         data = Path(known.path)
     out = out or beside(data, "latents")
     workers = workers or max(1, cores() // local_world_size())
-    try:
+    with going_on(out):
         manifest = write_latents(checkpoint, data, out, pick_device(device), vlm, flip, workers)
-    except KeyboardInterrupt:
-        typer.echo(f"Interrupted. Finished shards are kept in {out}; the same command goes on.", err=True)
-        raise typer.Exit(130) from None
     count = sum(entry.count for entry in manifest.splits.values())
     damaged = sum(entry.skipped_count for entry in manifest.splits.values())
     listed = f", {damaged} damaged (listed in skipped-SPLIT.jsonl)" if damaged else ""

@@ -63,7 +63,9 @@ def write_index(path: Path, index: np.ndarray) -> None:
 
 
 def shard_index(tar: Path, samples: int, spare: Path) -> np.ndarray:
-    """The index of a shard, mapped from its file; made where there is none.
+    """The index of a shard, read from its file; made where there is none.
+
+    Not mapped: that would hold a second open file for each shard.
 
     Args:
         tar: the shard.
@@ -75,10 +77,10 @@ def shard_index(tar: Path, samples: int, spare: Path) -> np.ndarray:
     """
     for path in (index_path(tar), spare):
         with contextlib.suppress(Exception):  # damaged: numpy raises nearly anything
-            index = np.load(path, mmap_mode="r", allow_pickle=False)
+            index: np.ndarray = np.load(path, allow_pickle=False)
             count, columns, pair = index.shape
             if index.dtype == np.int64 and count == samples and columns >= 3 and pair == 2:
-                return index.view(np.ndarray)
+                return index
     index = list_members(tar)
     if len(index) == samples:  # the shard is whole: worth keeping
         for path in (index_path(tar), spare):

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vugen_cli.card import DataCard
-from vugen_cli.data.loader import ShardedImages
+from vugen_cli.data.loader import MOST_OPEN, ShardedImages
 from vugen_cli.data.order import (
     BLOCK,
     StreamOrder,
@@ -133,6 +133,8 @@ class MixedImages(ShardedImages):
             images.streams(seed, window, stream_count(streams, samples), parts, own)
             for _, images, own, samples in sets
         ]
+        for images in self.parts:  # which share the files that a process may open
+            images.keep_open = min(images.keep_open, max(1, MOST_OPEN // len(self.parts)))
         firsts = self.firsts[[part for part, *_ in sets]]
         return MixedOrder(orders, least_shares(self._weights(kind)), firsts, seed, streams)
 

@@ -248,6 +248,9 @@ def make_room(folder: Path, need: int) -> None:
     Raises:
         VugenError: $VUGEN_CACHE_GB is no number.
     """
+    disk = shutil.disk_usage(folder)
+    if not os.environ.get("VUGEN_CACHE_GB") and disk.free - need >= disk.total / 20:
+        return  # without a look at each of perhaps a hundred thousand copies
     with _lock(folder, "lock-room"):
         found = []
         for path in folder.glob("*.tar"):

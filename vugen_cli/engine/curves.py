@@ -11,6 +11,7 @@ from vugen_cli.files import whole_file
 FIRST = 15.0  # seconds after which a run has curves to look at
 EVERY = 60.0
 SHARE = 0.02  # of a run's time that its curves may take
+POINTS = 20_000  # about as many steps are drawn: of a longer log every second, every third, ...
 
 
 class LiveCurves:
@@ -44,7 +45,7 @@ def plot_curves(run: Path) -> None:
         run: its folder, with a `metrics.jsonl`.
     """
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    log = [json.loads(line) for line in lines]
+    log = [json.loads(line) for line in lines[:: 1 + len(lines) // POINTS]]
     if not log:
         return
     from matplotlib.figure import Figure

@@ -49,12 +49,14 @@ def run_lock(run: Path) -> Iterator[None]:
     with locked(
         run, f"another process is training in {run}: wait for it, stop it, or give --out another name"
     ):
-        # Ours and the safetensors library's (`.tmp8oyq45`); a state may weigh more than all the rest.
+        # Ours and the safetensors library's (`.tmp8oyq45`); a state may weigh more than all the rest. What
+        # NFS keeps of a file that somebody still reads (`.nfs0001`) cannot be deleted, and need not be.
         for leftover in run.glob(".*"):
             if leftover.is_dir():
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
             else:
-                leftover.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
         yield
 
 
