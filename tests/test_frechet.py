@@ -183,6 +183,17 @@ def test_the_standard_error_is_honest_where_pictures_share_prompts():
     assert frechet_standard_error(a, b, (prompts % 9, None)) is None
 
 
+def test_the_standard_error_does_not_depend_on_classes_that_come_in_turn():
+    rng = np.random.default_rng(0)
+    classes = 3 * rng.standard_normal((10, 4))
+    a = np.tile(classes, (40, 1)) + rng.standard_normal((400, 4))
+    b = rng.standard_normal((400, 4))
+    mixed = frechet_standard_error(rng.permutation(a), b)
+    assert frechet_standard_error(a, b) == pytest.approx(
+        mixed, rel=0.6
+    )  # in turn it would be many times that
+
+
 def test_zero_covariance():
     point = Statistics(np.zeros(3), np.zeros((3, 3)))
     assert frechet_distance(point, Statistics(np.ones(3), np.eye(3))) == pytest.approx(6)

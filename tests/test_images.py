@@ -126,6 +126,9 @@ def test_palette_one_bit_and_deep_grey():
         result = decode(encoded(Image.fromarray(ramp), kind))
         assert result[0, 0, 0] == 0 and result[0, -1, 0] == 255
         assert abs(int(result[0, 16, 0]) - 132) <= 1
+        assert decode(encoded(Image.fromarray(ramp // 257), kind)).max() == 1, (
+            "dark, and of 16 bits all the same"
+        )
     floats = Image.fromarray(np.full((20, 20), 0.5, np.float32))
     assert decode(encoded(floats, "TIFF"))[0, 0, 0] in (127, 128)
 

@@ -68,6 +68,7 @@ def test_pictures_stand_where_the_text_says_and_before_it_otherwise() -> None:
     assert Prompt("", (one,)).parts("Draw {prompt}.") == [None]
     assert Prompt("it", (one,)).parts("Draw {prompt}.") == [None, "Draw it."]
     assert Prompt("a {image}").parts() == ["a {image}"], "text alone is left as it is"
+    assert Prompt("a {prompt}").parts("{prompt}, {prompt}") == ["a {prompt}, a {prompt}"]
     twice = Prompt("on {image}", (one,)).parts("{prompt} {prompt}")
     assert twice == ["on ", None, " on "], "a prompt said twice shows its picture once"
     with pytest.raises(VugenError, match="places 1 pictures by {image}, and 2 are given"):

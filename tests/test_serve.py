@@ -524,6 +524,33 @@ def test_too_many_requests_at_once_are_told_to_come_back() -> None:
     assert asyncio.run(statuses()) == [429, 200, 200, 200]
 
 
+def test_who_shows_no_token_takes_no_place() -> None:
+    async def statuses() -> list[int]:
+        seen: list[int] = []
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            await JSONResponse({})(scope, receive, send)
+
+        async def whole() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def never() -> Any:
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            seen.extend([message["status"]] if "status" in message else [])
+
+        watched = guard.Guard(application, None, "secret", 1, lambda *_: None)
+        scope = {"type": "http", "method": "POST", "path": "/v1/images/edits", "headers": []}
+        stranger = asyncio.create_task(watched(scope, never, send))  # promises a body that does not come
+        await asyncio.sleep(0)
+        await watched({**scope, "headers": [(b"authorization", b"Bearer secret")]}, whole, send)
+        stranger.cancel()
+        return seen
+
+    assert asyncio.run(statuses()) == [200]
+
+
 def test_pages_elsewhere_reach_nothing(url: str) -> None:
     for headers in ({"host": "evil.example"}, {"host": "evil.example:80"}, {"host": ""}):
         assert HTTP.get(f"{url}v1/models", headers=headers).json()["error"]["code"] == "wrong_host"

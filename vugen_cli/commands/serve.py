@@ -82,7 +82,7 @@ def _token(file: Path | None) -> str | None:
         VugenError: the file cannot be read or is empty.
     """
     if file is None:
-        return os.environ.get("VUGEN_TOKEN") or None
+        return os.environ.get("VUGEN_TOKEN", "").strip() or None
     try:
         token = file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -156,11 +156,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(grey: np.ndarray) -> np.ndarray:
-    """Scale deep greyscale `[H, W]` to uint8: integers are taken as 16 bits, floats up to 1 as 0 to 1."""
+    """Scale deep greyscale `[H, W]` to uint8: integers are taken as 16 bits (those of 32 that stay below 256
+    as 8), floats up to 1 as 0 to 1.
+    """
     if grey.dtype.kind == "f":
         scaled = np.nan_to_num(grey) * (255 if np.nanmax(grey) <= 1 else 1)
     else:
-        scaled = grey / 257 if grey.max() > 255 else grey
+        scaled = grey / 257 if grey.itemsize == 2 or grey.max() > 255 else grey
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 

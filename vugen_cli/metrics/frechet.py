@@ -21,6 +21,7 @@ from vugen_cli.moments import Moments
 
 MAX_STATISTICS_BYTES = 4 << 30  # a covariance of 16,384 features is 2 GiB; more is no statistics file
 JACKKNIFE_GROUPS = 10
+SEED = 2020  # of their choice
 IDENTITIES = ("weights_sha256", "vlm_fingerprint", "weights_fingerprint")
 
 
@@ -123,12 +124,13 @@ def frechet_standard_error(
     """
     variance = 0.0
     whole = Moments(a), Moments(b)
-    for side, rows in enumerate((a, b)):
-        units, asked = np.arange(len(rows)), prompts[side]
+    rng = np.random.default_rng(SEED)  # groups at random: of images whose classes come in turn, every tenth
+    for side, rows in enumerate((a, b)):  # is no smaller set of the same kind
+        units, asked = rng.permutation(len(rows)), prompts[side]
         if asked is not None and asked.max() + 1 < len(rows):
-            units = asked
             if asked.max() + 1 < JACKKNIFE_GROUPS:
                 return None
+            units = rng.permutation(asked.max() + 1)[asked]
         groups = [Moments(rows[units % JACKKNIFE_GROUPS == group]) for group in range(JACKKNIFE_GROUPS)]
         values = []
         for left_out in groups:

@@ -43,8 +43,9 @@ def kernel_distance(
 
     The subsets overlap, so their spread over √100 would be far too small an error. Subsets of k out of n
     images spread like samples of k, less what they share: the error of n images is std * √(k / (n - k))
-    (Politis and Romano 1994, with the correction for drawing without replacement). Where the sets are nearly
-    alike, a part of the spread shrinks faster than that and the error is too large, never too small.
+    (Politis and Romano 1994, with the correction for drawing without replacement), and the mean over S
+    subsets adds std / √S. Where the sets are nearly alike, a part of the spread shrinks faster than that and
+    the error is too large.
 
     Args:
         a, b: features of the generated and of the real images; the order decides the subsets, not the sign.
@@ -77,7 +78,7 @@ def kernel_distance(
     return KernelDistance(
         mean=float(values.mean()),
         std=std,
-        standard_error=std * (subset_size / rest) ** 0.5 if rest else None,
+        standard_error=std * (subset_size / rest + 1 / subsets) ** 0.5 if rest else None,
         subset_size=subset_size,
     )
 

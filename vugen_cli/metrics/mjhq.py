@@ -36,7 +36,7 @@ def read_meta(directory: Path) -> dict[str, Entry]:
         return TypeAdapter(dict[str, Entry]).validate_python(json.loads(path.read_bytes()))
     except (OSError, ValueError) as error:
         problem = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{problem['loc'][0]}: {problem['msg']}" if problem else first_line(error)
+        reason = f"{[*problem['loc'], 'it'][0]}: {problem['msg']}" if problem else first_line(error)
         raise VugenError(f"{path} is not as MJHQ-30K's meta_data.json: {reason}.") from error
 
 

@@ -143,7 +143,7 @@ def _mean_of_pairs(metric: str, values: np.ndarray) -> Score:
         metric=metric,
         name={"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS (VGG16)"}[metric],
         value=float(finite.mean()) if len(finite) else None,  # JSON has no infinity
-        interval=bootstrap_interval(finite) if len(finite) else None,
+        interval=bootstrap_interval(finite) if len(finite) > 1 else None,
         interval_method="bootstrap of the pairs",
         parameters={"pairs": len(values), "resamples": RESAMPLES, "seed": SEED},
         warning=f"{same} of {len(values)} pairs are equal: their infinite PSNR is left out."
@@ -157,13 +157,13 @@ def _check_partners(ours: ImageSet, theirs: ImageSet, a: Read | None, b: Read | 
         longer, goes_on = (theirs, b) if a is None else (ours, a)
         at = goes_on[1] if goes_on else ""
         raise VugenError(f"{ours.path} and {theirs.path} do not pair up: only {longer.path} goes on at {at}.")
-    named = {"folder", "samples", "zip"}
+    named = {"folder", "samples", "zip", "tar"}
     if ours.kind in named and theirs.kind in named:
         stems = [PurePosixPath(name).with_suffix("") for _, name, _ in (a, b)]
         if stems[0] != stems[1]:
             raise VugenError(
                 f"{ours.path} and {theirs.path} do not pair up: {a[1]} stands beside {b[1]}; give a pair the "
-                f"same name in both."
+                f"same name and place in both."
             )
 
 

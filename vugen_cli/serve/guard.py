@@ -72,14 +72,16 @@ class Guard:
                 message = {**message, "headers": headers.raw}
             await send(message)
 
-        self.in_work += 1
         try:
             self._check(Headers(scope=scope), scope)
-            await self.app(scope, await body.opened(), answer)
+            self.in_work += 1  # of those alone that may draw: others must not take their places
+            try:
+                await self.app(scope, await body.opened(), answer)
+            finally:
+                self.in_work -= 1
         except Refusal as refusal:
             await JSONResponse(refusal.body(), refusal.status, refusal.headers)(scope, receive, answer)
         finally:
-            self.in_work -= 1
             self.count(scope["path"], status, time.monotonic() - began)
 
     def _check(self, headers: Headers, scope: Scope) -> None:
@@ -92,8 +94,11 @@ class Guard:
         foreign = site not in ("same-origin", "none") if site else origin and origin.split("://")[-1] != host
         if scope["method"] != "GET" and foreign:
             raise Refusal(403, "requests from other sites' pages are not taken", "wrong_origin")
-        if scope["method"] != "GET" and self.in_work > self.at_once:
+        self._check_token(headers, scope)
+        if scope["method"] != "GET" and self.in_work >= self.at_once:
             raise Refusal(429, "too many requests at once", "too_many_requests", headers={"retry-after": "2"})
+
+    def _check_token(self, headers: Headers, scope: Scope) -> None:
         if self.token is None or OPEN.fullmatch(scope["path"]):
             return
         scheme, _, shown = headers.get("authorization", "").partition(" ")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import signal
 import socket
@@ -16,8 +17,6 @@ from vugen_cli.serve.drawer import Drawer
 
 GRACE = 24
 """Seconds that accepted requests have to end after a wish to stop; then they are told that it stops."""
-
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -43,7 +42,8 @@ def address(listener: socket.socket) -> str:
 
 def hosts_of(listener: socket.socket) -> set[str] | None:
     """The names under which a server is asked that this machine alone can reach; None: any, it is public."""
-    return {"127.0.0.1", "localhost", "[::1]"} if listener.getsockname()[0] in LOOPBACK else None
+    host = str(listener.getsockname()[0])
+    return {"127.0.0.1", "localhost", "[::1]", host} if ipaddress.ip_address(host).is_loopback else None
 
 
 def run(app: FastAPI, drawer: Drawer, listener: socket.socket, ready: Callable[[], None]) -> None:

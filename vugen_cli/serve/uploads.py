@@ -18,7 +18,7 @@ MAX_PICTURES = 4
 MAX_PIXELS = 25_000_000
 """Of one picture: a good camera's."""
 
-_one_by_one = asyncio.Semaphore(1)  # a picture of the largest size takes 100 MB while it is decoded
+_one_by_one = asyncio.Semaphore(1)  # a picture of the largest size takes some 400 MB while it is decoded
 
 
 async def read_edit(request: Request, cut: Callable[[Edit], Shape]) -> tuple[Edit, list[Tensor]]:

@@ -45,7 +45,8 @@ class Prompt:
         """
         # An instruction may say the prompt twice; its pictures stand in the first.
         again = self.text.replace(PICTURE, "") if self.pictures else self.text
-        text = instruction.replace("{prompt}", self.text, 1).replace("{prompt}", again) if self.text else ""
+        before, *rest = instruction.split("{prompt}")
+        text = before + self.text + again.join(rest) if self.text else ""
         pieces = text.split(PICTURE) if self.pictures else [text]
         if len(pieces) == 1:
             return [*[None] * len(self.pictures), *([text] if text else [])]
