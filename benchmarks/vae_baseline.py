@@ -41,7 +41,7 @@ from vugen_cli.nano.caption_judge import group_of
 from vugen_cli.nano.composition import evaluation_scenes
 from vugen_cli.nano.judges import stacked
 from vugen_cli.nano.reader import load_reader, verdicts
-from vugen_cli.recipe import load_recipe
+from vugen_cli.recipe import load_recipe, parse_recipe
 from vugen_cli.sampling.draw import draw, file_stems
 from vugen_cli.sampling.trained import decode_images, load_autoencoder, load_sampler
 from vugen_cli.stages.latent_cache import write_latents
@@ -100,6 +100,8 @@ def run(
         *options.set,
     ]
     recipe = load_recipe("nano", settings)
+    stage_1 = parse_recipe(read_card(arm).recipe, str(arm))
+    recipe = recipe.model_copy(update={"reducer": stage_1.reducer, "decoder": stage_1.decoder})
     training = recipe.train_sampler
     muon = training.muon_lr or training.lr
     rates = {"lr": rate * training.lr, "muon_lr": rate * muon}

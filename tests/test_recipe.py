@@ -62,6 +62,20 @@ def test_a_wrong_override_is_explained(override: str, message: str) -> None:
         load_recipe(None, [override])
 
 
+def test_a_key_that_a_file_says_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("train_sampler: {steps: 5, lr: 0.5}\nseed: 1\ntrain_sampler: {batch_size: 6}\n")
+    with pytest.raises(VugenError, match=r"twice.yaml is not valid YAML: the key 'train_sampler' .* line 3"):
+        load_recipe(file)
+
+
+def test_what_an_override_said_is_not_blamed_on_the_file() -> None:
+    with pytest.raises(VugenError, match=r"^--set train_sampler.lr=abc: recipe key"):
+        load_recipe("nano", ["seed=1", "train_sampler.lr=abc"])
+    with pytest.raises(VugenError, match=r"^--set foo=1: unknown recipe key `foo`"):
+        load_recipe("nano", ["foo=1"])
+
+
 def test_files_that_are_not_recipes_are_refused(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1,")

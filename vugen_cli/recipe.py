@@ -492,10 +492,26 @@ def load_recipe(path: str | Path | None = None, overrides: list[str] | None = No
     return parse_recipe(_read_yaml(file), str(file), overrides)
 
 
+class _OneOfEach(yaml.SafeLoader):
+    """Refuses a key that a section says twice: YAML would drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As a safe loader's."""
+        said: set[str] = set()
+        for key, _ in node.value:
+            if key.value in said:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                )
+            said.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8-sig")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # A safe loader of our own, which builds nothing but plain values.
+        values = yaml.load(file.read_text(encoding="utf-8-sig"), _OneOfEach) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise VugenError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise VugenError(f"{file} is not a recipe: expected `key: value` lines at the top level")
@@ -574,7 +590,7 @@ def parse_recipe(values: dict[str, Any], where: str, overrides: list[str] | None
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise VugenError(_explain(error, where)) from error
+        raise VugenError(_explain(error, where, overrides or [])) from error
 
 
 def _number(value: Any) -> Any:
@@ -587,13 +603,17 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _explain(error: ValidationError, where: str) -> str:
-    """The first problem of a recipe as one line."""
+def _explain(error: ValidationError, where: str, overrides: list[str]) -> str:
+    """The first problem of a recipe as one line; `where` it is, unless one of the overrides said it."""
     first = error.errors()[0]
     # Of a value of several kinds, the kind that got furthest; its own name (`Layers`) is no part of the key.
     first = max((e for e in error.errors() if e["loc"][:1] == first["loc"][:1]), key=lambda e: len(e["loc"]))
     first["loc"] = tuple(part for part in first["loc"] if not re.search(r"[A-Z\[-]", str(part)))
     key = ".".join(str(part) for part in first["loc"])
+    for override in overrides:
+        said = override.partition("=")[0].strip()
+        if key and (said == key or said.startswith(f"{key}.")):
+            where = f"--set {override}"
     if first["type"] == "extra_forbidden":
         parents = first["loc"][:-1]
         known = _keys(parents)

@@ -75,7 +75,7 @@ BatchOption = Annotated[
 SamplerOption = Annotated[
     Path | None, typer.Option(help="Sampler checkpoint.", show_default="the newest here, else the bundled")
 ]
-OutOption = Annotated[Path, typer.Option(help="Where the result is written, as JSON.")]
+OutOption = Annotated[Path, typer.Option(dir_okay=False, help="Where the result is written, as JSON.")]
 
 
 def training_recipe(
@@ -90,7 +90,7 @@ def training_recipe(
     """The recipe of a training command, with its options applied over `--set`."""
     from vugen_cli.recipe import load_recipe
 
-    return _on(vlm, load_recipe(recipe, _overrides(stage, steps, batch_size, overrides, log)))
+    return on_vlm(vlm, load_recipe(recipe, _overrides(stage, steps, batch_size, overrides, log)))
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def recipe_from_card(
     values = load_recipe(recipe).model_dump() if recipe else own
     fixed = {key: stored[key] for key in (*kept, "vlm", "latents", "vlm_size") if key in stored}
     given = _overrides(stage, steps, batch_size, overrides, log)
-    return _on(vlm, parse_recipe({**values, **fixed}, str(reducer), given))
+    return on_vlm(vlm, parse_recipe({**values, **fixed}, str(reducer), given))
 
 
 def at_size_of(card: "Card", reducer: "Card") -> "Card":
@@ -218,7 +218,7 @@ def _overrides(
     return [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
 
 
-def _on(vlm: str | None, recipe: "Recipe") -> "Recipe":
+def on_vlm(vlm: str | None, recipe: "Recipe") -> "Recipe":
     """A recipe with the VLM of the command line, if that names one: as it is typed, not as YAML reads it."""
     return recipe.model_copy(update={"vlm": vlm}) if vlm else recipe
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import Answer, SetOption
+from vugen_cli.commands.options import Answer, SetOption, on_vlm
 
 Vlm = Annotated[
     str | None,
@@ -51,7 +51,7 @@ def plan(
     from vugen_cli.recipe import load_recipe
     from vugen_cli.studies.plan import Machine, as_lines, make_plan
 
-    resolved = load_recipe(recipe, [*(set_ or []), *([f"vlm={vlm}"] if vlm else [])])
-    made = make_plan(resolved, Machine(gpu, gpus, nodes or -(-gpus // 8), mfu), images)
+    machine = Machine(gpu, gpus, nodes or -(-gpus // 8), mfu)
+    made = make_plan(on_vlm(vlm, load_recipe(recipe, set_)), machine, images)
     typer.echo("\n".join(as_lines(made)))
     return made

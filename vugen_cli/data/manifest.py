@@ -175,9 +175,10 @@ def read_manifest(path: str | Path) -> Manifest:
     if not directory.exists():
         raise VugenError(f"no data set at {directory}: make one with `vugen prepare --out {directory}`")
     if not file.is_file():
+        kind = "webdataset" if any(directory.glob("*.tar")) else "folder"
         raise VugenError(
             f"{directory} has no dataset.json: prepare it first, for example "
-            f"`vugen prepare --dataset webdataset --source {directory} --out data/mine`"
+            f"`vugen prepare --dataset {kind} --source {directory} --out data/mine`"
         )
     return _parse(file.read_bytes(), str(file), "run `vugen prepare` again")
 

@@ -7,6 +7,7 @@ whatever file it is given and downloads without a limit in time.
 
 import hashlib
 import io
+import pickle
 import queue
 import threading
 import urllib.request
@@ -150,7 +151,8 @@ def _network(path: Path, data: bytes) -> torch.nn.Module:
         )
     # torch.load and load_state_dict raise a dozen kinds on a file that is something else.
     except Exception as error:
-        reason = first_line(error)
+        wrong = isinstance(error, pickle.UnpicklingError)  # whose message advises to load it all the same
+        reason = "it is no file of tensors" if wrong else first_line(error)
         raise VugenError(
             f"{path} holds no weights of the FID Inception network ({reason}): "
             f"give the file {WEIGHTS_NAME} of torch-fidelity."

@@ -124,7 +124,10 @@ def score_pairs(
     rows = in_order(found)
     values = {metric: [row[metric] for row in rows] for metric in metrics}
     if not all(values.values()):
-        raise VugenError(f"no pair of {ours.path} and {theirs.path} is readable.")
+        bad = [*ours.bad, *theirs.bad][:1]
+        raise VugenError(
+            f"no pair of {ours.path} and {theirs.path} is readable{f' ({bad[0]})' if bad else ''}."
+        )
     report = Report(
         scores=[_mean_of_pairs(metric, np.array(each)) for metric, each in values.items()],
         images=ours.describe(),

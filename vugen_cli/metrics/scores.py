@@ -92,7 +92,7 @@ class Side:
             bad = self.images.bad
             which = f" ({len(bad)} could not be read, the first {bad[0]})" if bad else ""
             raise VugenError(
-                f"{path} has {self.images.count} readable images{which}: a score needs at least 2."
+                f"a score needs at least 2 readable images, and {path} has {self.images.count}{which}."
             )
         if self.statistics:
             self.record.statistics = (

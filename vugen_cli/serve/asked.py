@@ -51,7 +51,7 @@ def invalid(first: Mapping[str, Any]) -> Refusal:
     """What is wrong with a field, from an entry of pydantic's `errors()`."""
     name = next((str(part) for part in first["loc"] if part != "body"), None)
     if first["type"] == "extra_forbidden":
-        return Refusal(400, f"unknown parameter: {name}", "unknown_parameter", name)
+        return Refusal(400, f"unknown parameter: {str(name)[:60]}", "unknown_parameter", name)
     said = first["msg"].removeprefix("Value error, ")
     said = said[:1].lower() + said[1:]
     return Refusal(400, f"{name}: {said}" if name else said, "invalid_value", name)
