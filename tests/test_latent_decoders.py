@@ -94,6 +94,10 @@ def test_gradients_reach_the_denoiser_and_decoding_does_not_depend_on_company(
     assert (together.int() - torch.cat(alone).int()).abs().max() <= 1
     assert torch.equal(together, decoder.decode(latents.detach(), noise, 3))
     assert not torch.equal(together, decoder.decode(latents.detach() + 1, noise, 3))
+    decoder.recipe = decoder.recipe.model_copy(update={"shift": 5.0})
+    assert not torch.equal(together, decoder.decode(latents.detach(), noise, 3)), (
+        "steps are where training was"
+    )
 
 
 def test_a_training_step_of_the_dit_throws_no_dice_of_its_own(vae: FrozenVAE) -> None:

@@ -67,6 +67,12 @@ def test_a_key_that_a_file_says_twice_is_refused_with_its_line(tmp_path: Path) -
     file.write_text("train_sampler: {steps: 5, lr: 0.5}\nseed: 1\ntrain_sampler: {batch_size: 6}\n")
     with pytest.raises(VugenError, match=r"twice.yaml is not valid YAML: the key 'train_sampler' .* line 3"):
         load_recipe(file)
+    file.write_text("train_vae: &a {steps: 5}\ntrain_vlm: &b {<<: *a, steps: 6}\ntrain_sampler: {<<: *b}\n")
+    assert load_recipe(file).train_sampler.steps == 6, "what is brought in may be said otherwise"
+    for wrong in ("seed: {{ seed }}", "? [1, 2]\n: 3", "seed: 2020-13-45", "[" * 3000):
+        file.write_text(wrong)
+        with pytest.raises(VugenError, match="twice.yaml"):
+            load_recipe(file)
 
 
 def test_what_an_override_said_is_not_blamed_on_the_file() -> None:
@@ -74,6 +80,8 @@ def test_what_an_override_said_is_not_blamed_on_the_file() -> None:
         load_recipe("nano", ["seed=1", "train_sampler.lr=abc"])
     with pytest.raises(VugenError, match=r"^--set foo=1: unknown recipe key `foo`"):
         load_recipe("nano", ["foo=1"])
+    with pytest.raises(VugenError, match=r"^--set decoder={foo: 1}: unknown recipe key `decoder.foo`"):
+        load_recipe("nano", ["decoder={foo: 1}"])
 
 
 def test_files_that_are_not_recipes_are_refused(tmp_path: Path) -> None:

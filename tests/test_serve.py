@@ -543,9 +543,12 @@ def test_who_shows_no_token_takes_no_place() -> None:
         watched = guard.Guard(application, None, "secret", 1, lambda *_: None)
         scope = {"type": "http", "method": "POST", "path": "/v1/images/edits", "headers": []}
         stranger = asyncio.create_task(watched(scope, never, send))  # promises a body that does not come
+        open_to_all = [{**scope, "path": "/"}, {**scope, "path": "/healthz", "method": "GET"}]
+        strangers = [stranger, *(asyncio.create_task(watched(each, never, send)) for each in open_to_all)]
         await asyncio.sleep(0)
         await watched({**scope, "headers": [(b"authorization", b"Bearer secret")]}, whole, send)
-        stranger.cancel()
+        for each in strangers:
+            each.cancel()
         return seen
 
     assert asyncio.run(statuses()) == [200]

@@ -58,7 +58,7 @@ def read_header(path: str | Path) -> AnyCard:
     """The card of a checkpoint, of an adapter or of a run's state, from the header alone.
 
     Raises:
-        VugenError: the file is missing, is not a safetensors file of this tool, or is newer than this tool.
+        VugenError: the file is missing, cut short or no safetensors file of this tool, or is newer than it.
     """
     file = Path(path)
     if not file.is_file():
@@ -77,7 +77,15 @@ def read_header(path: str | Path) -> AnyCard:
         if file.stat().st_size < whole:
             raise ValueError(f"it was cut short: {file.stat().st_size} of {whole} bytes are there")
         text = header.get("__metadata__", {}).get("vugen")
-    except (OSError, ValueError, LookupError, TypeError, struct.error, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        struct.error,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise VugenError(f"{file} is not a readable safetensors file ({error})") from error
     if text is None:
         raise VugenError(f"{file} was not written by vugen: its header has no card")

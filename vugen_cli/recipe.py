@@ -56,7 +56,10 @@ class Data(Section):
         [], description="data sets to draw from by weight, where no --data is given; see docs/data.md"
     )
     max_corrupt: float = Field(
-        0.1, ge=0, le=1, description="share of damaged samples among 10,000 that ends a run"
+        0.1,
+        ge=0,
+        le=1,
+        description="share of damaged samples, among 10,000 or of a shard to be cached, that ends a run",
     )
     workers: int = Field(1, ge=0, description="decoding processes; 0 decodes in the training process")
 
@@ -495,23 +498,24 @@ def load_recipe(path: str | Path | None = None, overrides: list[str] | None = No
 class _OneOfEach(yaml.SafeLoader):
     """Refuses a key that a section says twice: YAML would drop the first without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As a safe loader's."""
-        said: set[str] = set()
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """As a safe loader's, before what `<<` brings in is there."""
+        node, said = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
-            if key.value in said:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
-                )
-            said.add(key.value)
-        return super().construct_mapping(node, deep)
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in said:
+                    raise yaml.composer.ComposerError(
+                        problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                    )
+                said.add(key.value)
+        return node
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         # A safe loader of our own, which builds nothing but plain values.
         values = yaml.load(file.read_text(encoding="utf-8-sig"), _OneOfEach) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # a date that is none, say
         raise VugenError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise VugenError(f"{file} is not a recipe: expected `key: value` lines at the top level")
@@ -612,7 +616,8 @@ def _explain(error: ValidationError, where: str, overrides: list[str]) -> str:
     key = ".".join(str(part) for part in first["loc"])
     for override in overrides:
         said = override.partition("=")[0].strip()
-        if key and (said == key or said.startswith(f"{key}.")):
+        within = f"{key}.".startswith(f"{said}.")
+        if within or (key and said.startswith(f"{key}.") and said in first["msg"]):
             where = f"--set {override}"
     if first["type"] == "extra_forbidden":
         parents = first["loc"][:-1]

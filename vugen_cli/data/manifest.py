@@ -80,7 +80,10 @@ class Split(Facts):
         description="the tars in order: `name`, `samples`, `bytes`, `sha256`; `shape` if there are several"
     )
     skipped_count: int = Field(
-        0, ge=0, description="pictures that could not be used; each has a line in `skipped-SPLIT.jsonl`"
+        0,
+        ge=0,
+        description="pictures that could not be used, which a latent cache counts too; each has a line in "
+        "`skipped-SPLIT.jsonl`",
     )
     captions: Captions | None = Field(None, description="statistics of the captions")
     sources: int = Field(0, ge=0, description="of edits: pictures that one is made from, at most")

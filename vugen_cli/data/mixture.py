@@ -133,8 +133,10 @@ class MixedImages(ShardedImages):
             images.streams(seed, window, stream_count(streams, samples), parts, own)
             for _, images, own, samples in sets
         ]
-        for images in self.parts:  # which share the files that a process may open
-            images.keep_open = min(images.keep_open, max(1, MOST_OPEN // len(self.parts)))
+        # They share the files that a process may open, each by what it would keep open.
+        wanted = [min(images.keep_open, len(images.names)) for images in self.parts]
+        for images, files in zip(self.parts, wanted, strict=True):
+            images.keep_open = max(1, files * MOST_OPEN // max(MOST_OPEN, sum(wanted)))
         firsts = self.firsts[[part for part, *_ in sets]]
         return MixedOrder(orders, least_shares(self._weights(kind)), firsts, seed, streams)
 

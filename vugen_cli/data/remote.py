@@ -195,7 +195,7 @@ def _copy(base: str, shard: "Shard", target: Path) -> None:
     if digest != shard.sha256:
         raise VugenError(
             f"{shard.name} of {base} is not what its dataset.json notes (SHA-256 {digest[:12]}, "
-            f"not {shard.sha256[:12]}): it was changed there"
+            f"not {shard.sha256[:12]}): it was changed there, or is damaged on the way each time"
         )
 
 

@@ -124,8 +124,9 @@ def frechet_standard_error(
     """
     variance = 0.0
     whole = Moments(a), Moments(b)
-    rng = np.random.default_rng(SEED)  # groups at random: of images whose classes come in turn, every tenth
-    for side, rows in enumerate((a, b)):  # is no smaller set of the same kind
+    for side, rows in enumerate((a, b)):
+        # At random: of images whose classes come in turn, every tenth is no smaller set of the same kind.
+        rng = np.random.default_rng(SEED)
         units, asked = rng.permutation(len(rows)), prompts[side]
         if asked is not None and asked.max() + 1 < len(rows):
             if asked.max() + 1 < JACKKNIFE_GROUPS:

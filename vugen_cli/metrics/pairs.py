@@ -162,7 +162,12 @@ def _check_partners(ours: ImageSet, theirs: ImageSet, a: Read | None, b: Read | 
         raise VugenError(f"{ours.path} and {theirs.path} do not pair up: only {longer.path} goes on at {at}.")
     named = {"folder", "samples", "zip", "tar"}
     if ours.kind in named and theirs.kind in named:
-        stems = [PurePosixPath(name).with_suffix("") for _, name, _ in (a, b)]
+        names = [
+            name.partition("/")[2] if s.kind == "tar" else name for s, name in ((ours, a[1]), (theirs, b[1]))
+        ]
+        stems = [
+            PurePosixPath(name).with_suffix("") for name in names
+        ]  # of a tar's member, without the tar's
         if stems[0] != stems[1]:
             raise VugenError(
                 f"{ours.path} and {theirs.path} do not pair up: {a[1]} stands beside {b[1]}; give a pair the "

@@ -74,11 +74,12 @@ class Guard:
 
         try:
             self._check(Headers(scope=scope), scope)
-            self.in_work += 1  # of those alone that may draw: others must not take their places
+            place = not OPEN.fullmatch(scope["path"])  # those alone that may draw take places
+            self.in_work += place
             try:
                 await self.app(scope, await body.opened(), answer)
             finally:
-                self.in_work -= 1
+                self.in_work -= place
         except Refusal as refusal:
             await JSONResponse(refusal.body(), refusal.status, refusal.headers)(scope, receive, answer)
         finally:

@@ -6,6 +6,7 @@ loader's order over it is that over the images: training sees the same samples a
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -127,7 +128,6 @@ def write_latents(
         device: where to encode.
         vlm: where the VLM is now, if not where the card says.
         flip: keep z̃ of the mirrored images too; default as the checkpoint's recipe has `data.flip`.
-
         workers: processes that read and decode the images while these are encoded; 0: this one does.
 
     Raises:
@@ -264,7 +264,7 @@ def _write_shard(
                     kind = "jpg" if is_jpeg(source) else "png"
                     add_member(tar, f"{row:09d}.source{number}.{kind}", source)
             bar.update(min(ENCODE_BATCH, count - first))
-        if len(skipped) > most * count:
+        if len(skipped) > math.ceil(most * count):  # of a shard of three, one may be
             raise VugenError(
                 f"{len(skipped)} of {count} pictures of {images.directory}/{name} are damaged "
                 f"({skipped[0].reason}), more than data.max_corrupt={most:g} allows: copy that shard or "
