@@ -62,7 +62,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_checkpoint(path, TENSORS, make_card())
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(VugenError, match="cut short"):
+    with pytest.raises(VugenError, match="damaged"):
         load_checkpoint(path)
 
 

@@ -209,10 +209,10 @@ def test_inspect_shows_cards_and_manifests(trained: Path, scenes: Path, tmp_path
         (["study", "diversity", "--images", "nowhere"], "no images at nowhere"),
         (["study", "composition", "--sampler", "{reducer}"], "is a reducer checkpoint"),
         (["inspect", "nothing"], "no checkpoint at nothing"),
-        (["inspect", "{truncated}"], "was cut short"),
+        (["inspect", "{truncated}"], "truncated.safetensors is damaged"),
         (["sample", "a bear", "--device", "meta"], "--device meta"),
         (["export", "{sampler}", "--out", "noted"], "noted/README.md is of something else"),
-        (["export", "{sampler}", "--scores", "{manifest}"], "is no JSON of `vugen score`: Extra inputs"),
+        (["export", "{sampler}", "--scores", "{manifest}"], "of `vugen score`: format: Extra inputs"),
         (["prepare", "--dataset", "folder", "--source", "noted", "--shapes", ""], "--shapes"),
     ],
 )  # fmt: skip

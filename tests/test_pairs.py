@@ -1,7 +1,6 @@
 """Scores of pairs of sets: who stands beside whom, what is left out, and LPIPS against torch-fidelity."""
 
 import math
-import tarfile
 
 import numpy as np
 import pytest
@@ -79,22 +78,6 @@ def test_sets_that_do_not_pair_up(tmp_path):
     (a / "0.png").rename(a / "00.png")
     with pytest.raises(VugenError, match=r"00\.png stands beside 0\.png"):
         scores(a, write(tmp_path / "named", PIXELS))
-
-
-def test_members_of_tars_pair_up_by_their_names(tmp_path):
-    a = write(tmp_path / "a", PIXELS)
-
-    def packed(name, numbers):
-        with tarfile.open(tmp_path / name, "w") as tar:
-            for number in numbers:
-                tar.add(a / f"{number}.png", f"./{number}.png")
-        return tmp_path / name
-
-    ours, theirs = packed("ours.tar", range(6)), packed("theirs.tar", range(6))
-    for other in (theirs, a):
-        assert scores(ours, other)[0]["psnr"]["parameters"]["pairs"] == 6
-    with pytest.raises(VugenError, match=r"0\.png stands beside .*1\.png"):
-        scores(ours, packed("turned.tar", [1, 0, 2, 3, 4, 5]))
 
 
 def test_reconstructions_pair_up_with_their_originals(trained, scenes, tmp_path):

@@ -344,7 +344,7 @@ def test_a_drawing_that_fails_tells_no_secret_and_ends_nothing(
     [
         (b'{"prompt": "a b', 400, "invalid_json", "no JSON"),
         (b'"a bear"', 400, "invalid_json", "JSON object"),
-        (b"[" * 100_000, 400, None, "body"),
+        (b"[" * 100_000, 400, "invalid_json", "body"),
         (b"", 400, "invalid_json", "JSON object"),
         ({"n": 2}, 400, "invalid_value", "prompt"),
         ({"prompt": " "}, 400, "invalid_value", "say what to draw"),

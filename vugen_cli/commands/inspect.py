@@ -20,10 +20,12 @@ def inspect(
     """
     import yaml
 
-    from vugen_cli.checkpoint import read_header
+    from vugen_cli.checkpoint import check_whole, read_header
     from vugen_cli.data.manifest import read_manifest
 
     found = read_manifest(file) if file.is_dir() else read_header(file)
+    if file.is_file():
+        check_whole(file)
     shown = found.model_dump(mode="json", exclude_unset=True)
     for split in shown.get("splits", {}).values():
         split["shards"] = f"{len(split['shards'])} files"

@@ -160,14 +160,9 @@ def _check_partners(ours: ImageSet, theirs: ImageSet, a: Read | None, b: Read | 
         longer, goes_on = (theirs, b) if a is None else (ours, a)
         at = goes_on[1] if goes_on else ""
         raise VugenError(f"{ours.path} and {theirs.path} do not pair up: only {longer.path} goes on at {at}.")
-    named = {"folder", "samples", "zip", "tar"}
+    named = {"folder", "samples", "zip"}  # not tars, whose members are numbered as a rule
     if ours.kind in named and theirs.kind in named:
-        names = [
-            name.partition("/")[2] if s.kind == "tar" else name for s, name in ((ours, a[1]), (theirs, b[1]))
-        ]
-        stems = [
-            PurePosixPath(name).with_suffix("") for name in names
-        ]  # of a tar's member, without the tar's
+        stems = [PurePosixPath(name).with_suffix("") for _, name, _ in (a, b)]
         if stems[0] != stems[1]:
             raise VugenError(
                 f"{ours.path} and {theirs.path} do not pair up: {a[1]} stands beside {b[1]}; give a pair the "
