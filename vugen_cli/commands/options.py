@@ -111,8 +111,8 @@ def recipe_from_card(
     batch_size: int | None,
     overrides: list[str] | None,
     vlm: str | None,
-    stage: str = "train_sampler",
-    kept: tuple[str, ...] = ("reducer", "decoder"),
+    stage: str,
+    kept: tuple[str, ...],
     log: list[str] | None = None,
     training: dict[str, Any] | None = None,
 ) -> "Recipe":

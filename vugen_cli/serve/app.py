@@ -391,9 +391,8 @@ def _tell_errors(app: FastAPI) -> None:
 
     def of_http(error: HTTPException) -> Refusal:
         said = {404: "there is nothing at this address", 405: "this address does not take this method"}
-        if (
-            error.detail == "There was an error parsing the body"
-        ):  # FastAPI's, of what no decoder of JSON takes
+        # FastAPI's words, of what no decoder of JSON takes.
+        if error.detail == "There was an error parsing the body":
             return Refusal(400, "the body is no JSON", "invalid_json")
         headers = dict(error.headers or {})
         return Refusal(error.status_code, said.get(error.status_code, str(error.detail)), headers=headers)
