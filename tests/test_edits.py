@@ -22,7 +22,15 @@ from vugen_cli.data.sample import Sample, Source
 from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.image_sets import open_image_set
-from vugen_cli.nano.edits import EDITS, OpenMojiEdits, describe_edit, is_held_out, natural_color
+from vugen_cli.nano.edits import (
+    EDITS,
+    SHARES,
+    OpenMojiEdits,
+    choose_kind,
+    describe_edit,
+    is_held_out,
+    natural_color,
+)
 from vugen_cli.nano.painting import _layout, random_stream
 from vugen_cli.nano.vocabulary import SUBJECTS
 from vugen_cli.recipe import MixtureSource
@@ -347,3 +355,11 @@ def test_held_out_edits_ask_for_pairs_that_training_never_shows() -> None:
     scenes = [OpenMojiEdits(40, "val", 8)[i].meta["scene"] for i in range(40)]
     assert 8 < sum(is_held_out(scene) for scene in scenes) < 36
     assert all(scene["held_out"] == is_held_out(scene) for scene in scenes)
+
+
+def test_what_is_learned_last_is_drawn_most_to_train_on_and_asked_for_alike() -> None:
+    for split, shares in (("train", SHARES), ("val", dict.fromkeys(SHARES, 1))):
+        found = Counter(choose_kind(split, random_stream("kind", i)) for i in range(1000))
+        for kind, share in shares.items():
+            assert abs(found[kind] / 1000 - share / sum(shares.values())) < 0.05, (split, kind)
+    assert set(SHARES) == set(EDITS)

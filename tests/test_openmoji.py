@@ -72,6 +72,15 @@ def test_share_of_pairs(pairs):
     assert (OpenMojiScenes(1, pairs=pairs).fingerprint == OpenMojiScenes(1).fingerprint) == (pairs == 0.25)
 
 
+def test_share_of_counts():
+    stream = painting.random_stream
+    scenes = [world.describe("train", stream("scene", f"0/{i}"), 0.5, 0.4) for i in range(600)]
+    kinds = Counter(scene["kind"] for scene in scenes)
+    assert abs(kinds["pair"] / 600 - 0.5) < 0.06 and abs(kinds["count"] / 600 - 0.4) < 0.06
+    assert OpenMojiScenes(1, counts=0.15).fingerprint != OpenMojiScenes(1).fingerprint
+    assert {OpenMojiScenes(4, counts=0.75)[i].meta["scene"]["kind"] for i in range(4)} <= {"pair", "count"}
+
+
 @pytest.mark.parametrize("index", range(0, 24, 2))
 def test_larger_is_the_same_picture(index):
     small, large = OpenMojiScenes(24)[index], OpenMojiScenes(24, size=128)[index]
@@ -210,6 +219,8 @@ def test_bad_arguments():
         OpenMojiScenes(3, size=0)
     with pytest.raises(ValueError, match="pairs"):
         OpenMojiScenes(3, pairs=1.5)
+    with pytest.raises(ValueError, match="what pairs leave, 0.4, not 0.5"):
+        OpenMojiScenes(3, pairs=0.6, counts=0.5)
     with pytest.raises(IndexError):
         OpenMojiScenes(3)[3]
     assert len(OpenMojiScenes(0)) == 0

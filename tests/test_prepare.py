@@ -467,8 +467,11 @@ def test_openmoji_through_the_command(tmp_path, monkeypatch, capsys):
     prepare(Dataset.openmoji, count=6, workers=1, pairs=1.0, out=Path("pairs"))
     scenes = [json.loads(members["json"])["scene"] for members in samples_of(Path("pairs")).values()]
     assert {scene["kind"] for scene in scenes} == {"pair"}
-    with pytest.raises(VugenError, match="--pairs goes with"):
+    with pytest.raises(VugenError, match="--pairs and --counts go with"):
         prepare(Dataset.folder, source=tmp_path, pairs=0.5)
+    with pytest.raises(VugenError, match="--counts 0.2 and --pairs 0.9 are more than all scenes"):
+        prepare(Dataset.openmoji, pairs=0.9, counts=0.2, out=Path("none"))
+    assert not Path("none").exists()
 
 
 def test_ctrl_c_through_the_command(monkeypatch, tmp_path):

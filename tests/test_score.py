@@ -404,7 +404,7 @@ def test_mjhq_is_scored_whole_where_pictures_are_of_no_category(tmp_path, mjhq):
     assert "000.jpg of" in report["warning"] and "is of no category" in report["warning"]
     (mjhq / "meta_data.json").write_text('{"id00": {"category": "art"}}')
     report = score_sets(mjhq, mjhq, tiny_extractor(), progress=False)
-    assert "is not as MJHQ-30K's meta_data.json: id00: Field required" in report["warning"]
+    assert "is not as MJHQ-30K's meta_data.json: id00.prompt: Field required" in report["warning"]
 
 
 def write_samples(folder, reference=None, **row):

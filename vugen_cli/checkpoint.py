@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vugen_cli.card import FORMAT, AdapterCard, Card, StateCard
@@ -84,10 +83,6 @@ def read_header(path: str | Path) -> AnyCard:
         kind: type[AnyCard] = StateCard if stage.endswith("-state") else Card
         kind = AdapterCard if stage == "adapter" else kind
         return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise VugenError(f"the card of {file} is damaged: {key}: {first['msg']}") from error
     except (ValueError, AttributeError, TypeError) as error:
         raise VugenError(f"the card of {file} is damaged: {first_line(error)}") from error
 

@@ -18,5 +18,15 @@ class Stopped(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a foreign exception says, on one line of at most 300 characters; its kind if it says nothing."""
+    """What a foreign exception says, on one line of at most 300 characters; its kind if it says nothing.
+
+    Of a pydantic `ValidationError`, its first problem: where it is and what is wrong there.
+    """
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        said = first["msg"].removeprefix("Value error, ")
+        return (f"{where}: {said}" if where else said)[:300]
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

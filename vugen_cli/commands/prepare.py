@@ -64,6 +64,14 @@ PairsOption = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="openmoji: share of the scenes with two subjects.  [default: 0.25]"),
 ]
+CountsOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="openmoji: share of those with two or three of one subject.  [default: a fifth of the rest]",
+    ),
+]
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="Fail on the first picture that cannot be used.")
 ]
@@ -96,6 +104,7 @@ def prepare(
     workers: WorkersOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle, and of drawn scenes.")] = 0,
     pairs: PairsOption = None,
+    counts: CountsOption = None,
     strict: StrictOption = False,
     latents: LatentsOption = None,
     data: LatentDataOption = None,
@@ -135,8 +144,8 @@ def prepare(
         raise VugenError("give --dataset (images to prepare) or --latents (a checkpoint), one of the two")
     if latents is None and (data or flip is not None or vlm or device):
         raise VugenError("--data, --flip, --vlm and --device go with --latents")
-    if pairs is not None and dataset is not Dataset.openmoji:
-        raise VugenError("--pairs goes with --dataset openmoji")
+    if (pairs is not None or counts is not None) and dataset is not Dataset.openmoji:
+        raise VugenError("--pairs and --counts go with --dataset openmoji")
     laid = split is not Split.train or seed or shard_size != SHARD_SIZE
     if dataset is None and (source or count or strict or size or shapes is not None or laid):
         raise VugenError(
@@ -150,7 +159,7 @@ def prepare(
         check_shapes(dataset, size)
     out = out or Path("data") / dataset.value
     size = size or (64 if dataset in (Dataset.openmoji, Dataset.openmoji_edits) else 256)
-    opened = partial(open_source, dataset, source, split.value, size, count, seed, pairs)
+    opened = partial(open_source, dataset, source, split.value, size, count, seed, pairs, counts)
     return prepare_images(opened, out, split.value, size, shapes, shard_size, workers, seed, count, strict)
 
 
@@ -252,6 +261,7 @@ def open_source(
     count: int | None,
     seed: int,
     pairs: float | None = None,
+    counts: float | None = None,
 ) -> "Source":
     """The source that `--dataset` and `--source` name.
 
@@ -265,7 +275,10 @@ def open_source(
         if source is not None:
             raise VugenError("--dataset openmoji draws its own pictures: leave --source out")
         count = count or {"train": 40_000, "val": 2_000}[split]
-        return OpenMojiScenes(count, split, size, seed, PAIRS if pairs is None else pairs)
+        pairs = PAIRS if pairs is None else pairs
+        if counts is not None and counts > 1 - pairs:
+            raise VugenError(f"--counts {counts:g} and --pairs {pairs:g} are more than all scenes together")
+        return OpenMojiScenes(count, split, size, seed, pairs, counts)
     if dataset is Dataset.openmoji_edits:
         from vugen_cli.nano.edits import OpenMojiEdits
 

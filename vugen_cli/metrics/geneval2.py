@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import read_jsonl
 from vugen_cli.metrics.bootstrap import by_prompt, resampled_means
 from vugen_cli.metrics.prompted_images import Prompted, PromptedImages, score_of
@@ -56,9 +56,9 @@ def read_geneval2(path: Path) -> dict[str, Item]:
         try:
             item = Item.model_validate(row)
         except ValidationError as error:
-            first = error.errors()[0]
-            problem = ": ".join([*map(str, first["loc"][:1]), first["msg"].removeprefix("Value error, ")])
-            raise VugenError(f"{path} object {number} is not as geneval2_data.jsonl's: {problem}.") from error
+            raise VugenError(
+                f"{path} object {number} is not as geneval2_data.jsonl's: {first_line(error)}."
+            ) from error
         items[" ".join(item.prompt.split())] = item
     if not items:
         raise VugenError(f"{path} is empty: give geneval2_data.jsonl of the GenEval2 repository.")

@@ -8,7 +8,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter
 
 from vugen_cli.errors import VugenError, first_line
 
@@ -35,9 +35,7 @@ def read_meta(directory: Path) -> dict[str, Entry]:
     try:
         return TypeAdapter(dict[str, Entry]).validate_python(json.loads(path.read_bytes()))
     except (OSError, ValueError) as error:
-        problem = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{[*problem['loc'], 'it'][0]}: {problem['msg']}" if problem else first_line(error)
-        raise VugenError(f"{path} is not as MJHQ-30K's meta_data.json: {reason}.") from error
+        raise VugenError(f"{path} is not as MJHQ-30K's meta_data.json: {first_line(error)}.") from error
 
 
 def rows_by_category(images: "ImageSet", entries: dict[str, Entry]) -> dict[str, list[int]]:

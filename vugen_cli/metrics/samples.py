@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, Field, ValidationError
 
 from vugen_cli.checkpoint import read_card
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import read_jsonl
 from vugen_cli.processes import broadcast
 
@@ -54,10 +54,8 @@ def read_samples(folder: Path) -> list[DrawnImage]:
         try:
             sample = DrawnImage.model_validate(row)
         except ValidationError as error:
-            problem = error.errors()[0]
             raise VugenError(
-                f"{listing} line {number} is not as `vugen sample` writes it: {problem['loc'][0]}: "
-                f"{problem['msg']}."
+                f"{listing} line {number} is not as `vugen sample` writes it: {first_line(error)}."
             ) from error
         for name in (sample.file, *sample.sources):
             if not (folder / name).resolve().is_relative_to(folder.resolve()):

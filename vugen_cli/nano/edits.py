@@ -29,7 +29,7 @@ from vugen_cli.nano.vocabulary import (
 
 PAIRS = 0.5  # share of the described scenes with two subjects: adding, removing and moving need them
 NEAR = 80  # distance in RGB under which two paints have one name
-EDITING = 2  # to be raised with every change that gives some edit other pixels or words
+EDITING = 3  # to be raised with every change that gives some edit other pixels or words
 
 Change = tuple[Scene, Scene, list[str]]  # the scene, the changed scene, instructions
 
@@ -186,6 +186,15 @@ EDITS: dict[str, Callable[[Scene, random.Random], Change | None]] = {
     "add": _add,
     "remove": _remove,
 }
+# How often each is drawn to train on: what is learned last needs the most examples.
+SHARES = {"setting": 2, "subject": 4, "color": 3, "number": 3, "side": 8, "add": 4, "remove": 2}
+
+
+def choose_kind(split: str, rng: random.Random) -> str:
+    """What is to be changed: one of `EDITS`, all alike in "val", as `SHARES` has it in "train"."""
+    if split == "train":
+        return rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
+    return rng.choice(tuple(EDITS))
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -222,7 +231,7 @@ class OpenMojiEdits(Drawings):
     """A `Source` of drawn edits: edit i depends on (seed, split, i) alone.
 
     Args:
-        count: how many edits; their kinds are equally frequent.
+        count: how many edits. Their kinds are equally frequent in "val"; in "train" as `SHARES` has it.
         split: "train", where neither scene has a held-out pair, or "val", where half of the scenes to be
             changed are of such.
         size: side of the pictures in pixels.
@@ -245,7 +254,7 @@ class OpenMojiEdits(Drawings):
             raise IndexError(f"edit {index} of {self.count}")
         identity = f"edit/{self.seed}/{self.split}/{index}"
         rng = random_stream("scene", identity)
-        kind = rng.choice(tuple(EDITS))
+        kind = choose_kind(self.split, rng)
         before, after, instructions = describe_edit(self.split, kind, rng)
         source, target = draw_change(before, after, self.size, identity)
         return Sample(

@@ -184,9 +184,9 @@ def _entry(name: str, rng: random.Random, count: int = 1) -> Entry:
     return {"name": name, "count": count, "color": color if colored and SUBJECTS[name].tintable else None}
 
 
-def describe(split: str, rng: random.Random, pairs: float = PAIRS) -> Scene:
+def describe(split: str, rng: random.Random, pairs: float = PAIRS, counts: float | None = None) -> Scene:
     """Choose what a scene shows: its kind by its share, a subject uniformly, then an allowed setting."""
-    single = 0.8 * (1 - pairs)
+    single = 0.8 * (1 - pairs) if counts is None else 1 - pairs - counts
     kind = rng.choices(("single", "count", "pair"), (single, 1 - pairs - single, pairs))[0]
     wanted = split == "val" and rng.random() < 0.5
     count = rng.choice((2, 3)) if kind == "count" else 1
@@ -243,22 +243,34 @@ class OpenMojiScenes(Drawings):
         size: side of the pictures in pixels; it changes how sharp a scene is and nothing else.
         seed: which set of scenes.
         pairs: share of the scenes with two subjects.
+        counts: share of those with two or three of one subject; default: a fifth of what `pairs` leaves.
     """
 
     name = "openmoji"
 
-    def __init__(self, count: int, split: str = "train", size: int = 64, seed: int = 0, pairs: float = PAIRS):
+    def __init__(
+        self,
+        count: int,
+        split: str = "train",
+        size: int = 64,
+        seed: int = 0,
+        pairs: float = PAIRS,
+        counts: float | None = None,
+    ):
         super().__init__(count, split, size, seed)
         if count < 0 or size < 8:
             raise ValueError(f"count must be 0 or more and size 8 or more, not {count} and {size}")
         if not 0 <= pairs <= 1:
             raise ValueError(f"pairs must be from 0 to 1, not {pairs}")
-        self.pairs = pairs
+        if counts is not None and not 0 <= counts <= 1 - pairs:
+            raise ValueError(f"counts must be from 0 to what pairs leave, {1 - pairs:g}, not {counts}")
+        self.pairs, self.counts = pairs, counts
 
     @property
     def fingerprint(self) -> str:
         """Tells sets apart that were drawn by other code or from other pictures."""
         shares = "" if self.pairs == PAIRS else f", pairs {self.pairs}"
+        shares += "" if self.counts is None else f", counts {self.counts}"
         return f"{self.origin}, drawing {DRAWING}, seed {self.seed}{shares}"
 
     def __getitem__(self, index: int) -> Sample:
@@ -267,7 +279,7 @@ class OpenMojiScenes(Drawings):
             raise IndexError(f"scene {index} of {self.count}")
         identity = f"{self.seed}/{self.split}/{index}"
         rng = random_stream("scene", identity)
-        scene = describe(self.split, rng, self.pairs)
+        scene = describe(self.split, rng, self.pairs, self.counts)
         captions, questions = _captions(scene, rng), _questions(scene, rng)
         return Sample(
             key=f"openmoji-{self.split}-{self.seed}-{index:07d}",

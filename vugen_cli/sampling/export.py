@@ -123,8 +123,4 @@ def _report(path: Path) -> Report:
     try:
         return Report.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        problem = first_line(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            problem = ": ".join([*map(str, first["loc"][:1]), first["msg"]])
-        raise VugenError(f"--scores {path} is no JSON of `vugen score`: {problem}") from error
+        raise VugenError(f"--scores {path} is no JSON of `vugen score`: {first_line(error)}") from error

@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from vugen_cli.checkpoint import read_card
 from vugen_cli.data.loader import ShardedImages
 from vugen_cli.data.manifest import read_manifest
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import whole_file, write_json
 from vugen_cli.metrics.features import Extractor
 from vugen_cli.metrics.report import Record
@@ -124,9 +124,8 @@ def _read_points(listing: Path) -> list[Point]:
     try:
         return TypeAdapter(list[Point]).validate_json(listing.read_bytes())
     except ValidationError as error:
-        problem = error.errors()[0]
         raise VugenError(
-            f"{listing} is no list of scored checkpoints ({problem['msg']}): delete it to score them again"
+            f"{listing} is no list of scored checkpoints ({first_line(error)}): delete it to score them again"
         ) from error
 
 
