@@ -1,12 +1,15 @@
 """Every family of VLMs goes through the same code: latents, prefix, expert, both stages, sampling."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
 import torch
 from conftest import tiny_overrides, vugen_here
 from safetensors import safe_open
+from tokenizers.processors import TemplateProcessing
 
 from vugen_cli.checkpoint import read_card
 from vugen_cli.errors import VugenError
@@ -19,7 +22,7 @@ from vugen_cli.stages.train_sampler import train_sampler
 from vugen_cli.studies.understanding import weight_hash
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
-from vugen_cli.vlm.latents import raster_index
+from vugen_cli.vlm.latents import on_device_of, raster_index
 from vugen_cli.vlm.prompts import Prompt
 
 PROMPTS = ["a bear", "two apples to the left of a red car in a city at night", ""]
@@ -197,6 +200,45 @@ def test_a_size_the_model_cannot_see_is_refused_in_one_line(tmp_path: Path) -> N
     path = families.build("qwen3_vl", tmp_path / "qwen")
     with pytest.raises(VugenError, match=r"cannot read images at 50 px \(recipe key vlm_size\)"):
         load_vlm(str(path), recipe=Recipe(vlm_size=50)).encode(flat_images(1))
+
+
+def test_processors_written_with_pillow_are_given_images_on_the_cpu() -> None:
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device="meta")  # stands for a GPU
+    plain = on_device_of(SimpleNamespace(backend="torchvision"), images)
+    assert [image.device.type for image in plain] == ["meta", "meta"]
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        on_device_of(SimpleNamespace(backend="pil"), images)
+
+
+def test_a_size_that_the_processor_overrides_is_refused(tmp_path: Path) -> None:
+    path = families.build("llava_onevision", tmp_path / "model")
+    with pytest.raises(VugenError, match=r"vlm_size=84 does nothing here: .* makes 56 pixels of any picture"):
+        load_vlm(str(path), recipe=Recipe(vlm_size=84)).encode(flat_images(1))
+
+
+@pytest.mark.parametrize("of", ["tokenizer", "processor"])
+def test_texts_begin_as_the_model_was_taught_where_the_template_leaves_it_to_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    words = families.tokenizer()
+    start = words.bos_token
+    words._tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, words.bos_token_id)]
+    )
+    monkeypatch.setattr(families, "tokenizer", lambda: words)
+    template = families.TEMPLATE.replace("{{ bos_token }}", "")
+    monkeypatch.setattr(families, "TEMPLATE", template)
+    path = families.build("llava_siglip", tmp_path / "model")
+    if of == "processor":  # as files of some years ago have it
+        (path / "chat_template.jinja").unlink()
+        (path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    vlm = load_vlm(str(path))
+    asked = [{"role": "user", "content": [{"type": "text", "text": "a bear"}]}]
+    theirs = vlm.processor.apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    assert vlm.prompts.tokens("a bear") == theirs["input_ids"][0]
+    assert vlm.processor.tokenizer.decode(vlm.prompts.tokens("a bear")).startswith(f"{start} user: a bear")
 
 
 def test_the_instruction_wraps_the_prompt_but_not_the_empty_one(llava: Path) -> None:

@@ -129,6 +129,7 @@ def test_palette_one_bit_and_deep_grey():
         assert decode(encoded(Image.fromarray(ramp // 257), kind)).max() == 1, (
             "dark, and of 16 bits all the same"
         )
+    assert decode(b"P5 32 32 65535\n" + (ramp // 257).astype(">u2").tobytes()).max() == 1
     floats = Image.fromarray(np.full((20, 20), 0.5, np.float32))
     assert decode(encoded(floats, "TIFF"))[0, 0, 0] in (127, 128)
 

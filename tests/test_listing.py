@@ -1,17 +1,21 @@
 """Listings on disk: what was listed, in its order, in no more memory than a few numbers."""
 
+import errno
 import os
 import pickle
+import tempfile
 import tracemalloc
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vugen_cli.data.folder import image_paths
 from vugen_cli.data.listing import Listing, by_first
+from vugen_cli.errors import VugenError
 
 
 def test_values_come_back_by_number_in_another_process_too_and_go_with_their_maker() -> None:
@@ -24,6 +28,27 @@ def test_values_come_back_by_number_in_another_process_too_and_go_with_their_mak
     del listing
     assert not folder.exists()
     assert list(Listing([])) == []
+
+
+def test_what_killed_processes_left_is_cleared_away_and_what_others_use_is_not(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept, new = Listing(["a"]), tmp_path / "vugen-listing-new"
+    left, other = tmp_path / "vugen-listing-left", tmp_path / "other"
+    for folder in (new, left, other):
+        folder.mkdir()
+    for folder in (kept.folder, left, other):
+        os.utime(folder, (0, 0))
+    Listing([])
+    assert kept[0] == "a" and new.exists() and other.exists() and not left.exists()
+
+
+def test_a_full_disk_is_named() -> None:
+    def values() -> Iterator[str]:
+        yield "a"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(VugenError, match=f"no space is left in {tempfile.gettempdir()}.*TMPDIR"):
+        Listing(values())
 
 
 def test_a_long_listing_is_not_held_in_memory() -> None:

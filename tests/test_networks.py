@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from vugen_cli.card import LatentsCard
 from vugen_cli.models.embeddings import grid_positions, sinusoid
 from vugen_cli.models.generation_expert import GenerationExpert, PrefixCache
 from vugen_cli.models.pixel_decoder import PixelDecoder, relative_position_bias, to_pixels, to_uint8
 from vugen_cli.models.reducer import Reducer
 from vugen_cli.recipe import Decoder as DecoderRecipe
+from vugen_cli.recipe import Expert
 from vugen_cli.recipe import Reducer as ReducerRecipe
+from vugen_cli.sampling.trained import new_expert, try_expert
 from vugen_cli.vlm.frozen import FrozenVLM
 
 SMALL = DecoderRecipe(channels=[8, 16], heads=2, middle_layers=2)
@@ -206,6 +209,16 @@ def test_the_expert_is_a_copy_and_leaves_the_vlm_alone(vlm: FrozenVLM) -> None:
             assert torch.equal(copied[name], parameter) and copied[name].data_ptr() != parameter.data_ptr()
             assert copied[name].requires_grad and not parameter.requires_grad
     assert not any("embed_tokens" in name for name in copied)
+
+
+def test_what_of_a_copy_no_gradient_reaches_is_left_alone(vlm: FrozenVLM) -> None:
+    latents = LatentsCard(channels=4, grid=(8, 8), width=32)
+    copied = new_expert(vlm, latents, Expert(adaptive_norms=True, reference=True))
+    copied.decoder.idle = torch.nn.Linear(2, 2)  # as an image encoder of the decoder's own
+    try_expert(copied, vlm, latents)
+    resting = {name for name, weight in copied.named_parameters() if not weight.requires_grad}
+    assert resting == {"decoder.idle.weight", "decoder.idle.bias"}
+    assert all(weight.grad is None for weight in copied.parameters())
 
 
 def test_the_copy_has_no_dropout_whatever_its_original_has(vlm: FrozenVLM) -> None:

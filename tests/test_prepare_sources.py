@@ -17,7 +17,7 @@ from vugen_cli.commands.prepare import Dataset, open_source, prepare
 from vugen_cli.data import hf, shards
 from vugen_cli.data.captions import CaptionedImages
 from vugen_cli.data.coco import CocoCaptions
-from vugen_cli.data.folder import ImageFolder
+from vugen_cli.data.folder import ImageFolder, files_of_split, image_paths
 from vugen_cli.data.hf import HuggingFaceDataset
 from vugen_cli.data.imagenet import ImageNet, class_names
 from vugen_cli.data.manifest import read_skipped
@@ -418,7 +418,37 @@ def test_text_beside_images(tmp_path):
     )
     manifest = write_dataset(CaptionedImages(tmp_path), tmp_path / "out", size=16, progress=False)
     assert manifest.splits["train"].count == 2 and manifest.splits["train"].captions.count == 3
-    assert content(CaptionedImages(tmp_path))["a.jpg"][0] == ["one", "two", ""]
+    assert CaptionedImages(tmp_path)[0].captions == ["one", "two", ""]
+    (skipped,) = read_skipped(tmp_path / "out", "train")
+    assert skipped.key.endswith("c.txt") and skipped.reason == "No such file or directory"
+    before = CaptionedImages(tmp_path).fingerprint
+    put(tmp_path, {"a.txt": "another"})
+    assert CaptionedImages(tmp_path).fingerprint != before
+    put(tmp_path, {"t.csv": "path,caption\na.jpg,x\n"})
+    with pytest.raises(VugenError, match=r"a \.txt beside them and t\.csv too: point --source at "):
+        CaptionedImages(tmp_path)
+    assert len(CaptionedImages(tmp_path / "t.csv")) == 1
+
+
+def test_captions_are_utf_8_or_16_or_cost_their_sample(tmp_path):
+    texts = {
+        "a.txt": "\ufeffcafé".encode(),
+        "b.txt": "café\n".encode("utf-16"),
+        "c.txt": "café".encode("latin-1"),
+        "d.txt": "café".encode(),
+    }
+    pictures = {f"{name[0]}.jpg": jpeg(i) for i, name in enumerate(texts)}
+    shards = {"0.tar": tar_of(dict(sorted({**pictures, **texts}.items())))}
+    sources = [
+        CaptionedImages(put(tmp_path / "files", {**pictures, **texts})),
+        WebDatasetShards(put(tmp_path / "shards", shards)),
+    ]
+    for number, source in enumerate(sources):
+        assert [source[i].captions for i in (0, 1, 3)] == [["café"]] * 3
+        out = tmp_path / f"out{number}"
+        assert write_dataset(source, out, size=16, progress=False).splits["train"].count == 3
+        (skipped,) = read_skipped(out, "train")
+        assert skipped.reason == "the caption is no UTF-8"
 
 
 @pytest.mark.parametrize(
@@ -459,8 +489,13 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, path, kind):
     [
         ({"t.csv": "a,b\n1,2\n"}, "line 2: expected a column named path.*found a, b"),
         ({"t.csv": "path,caption\n"}, "no lines below"),
-        ({"t.csv": "path,caption\nx.jpg\n"}, "line 2"),
-        ({"t.jsonl": "{"}, "cannot be read as UTF-8 jsonl"),
+        ({"t.csv": "path,caption\nx.jpg\n"}, "line 2 ends before its caption"),
+        ({"t.csv": "path,caption\nx.jpg,a dog, running\n"}, "line 2: more values than columns: quote a"),
+        ({"t.tsv": "path\tcaption\nx.jpg\ta\tb\n"}, "line 2: more values than columns: a tab in a"),
+        ({"t.csv": 'path,caption\nx.jpg,a\ny.jpg,"b\nz.jpg,c\n'}, "about line 2: unexpected end of data"),
+        ({"t.csv": 'path,caption\nx.jpg,"say "hi" you"\n'}, "about line 0: ',' expected after"),
+        ({"t.jsonl": "{"}, "cannot be read as UTF-8 jsonl, about line 1: Expecting property name"),
+        ({"t.jsonl": '{"path": "x.jpg", "caption": [{"text": "a"}]}'}, "line 1: caption is no text"),
         ({"t.jsonl": "[1]"}, "line 1.*found none"),
         ({"t.csv": b"path,caption\na.jpg,\xff\xfe\n"}, "UTF-8"),
         ({"a.jpg": b"", "b.jpg": b""}, r"found a\.jpg, b\.jpg"),
@@ -470,6 +505,13 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, path, kind):
 def test_wrong_captions(tmp_path, files, words):
     with pytest.raises(VugenError, match=words):
         CaptionedImages(put(tmp_path, files))
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
+    put(tmp_path, {"a/b/x.jpg": b"", "elsewhere/y.jpg": b""})
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "b" / "on").symlink_to(tmp_path / "elsewhere")
+    assert list(image_paths(tmp_path / "a")) == ["b/on/y.jpg", "b/x.jpg"]
 
 
 def test_a_folder_named_as_a_split_beside_classes_is_refused(tmp_path):
@@ -585,13 +627,15 @@ def test_captions_that_are_no_text_cost_their_sample_alone_and_nulls_are_dropped
         "deep": "[" * 100_000,
         "null": '{"caption": ["a dog", null]}',
         "empty": '{"caption": "", "text": "a cat"}',
+        "list": '["of", "somebody\'s", "own"]',
     }
     files = {f"{key}.{kind}": jpeg() for key in said for kind in ("jpg", "json")}
     files |= {f"{key}.json": text.encode() for key, text in said.items()}
+    files["list.txt"] = b"a bird"
     source = WebDatasetShards(put(tmp_path, {"0.tar": tar_of(files)}))
     manifest = write_dataset(source, tmp_path / "out", size=16, progress=False)
-    assert [source[i].captions for i in (3, 4)] == [["a dog"], ["a cat"]]
-    assert manifest.splits["train"].count == 2
+    assert [source[i].captions for i in (3, 4, 5)] == [["a dog"], ["a cat"], ["a bird"]]
+    assert manifest.splits["train"].count == 3
     reasons = {skipped.key: skipped.reason for skipped in read_skipped(tmp_path / "out", "train")}
     assert reasons.keys() == {"0.tar/number", "0.tar/nan", "0.tar/deep"}
     assert reasons["0.tar/nan"].endswith("caption is no text") and "recursion" in reasons["0.tar/deep"]
@@ -689,6 +733,19 @@ def test_hf_reads_a_row_group_once_for_rows_that_follow_each_other(tmp_path, mon
     )
     assert [source[i].captions for i in range(6)] == [[f"text {i}"] for i in range(6)]
     assert groups == [0, 1] and len(pickle.dumps(source)) < 4000
+
+
+def test_files_say_their_split_at_the_start_of_their_name_or_in_it():
+    def of(split, *names):
+        return [file.name for file in files_of_split([Path(name) for name in names], split)]
+
+    named = ("cc3m-train-0000.tar", "cc3m-validation-0000.tar", "cc3m-test-0000.tar", "readme.tar")
+    assert of("train", *named) == ["cc3m-train-0000.tar"]
+    assert of("val", *named) == ["cc3m-validation-0000.tar"]
+    assert of("val", "train_00.parquet", "test_00.parquet") == ["test_00.parquet"]
+    assert of("train", "train-0.tar", "train-1.tar", "val.tar") == ["train-0.tar", "train-1.tar"]
+    assert of("train", "test-0.tar") == of("val", "train-0.tar") == []
+    assert of("val", "0.tar", "latest-1.tar", "trainset.tar") == ["0.tar", "latest-1.tar", "trainset.tar"]
 
 
 def test_hf_takes_no_held_out_files_for_training(tmp_path):

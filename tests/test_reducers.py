@@ -186,6 +186,8 @@ def test_channels_that_repeat_each_other_lower_the_rank() -> None:
     assert effective_rank(np.array([2.0, 2.0, 0.0])) == pytest.approx(2)
     assert effective_rank(np.array([5.0, 0.0, -1e-12])) == pytest.approx(1)
     x = torch.randn(50, 4, 4, 1)
+    dead = describe_latents([torch.cat([x, torch.zeros_like(x)], -1)])
+    assert dead["std"][1] == dead["skewness"][1] == dead["excess_kurtosis"][1] == dead["negentropy"][1] == 0
     assert describe_latents([torch.cat([x, x, x], -1)])["effective_rank"] == pytest.approx(1, abs=1e-6)
 
 

@@ -143,7 +143,7 @@ WIDE = {
 }  # feed-forward, as *intermediate_size*
 IDS = ("_token_id", "_token_index", "_patch_id", "_start_id", "_end_id", "_newline_id")
 LACKING = [("vision_start_token_id", f"{name}_thinker") for name in ("qwen2_5_omni", "qwen3_omni_moe")]
-MROPE = ("cosmos3", "ernie4", "glm4", "glmga", "glm_ocr", "hunyuan", "minicpm", "paddleocr", "qwen")
+MROPE = ("cosmos3", "ernie4", "glm4", "glmga", "glm_ocr", "minicpm", "paddleocr", "qwen")
 OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_vl": {"text_config": {"full_attn_idxs": [1], "layer_types": ["conv", "full_attention"]}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [3, 3, 2]}}},
@@ -269,7 +269,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "downsample_rate": "4/8",
         "vision_config": {"hidden_size": 64},
     },
-    "hunyuan_vl": {"text_config": {"head_dim": 16}},
+    "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": {"mrope_section": [2, 2, 2, 2]}}},
     "mistral_large4": {"text_config": {"head_dim": 8, "num_key_value_heads": 4, "kv_source_layers": [0, 1]}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "perception_lm": {

@@ -9,7 +9,7 @@ from typing import Any
 
 from vugen_cli.data.folder import image_paths, split_folder
 from vugen_cli.data.listing import Listing, by_first
-from vugen_cli.data.sample import Sample, texts_of
+from vugen_cli.data.sample import Sample, decoded, texts_of
 from vugen_cli.errors import VugenError
 
 PATH_COLUMNS = ("path", "file", "image", "filename", "file_name", "filepath", "image_path")
@@ -44,10 +44,15 @@ class CaptionedImages:
             self._read_table(path)
         else:
             folder = split_folder(path, split)
-            found = (name for name in image_paths(folder) if (folder / name).with_suffix(".txt").exists())
-            beside = Listing([name, None] for name in found)
+            beside = Listing([name, _size(_beside(folder / name))] for name in image_paths(folder))
             tables = tables_in(folder)
-            if len(beside):
+            captioned = any(size >= 0 for _, size in beside)
+            if captioned and tables:
+                raise VugenError(
+                    f"{folder} has images with a .txt beside them and {tables[0].name} too: point --source "
+                    f"at {tables[0]}, or move it elsewhere"
+                )
+            if captioned:  # then those without are missing theirs: they are skipped, and listed
                 self.folder, self.rows = folder, beside
             elif len(tables) == 1:
                 self._read_table(tables[0])
@@ -76,11 +81,20 @@ class CaptionedImages:
         rows = [self.rows[int(row)] for row in self.order[self.bounds[index] : self.bounds[index + 1]]]
         path = rows[0][0]
         file = self.folder / path
-        if rows[0][1] is None:  # in the .txt beside the image
-            captions = file.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        if isinstance(rows[0][1], int):  # the size of the .txt beside the image
+            captions = decoded(_beside(file).read_bytes()).splitlines()
         else:
             captions = [caption for _, found in rows for caption in found]
         return Sample(key=path, image=file.read_bytes(), captions=captions)
+
+
+def _beside(image: Path) -> Path:
+    return image.with_suffix(".txt")
+
+
+def _size(file: Path) -> int:
+    """Of a file in bytes, by which a changed one is told apart; -1 where there is none."""
+    return file.stat().st_size if file.is_file() else -1
 
 
 def tables_in(folder: Path) -> list[Path]:
@@ -95,6 +109,7 @@ def table_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         VugenError: it cannot be read.
     """
+    number = 0
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             if table.suffix.lower() == ".jsonl":
@@ -107,14 +122,23 @@ def table_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 reader = (
                     csv.DictReader(file, dialect="excel-tab", quoting=csv.QUOTE_NONE)
                     if tabs
-                    else csv.DictReader(file)
+                    else csv.DictReader(file, strict=True)
                 )
                 for row in reader:
-                    yield reader.line_num, _columns(row)
+                    number = reader.line_num
+                    if any(row.pop(None, [])):
+                        raise ValueError(
+                            "more values than columns: "
+                            + ("a tab in a caption" if tabs else "quote a caption with commas in it")
+                        )
+                    yield number, _columns(row)
     except OSError as error:
         raise VugenError(f"cannot read {table}: {error.strerror or error}") from error
     except (ValueError, RecursionError, csv.Error) as error:
-        raise VugenError(f"{table} cannot be read as UTF-8 {table.suffix[1:]}: {error}") from error
+        problem = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise VugenError(
+            f"{table} cannot be read as UTF-8 {table.suffix[1:]}, about line {number}: {problem}"
+        ) from error
 
 
 def _columns(row: Any) -> dict[str, Any]:
@@ -125,13 +149,18 @@ def _row(table: Path, number: int, row: dict[str, Any]) -> tuple[str, list[str]]
     path = next((row[name] for name in PATH_COLUMNS if name in row), None)
     column = next((name for name in CAPTION_COLUMNS if name in row), "")
     caption = row.get(column)
-    null = caption is None and column and table.suffix.lower() == ".jsonl"  # in others a line that ends early
+    null = caption is None and column and table.suffix.lower() == ".jsonl"
+    if path and column and caption is None and not null:
+        raise VugenError(f"{table} line {number} ends before its {column}")
     if not isinstance(path, str) or not path or not (null or isinstance(caption, str | list)):
         raise VugenError(
             f"{table} line {number}: expected a column named {', '.join(PATH_COLUMNS[:4])} and one named "
             f"{', '.join(CAPTION_COLUMNS[:3])}; found {', '.join(row) or 'none'}"
         )
-    return path, texts_of(caption)
+    try:
+        return path, texts_of(caption)
+    except ValueError as error:
+        raise VugenError(f"{table} line {number}: {error}") from error
 
 
 def inside(table: Path, where: str, path: str) -> str:

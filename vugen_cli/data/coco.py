@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vugen_cli.data.folder import check_folder, given_source
-from vugen_cli.data.sample import Sample, hash_of
+from vugen_cli.data.sample import Sample, hash_of, texts_of
 from vugen_cli.errors import VugenError
 
 _YEARS = ("2017", "2014")
@@ -73,17 +73,18 @@ class CocoCaptions:
             content = json.loads(table.read_text(encoding="utf-8"))
             captions: dict[int, list[tuple[int, str]]] = {}
             for note in content["annotations"]:
-                captions.setdefault(note["image_id"], []).append((note["id"], note["caption"]))
+                if text := texts_of(note["caption"]):  # none of null
+                    captions.setdefault(note["image_id"], []).append((note["id"], text[0]))
             images = sorted(
                 (i["file_name"], i["id"], i.get("license")) for i in content["images"] if i["id"] in captions
             )
             urls = {item["id"]: item["url"] for item in content.get("licenses", [])}
         except OSError as error:
             raise VugenError(f"cannot read {table}: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise VugenError(f"{table} is no COCO caption file ({error!r}): unpack it again") from error
         for file, *_ in images:
-            if os.path.basename(file) != file:
+            if not isinstance(file, str) or os.path.basename(file) != file:
                 raise VugenError(f"{table} names the image {file!r}, which is not in the image folder itself")
         if not images:
             raise VugenError(f"{table} has no captioned images: unpack COCO's annotations again")

@@ -10,7 +10,7 @@ from vugen_cli.data.captions import TABLES, inside, table_rows, tables_in
 from vugen_cli.data.folder import IMAGE_SUFFIXES, split_folder
 from vugen_cli.data.hf import Tables, parquet_files, stored_picture
 from vugen_cli.data.listing import Listing
-from vugen_cli.data.sample import Meta, Sample, Source, texts_of
+from vugen_cli.data.sample import Meta, Sample, Source, decoded, texts_of
 from vugen_cli.data.shards import read_at, samples_of, shards_of, tar_members
 from vugen_cli.errors import VugenError
 
@@ -204,10 +204,11 @@ class EditShards:
         if not sources or not target:
             raise OSError(0, f"no {'target' if sources else 'source'} picture in the sample", key)
         meta: Meta = {}
-        texts = read_at(shard, *text).decode("utf-8", "replace").splitlines() if text else []
+        texts = decoded(read_at(shard, *text)).splitlines() if text else []
         try:
             if facts:
-                meta = dict(json.loads(read_at(shard, *facts)))
+                found = json.loads(read_at(shard, *facts))
+                meta = found if isinstance(found, dict) else {}
             texts = texts or texts_of(_first(meta, TEXTS))
         except (ValueError, TypeError, RecursionError) as error:
             raise OSError(0, f"damaged .json: {error}", key) from error

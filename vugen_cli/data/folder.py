@@ -27,7 +27,8 @@ IMAGE_SUFFIXES = frozenset(
     )
 )
 
-_SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev", "test")}
+_SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(sum(SPLIT_NAMES.values(), ()))})(?=[-_.\d])")
 
 
 def split_folder(path: Path, split: str) -> Path:
@@ -39,18 +40,32 @@ def split_folder(path: Path, split: str) -> Path:
             split.
     """
     check_folder(path)
-    for name in _SPLIT_NAMES[split]:
+    for name in SPLIT_NAMES[split]:
         if (path / name).is_dir():
             return path / name
     other = "val" if split == "train" else "train"
     if path.name == other:
         raise VugenError(f"{path} is a folder of the {other} split: use --split {other} or another --source")
-    if found := [name for name in _SPLIT_NAMES[other] if (path / name).is_dir()]:
+    if found := [name for name in SPLIT_NAMES[other] if (path / name).is_dir()]:
         raise VugenError(
-            f"{path} has a {found[0]}/ folder but no {_SPLIT_NAMES[split][0]}/: use --split {other} or "
+            f"{path} has a {found[0]}/ folder but no {SPLIT_NAMES[split][0]}/: use --split {other} or "
             f"point --source at the folder to use"
         )
     return path
+
+
+def files_of_split(files: list[Path], split: str) -> list[Path]:
+    """Those files whose names say that they are of a split, as in `train-0.tar` and `cc3m-validation-0.tar`.
+
+    Where no name says any split, all of them. "val" takes those of test where there are no others.
+    """
+    named: dict[str, list[Path]] = {}
+    for file in files:
+        if found := _SPLIT_IN_NAME.search(file.name):
+            named.setdefault(found[1], []).append(file)
+    if not named:
+        return files
+    return next((named[name] for name in SPLIT_NAMES[split] if name in named), [])
 
 
 def given_source(source: Path | None, variable: str, advice: str) -> Path:
@@ -92,7 +107,9 @@ def image_paths(folder: Path, below: str = "") -> Iterator[str]:
         names = [e.name + "/" * e.is_dir() for e in entries if not e.name.startswith(".")]
     for name in sorted(names):
         if name.endswith("/"):
-            yield from image_paths(folder, below + name)
+            here = os.path.realpath(folder / below)
+            if not f"{here}/".startswith(f"{os.path.realpath(folder / below / name)}/"):  # a link to above
+                yield from image_paths(folder, below + name)
         elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
             yield below + name
 
@@ -162,7 +179,7 @@ class ImageFolder:
 
 def _class_folders(path: Path) -> list[str]:
     """Folders with images in them that are no split."""
-    splits = {name for names in _SPLIT_NAMES.values() for name in names}
+    splits = {name for names in SPLIT_NAMES.values() for name in names}
     folders = (entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     return sorted(name for name in folders if name not in splits and any(image_paths(path, f"{name}/")))
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vugen_cli.data.captions import CAPTION_COLUMNS
+from vugen_cli.data.folder import SPLIT_NAMES, files_of_split
 from vugen_cli.data.sample import Meta, Sample, hash_of, texts_of
 from vugen_cli.errors import VugenError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
-SPLITS = ("train", "val", "validation", "valid", "dev", "test")
 MOST_OPEN = 256  # files kept open: of the 1024 that a process may have as a rule
 
 
@@ -222,7 +222,7 @@ def _find_files(path: Path, split: str) -> list[Path]:
         raise VugenError(
             f"{path} is no parquet file: point --source at a save_to_disk directory or parquet files"
         )
-    names = SPLITS[:1] if split == "train" else SPLITS[1:]
+    names = SPLIT_NAMES[split]
     if (path / "dataset_dict.json").exists():
         folder = next((path / name for name in names if (path / name).is_dir()), None)
         if folder is None:
@@ -242,9 +242,7 @@ def _find_files(path: Path, split: str) -> list[Path]:
             )
         return files
     files = parquet_files(path)
-    named = {name: [f for f in files if f.name.startswith((f"{name}-", f"{name}."))] for name in SPLITS}
-    if any(named.values()):
-        files = next((named[name] for name in names if named[name]), [])
+    files = files_of_split(files, split)
     if not files:
         listing = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
         raise VugenError(

@@ -222,9 +222,12 @@ def _val_labels(folder: Path) -> dict[str, str]:
             return {row[0]: row[1][:9] for row in rows if len(row) == 2}
     for file in (folder / "val.txt", folder.parent / "val.txt"):
         if file.exists():
-            pairs = (line.split() for line in file.read_text(encoding="utf-8-sig").splitlines())
             try:
-                return {pair[0].partition(".")[0]: wnids[int(pair[1])] for pair in pairs if pair}
+                pairs = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+                labels = {pair[0].partition(".")[0]: int(pair[1]) for pair in pairs if pair}
+                if min(labels.values(), default=0) < 0:
+                    raise ValueError(f"{min(labels.values())} is no class")
+                return {name: wnids[label] for name, label in labels.items()}
             except (ValueError, IndexError) as error:
                 raise VugenError(
                     f"{file} should give a file name and a class index 0 to 999 a line: {error}"

@@ -77,7 +77,7 @@ def _decode_plain_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
         if any(words in str(err) for words in _HARMLESS):
             return None
         raise ValueError(f"corrupt JPEG: {err}") from err
-    if b"Exif\0\0" in data[:65536]:  # APP1 comes first and holds at most 64 KiB
+    if b"Exif\0\0" in data:  # mostly at its start, but other blocks may come first
         try:
             with Image.open(io.BytesIO(data), formats=_formats()) as header:
                 return _upright(pixels, _orientation(header))
@@ -147,7 +147,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Load a picture of any mode and bring it to RGB, with transparency laid on white."""
     image.load()
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_to_8_bit(np.asarray(image), image.format == "PPM")).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -155,14 +155,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_8_bit(grey: np.ndarray) -> np.ndarray:
+def _to_8_bit(grey: np.ndarray, deep: bool) -> np.ndarray:
     """Scale deep greyscale `[H, W]` to uint8: integers are taken as 16 bits (those of 32 that stay below 256
-    as 8), floats up to 1 as 0 to 1.
+    as 8, unless they are known to be `deep`), floats up to 1 as 0 to 1.
     """
     if grey.dtype.kind == "f":
         scaled = np.nan_to_num(grey) * (255 if np.nanmax(grey) <= 1 else 1)
     else:
-        scaled = grey / 257 if grey.itemsize == 2 or grey.max() > 255 else grey
+        scaled = grey / 257 if deep or grey.itemsize == 2 or grey.max() > 255 else grey
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 

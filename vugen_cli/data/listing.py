@@ -1,17 +1,26 @@
 """What a source lists, kept in a file: a hundred million paths must not take the memory of every process."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+from vugen_cli.errors import VugenError
+
+_PREFIX = "vugen-listing-"
+_NEW = 60  # seconds in which a listing may not be held yet
 
 
 class Listing:
@@ -27,15 +36,27 @@ class Listing:
     """
 
     def __init__(self, values: Iterable[Any]):
-        self.folder = Path(tempfile.mkdtemp(prefix="vugen-listing-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        _clear_leftovers()
+        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        held = os.open(self.folder, os.O_RDONLY)  # until the process ends, however it does
+        weakref.finalize(self, _give_up, self.folder, held)
         digest, end = hashlib.sha256(), 0
-        with open(self.folder / "values", "wb") as file, open(self.folder / "ends", "wb") as ends:
-            for value in values:
-                line = json.dumps(value).encode() + b"\n"
-                digest.update(line)
-                end += file.write(line)
-                ends.write(end.to_bytes(8, "little"))
+        try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(self.folder / "values", "wb") as file, open(self.folder / "ends", "wb") as ends:
+                for value in values:
+                    line = json.dumps(value).encode() + b"\n"
+                    digest.update(line)
+                    end += file.write(line)
+                    ends.write(end.to_bytes(8, "little"))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise VugenError(
+                f"no space is left in {self.folder.parent} for the list of what the source holds: free some, "
+                "or set TMPDIR to another folder"
+            ) from error
         self.fingerprint = digest.hexdigest()[:16]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,6 +80,29 @@ class Listing:
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
+
+
+def _give_up(folder: Path, held: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        os.close(held)
+
+
+def _clear_leftovers() -> None:
+    """Remove listings that no process holds any more: of a hundred million paths one is gigabytes."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except OSError:  # gone, or of another user
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - os.fstat(handle).st_mtime > _NEW:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # in use, or on a file system that cannot say
+            pass
+        finally:
+            os.close(handle)
 
 
 def by_first(keys: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """What a source hands to the shard writer."""
 
+import codecs
 import hashlib
 import json
 from collections.abc import Sequence
@@ -69,6 +70,19 @@ def texts_of(value: Any) -> list[str]:
     if not value:
         return []
     raise ValueError("caption is no text")
+
+
+def decoded(text: bytes) -> str:
+    """A text file's text: UTF-8, or UTF-16 that says so at its start.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    utf_16 = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return text.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError("the caption is no UTF-8") from error
 
 
 def encodable(text: str) -> str:

@@ -15,8 +15,8 @@ from typing import IO
 
 import numpy as np
 
-from vugen_cli.data.folder import IMAGE_SUFFIXES, split_folder
-from vugen_cli.data.sample import Meta, Sample, hash_of, texts_of
+from vugen_cli.data.folder import IMAGE_SUFFIXES, files_of_split, split_folder
+from vugen_cli.data.sample import Meta, Sample, decoded, hash_of, texts_of
 from vugen_cli.errors import VugenError
 from vugen_cli.files import user_cache, whole_file
 from vugen_cli.processes import barrier, local_world_size, rank, world_size
@@ -119,7 +119,8 @@ class WebDatasetShards:
 
     Args:
         path: the folder of `.tar` files, or one of them.
-        split: with `train/` and `val/` folders, or shards named `train-*.tar` and `val-*.tar`, which of them.
+        split: with `train/` and `val/` folders, or shards with such names, which of them; see
+            `files_of_split`.
 
     Raises:
         VugenError: no shards, a shard that is damaged, or none of them holds images with captions.
@@ -163,10 +164,11 @@ class WebDatasetShards:
         meta: Meta = {}
         captions: list[str] = []
         if places[2] >= 0:
-            captions = read_at(shard, *places[2:4]).decode("utf-8", "replace").splitlines()
+            captions = decoded(read_at(shard, *places[2:4])).splitlines()
         try:
             if places[4] >= 0:
-                meta = dict(json.loads(read_at(shard, *places[4:6])))
+                facts = json.loads(read_at(shard, *places[4:6]))
+                meta = facts if isinstance(facts, dict) else {}  # a list is of somebody's own
             for name in _CAPTION_KEYS:
                 value = meta.pop(name, None)
                 if not captions and value:
@@ -181,7 +183,7 @@ def shards_of(path: Path, split: str) -> list[Path]:
 
     Args:
         path: the folder, or one of them.
-        split: with `train/` and `val/` folders, or shards named `train-*.tar` and `val-*.tar`, which of them.
+        split: with `train/` and `val/` folders, or shards with such names, which of them.
 
     Raises:
         VugenError: there are none.
@@ -192,10 +194,7 @@ def shards_of(path: Path, split: str) -> list[Path]:
         return [path]
     folder = split_folder(path, split)
     shards = sorted(folder.glob("[!.]*.tar"))  # not what is hidden: macOS's ._x.tar, a shard half written
-    # A folder with both splits names them in its shards.
-    named = {s: [t for t in shards if t.name.startswith(f"{s}-")] for s in ("train", "val")}
-    if named["train"] or named["val"]:
-        shards = named[split]
+    shards = files_of_split(shards, split)
     if not shards:
         raise VugenError(
             f"{folder} holds no .tar shards of the {split} split: point --source at a folder of them"

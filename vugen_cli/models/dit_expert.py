@@ -180,6 +180,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def spread(layers: int, depth: int) -> list[int]:
     """Which hidden states `depth` blocks read of a decoder of some layers: 0 is the first layer's input.
 
-    Evenly from the first layer's input to the last one's, which are what the copy's layers read.
+    Evenly from the first layer's input on: of as many blocks as layers, each reads what the copy's would.
     """
     return [number * layers // depth for number in range(depth)]

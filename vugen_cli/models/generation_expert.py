@@ -121,7 +121,7 @@ class GenerationExpert(nn.Module):
             copied.set_attn_implementation(FUSED)
         self.decoder: Any = without_dropout(copied).float().requires_grad_(True)
         width = config.hidden_size
-        self.mrope = bool((getattr(config, "rope_parameters", None) or {}).get("mrope_section"))
+        self.mrope = has_sections(getattr(config, "rope_parameters", None) or {})
         self.proj_in = nn.Linear(channels, width)
         self.time_embed = TimeEmbedding(width)
         self.pos_embed = nn.Parameter(grid_positions(*grid, width))
@@ -197,6 +197,14 @@ def without_dropout(module: nn.Module) -> nn.Module:
                 if name.endswith(("dropout", "layerdrop")) and isinstance(value, float):
                     setattr(holder, name, 0.0)
     return module
+
+
+def has_sections(rope: dict[str, Any]) -> bool:
+    """Whether a decoder has M-RoPE, by its `rope_parameters`, which may differ by the type of layer."""
+    return any(
+        has_sections(value) if isinstance(value, dict) else name == "mrope_section" and bool(value)
+        for name, value in rope.items()
+    )
 
 
 def image_positions(start: Tensor, height: int, width: int, sections: bool) -> Tensor:

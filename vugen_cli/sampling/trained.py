@@ -273,9 +273,11 @@ def new_expert(
     return copied if empty else copied.to(vlm.device)
 
 
-@torch.no_grad()
 def try_expert(expert: GenerationExpert | DiTExpert, vlm: FrozenVLM, latents: LatentsCard) -> None:
     """Run a new expert once, on the empty prompt with padding, before anything is trained.
+
+    What of a copied decoder no gradient reaches (an image encoder of its own, some biases of routers) is
+    not trained: several processes would wait for its gradients.
 
     Raises:
         VugenError: the VLM's decoder, and so its copy, wants more than embeddings.
@@ -284,7 +286,7 @@ def try_expert(expert: GenerationExpert | DiTExpert, vlm: FrozenVLM, latents: La
     prefix = vlm.prefix([tokens], len(tokens) + 1, hidden=expert.reads)  # padded, as a batch would be
     noised = torch.zeros(1, *latents.grid, latents.channels, device=vlm.device)
     try:
-        expert(noised, torch.zeros(1, device=vlm.device), prefix)
+        expert(noised, torch.zeros(1, device=vlm.device), prefix).sum().backward()
     except Exception as error:  # of a copy, the decoder's own code
         if isinstance(expert, DiTExpert):
             raise
@@ -292,6 +294,10 @@ def try_expert(expert: GenerationExpert | DiTExpert, vlm: FrozenVLM, latents: La
             f"{vlm.name} has a decoder whose copy does not run on image tokens ({first_line(error)}): "
             "set expert.kind=dit"
         ) from error
+    if isinstance(expert, GenerationExpert):
+        for parameter in expert.decoder.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+    expert.zero_grad(set_to_none=True)
 
 
 def load_vae(name: str, device: torch.device) -> FrozenVAE:

@@ -45,9 +45,11 @@ def describe_latents(batches: Iterable[Tensor]) -> dict[str, Any]:
         counts.scatter_add_(1, place.T, torch.ones(place.T.shape))
     mean, covariance, n = moments.mean, moments.covariance, moments.n
     std = np.sqrt(np.diag(covariance))
+    alive = std > 0  # of a dead channel all that follows is 0
+    scale = np.where(alive, std, 1)
     third, fourth = np.asarray(cubes) / n, np.asarray(fourths) / n
     variance = std**2
-    skewness = (third - 3 * mean * variance - mean**3) / std**3
+    skewness = (third - 3 * mean * variance - mean**3) / scale**3
     central = fourth - 4 * mean * third + 6 * mean**2 * (variance + mean**2) - 3 * mean**4
     density = (counts / counts.sum(1, keepdim=True) / BIN).double()
     eigenvalues = np.linalg.eigvalsh(covariance)[::-1]
@@ -58,8 +60,8 @@ def describe_latents(batches: Iterable[Tensor]) -> dict[str, Any]:
         "mean": mean.tolist(),
         "std": std.tolist(),
         "skewness": skewness.tolist(),
-        "excess_kurtosis": (central / variance**2 - 3).tolist(),
-        "negentropy": negentropy(density.numpy(), std).tolist(),
+        "excess_kurtosis": (alive * (central / scale**4 - 3)).tolist(),
+        "negentropy": (alive * negentropy(density.numpy(), scale)).tolist(),
         "histogram": density.tolist(),
     }
 

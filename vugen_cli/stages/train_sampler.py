@@ -330,8 +330,10 @@ def prompts_of(
         pictures = tuple(batch.sources[row]) if batch.sources else ()
         if neither:
             asked.append("")
-        elif not pictures or (no_pictures and not no_text):
+        elif not pictures:
             asked.append(batch.tokens[row])
+        elif no_pictures and not no_text:
+            asked.append(prompts.caption_tokens(batch.captions[row].replace(PICTURE, ""))[0])
         elif no_text:
             asked.append(Prompt("", pictures))
         else:
@@ -383,7 +385,10 @@ def held_out_prompts(images: ShardedImages, prompts: Prompts, count: int = 16) -
     """
     found = []
     for _, meta in images.held_out().in_order(count):
-        sources = [decode_source(data, images.shapes, images.size) for data in meta.get("sources", [])]
+        try:
+            sources = [decode_source(data, images.shapes, images.size) for data in meta.get("sources", [])]
+        except Exception:  # damaged: decoders raise nearly anything; training counts it
+            continue
         pictures = tuple(torch.from_numpy(source).permute(2, 0, 1) for source in sources)
         if meta["captions"]:
             found.append(cut_prompt(meta["captions"][0], pictures, prompts))

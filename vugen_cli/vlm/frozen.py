@@ -79,6 +79,8 @@ class FrozenVLM:
         self.fingerprint = combined_digest(self._digests)
         self._canvas: dict[Shape, Shape] = {}  # see `canvas`
         self.words: frozenset[str] | None = None
+        if not getattr(processor.tokenizer, "chat_template", None):  # older files give it to the processor
+            processor.tokenizer.chat_template = getattr(processor, "chat_template", None)
         self.prompts = Prompts(
             processor.tokenizer,
             name,

@@ -11,9 +11,11 @@ moves parts of a picture to see that it did.
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -137,13 +139,26 @@ def vision_inputs(image_processor: Any, images: Tensor, size: int | None = None)
         options |= {
             key: False for key in ("do_resize", "do_center_crop", "do_pad") if hasattr(image_processor, key)
         }
-    inputs = dict(image_processor(images=list(images), return_tensors="pt", **options))
+    inputs = dict(
+        image_processor(images=on_device_of(image_processor, images), return_tensors="pt", **options)
+    )
     pixels = inputs[pixels_key(inputs)]
+    if size is not None and pixels.ndim in (4, 5) and pixels.shape[-1] != size:
+        raise VugenError(
+            f"vlm_size={size} does nothing here: the model's image processor makes {pixels.shape[-1]} pixels "
+            "of any picture; leave it out"
+        )
     if pixels.ndim == 5 and pixels.shape[2] == 3:  # [samples, views, 3, H, W]
         for key, value in inputs.items():  # the first view of each image is the whole image
             if key == pixels_key(inputs) or ("mask" in key and value.shape[:2] == pixels.shape[:2]):
                 inputs[key] = value.flatten(0, 1)[:: pixels.shape[:2].numel() // len(images)][:, None]
     return inputs
+
+
+def on_device_of(image_processor: Any, images: Iterable[Tensor]) -> list[Tensor]:
+    """Images where an image processor takes them: one that is written with Pillow, on the CPU."""
+    pillow = getattr(image_processor, "backend", None) == "pil"
+    return [image.cpu() if pillow else image for image in images]
 
 
 def resized(images: Tensor, size: int | Shape) -> Tensor:
@@ -197,7 +212,7 @@ def run_vision(model: Any, inputs: Inputs, any_size: bool) -> Any:
     """
     parts = [model.base_model, *model.modules()]
     reads = [part.get_image_features for part in parts if hasattr(part, "get_image_features")][:1]
-    for read in [*reads, *_towers(model)]:
+    for read in chain(reads, _towers(model)):
         parameters = inspect.signature(getattr(read, "forward", read)).parameters
         arguments: Inputs = {key: value for key, value in inputs.items() if key in parameters}
         if any(
@@ -216,13 +231,19 @@ def run_vision(model: Any, inputs: Inputs, any_size: bool) -> Any:
 def _towers(model: Any) -> Iterator[nn.Module]:
     """Modules that take pixels and no text, the outermost first."""
     for module in model.modules():
-        parameters = inspect.signature(module.forward).parameters
+        parameters = _takes(module.__class__)
         if "pixel_values" in parameters and not any("input_ids" in key for key in parameters):
             yield module
 
 
 def _interpolates(model: Any) -> bool:
-    return any("interpolate_pos_encoding" in inspect.signature(m.forward).parameters for m in model.modules())
+    return any("interpolate_pos_encoding" in _takes(module.__class__) for module in model.modules())
+
+
+@cache
+def _takes(kind: Any) -> frozenset[str]:
+    """The arguments of a module's forward pass; to ask each module anew takes longer than to run some."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def record(model: Any, inputs: Inputs, any_size: bool) -> list[Call]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vugen_cli.errors import VugenError
 from vugen_cli.vlm.chat import conversation, processed
+from vugen_cli.vlm.latents import on_device_of
 from vugen_cli.vlm.prompts import Prompt
 
 
@@ -37,7 +38,11 @@ def picture_inputs(
         # A text that spells the token of pictures would ask for one more of them.
         parts = [part and part.replace(picture, "") for part in prompt.parts(instruction)]
         texts.append(conversation(processor, parts))
-    nested = [[picture.to(model.device) for picture in prompt.pictures] for prompt in prompts]
+    image_processor = getattr(processor, "image_processor", None)
+    nested = [
+        on_device_of(image_processor, [picture.to(model.device) for picture in prompt.pictures])
+        for prompt in prompts
+    ]
     # A model that counts places by rows and columns asks which tokens are a picture's; not all processors
     # say it unasked.
     asks = "mm_token_type_ids" in inspect.signature(model.base_model.forward).parameters

@@ -1,6 +1,6 @@
 """What the generation expert reads of a prompt: keys and values of every layer, or hidden states of some."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -62,15 +62,13 @@ class Prefix:
         more = length - self.mask.shape[1]
         if not more:
             return self
-        return Prefix(
-            [functional.pad(k, (0, 0, 0, more)) for k in self.keys],
-            [functional.pad(v, (0, 0, 0, more)) for v in self.values],
-            functional.pad(self.mask, (0, more)),
-            True,
-            [functional.pad(h, (0, 0, 0, more)) for h in self.hidden],
-            self.start,
-            self.references,
-            self.referred,
+        return replace(
+            self,
+            keys=[functional.pad(k, (0, 0, 0, more)) for k in self.keys],
+            values=[functional.pad(v, (0, 0, 0, more)) for v in self.values],
+            mask=functional.pad(self.mask, (0, more)),
+            padded=True,
+            hidden=[functional.pad(h, (0, 0, 0, more)) for h in self.hidden],
         )
 
     def rows(self, index: Tensor) -> "Prefix":

@@ -174,7 +174,9 @@ class Prompts:
         return cut
 
     def _ids(self, prompt: str) -> list[int]:
-        ids = self._tokenized(self.text(prompt), self.template is None)
+        text = self.text(prompt)
+        start = self.tokenizer.bos_token  # a template may leave it to the tokenizer, as LLaVA's does
+        ids = self._tokenized(text, not (start and text.startswith(start)))
         # A model without a template or a start token would give the image nothing to attend to.
         return ids or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id or 0]
 
