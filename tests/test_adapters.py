@@ -32,6 +32,27 @@ def trained_here(rank: int, base: Path, scenes: Path, out: Path, *more: str) -> 
     assert result.returncode == 0, result.stderr
 
 
+def test_the_words_that_wrap_a_prompt_are_its_samplers(scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("vlm: nano\ntrain_sampler: {steps: 1, batch_size: 2}\n")
+    words = ["train-sampler", "--adapter", "4", "--init", BUNDLED, "--data", scenes, "--recipe", "mine.yaml"]
+    words += ["--set", "data.workers=0", "--out", "a.safetensors"]
+    result = vugen_here(*words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert read_header(tmp_path / "a.safetensors").recipe["instruction"] == "{prompt} {prompt}"
+    for change in ("instruction='{prompt}'", "reducer.channels=8", "decoder.preset=S", "vlm_size=32"):
+        refused = vugen_here(*words, "--set", change, cwd=tmp_path)
+        assert refused.returncode == 1 and f"--set cannot change {change.split('=')[0].split('.')[0]}" in (
+            refused.stderr
+        )
+
+
+def test_what_is_merged_is_not_written_over(adapter: Path) -> None:
+    before = adapter.read_bytes()
+    with pytest.raises(VugenError, match="is one of the files to merge"):
+        merge(BUNDLED, [f"{adapter}:0.5"], adapter)
+    assert adapter.read_bytes() == before
+
+
 @pytest.fixture(scope="module")
 def adapter(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps on the bundled sampler: enough to change its pictures."""

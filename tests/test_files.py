@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from vugen_cli import files
 from vugen_cli.app import app
 from vugen_cli.errors import VugenError
-from vugen_cli.files import read_jsonl, whole_folder
+from vugen_cli.files import read_jsonl, whole_file, whole_folder
 
 
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
@@ -48,6 +48,18 @@ def test_a_link_to_a_folder_stays_one_and_what_it_leads_to_is_replaced(tmp_path:
             (temporary / name).write_text(name)
     assert link.is_symlink() and [path.name for path in there.iterdir()] == ["second"]
     assert [path.name for path in there.parent.iterdir()] == ["vae"]
+
+
+def test_a_link_to_a_file_stays_one_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    for text in ("first", "second"):
+        with whole_file(tmp_path / "link.json") as temporary:
+            temporary.write_text(text)
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_text() == "second"
+    os.mkfifo(tmp_path / "pipe")
+    for name, what in (("pipe", "no plain file"), (".", "a folder")):
+        with pytest.raises(VugenError, match=f"cannot write .*: it is {what}"), whole_file(tmp_path / name):
+            raise AssertionError
 
 
 def test_a_folder_comes_back_when_the_new_one_cannot_take_its_place(

@@ -55,6 +55,13 @@ def test_a_recipe_survives_its_own_card() -> None:
         ("steps", "expected key=value"),
         ("seed.x=1", "seed is a value, not a section"),
         ("caption.instructions=[what is it?]", "the value is not YAML; put text in quotes"),
+        ("train-sampler.steps=5", "unknown recipe key `train-sampler`; did you mean `train_sampler`"),
+        ("Seed=1", "unknown recipe key `Seed`; did you mean `seed`"),
+        ("data.Flip=1", "unknown recipe key `data.Flip`; did you mean `data.flip`"),
+        ("expert.reference=Only", "recipe key `expert.reference`: "),
+        ("name=2026-13-01", "the value is not YAML; put text in quotes"),
+        ("name=!!int foo", "the value is not YAML; put text in quotes"),
+        ("log=" + "[" * 3000, "the value is not YAML; put text in quotes"),
     ],
 )
 def test_a_wrong_override_is_explained(override: str, message: str) -> None:
@@ -73,6 +80,13 @@ def test_a_key_that_a_file_says_twice_is_refused_with_its_line(tmp_path: Path) -
         file.write_text(wrong)
         with pytest.raises(VugenError, match="twice.yaml"):
             load_recipe(file)
+
+
+def test_an_override_of_one_of_two_sections_that_share_an_anchor_leaves_the_other(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("train_vae: &t {steps: 7}\ntrain_reducer: *t\n")
+    recipe = load_recipe(file, ["train_reducer.steps=9"])
+    assert (recipe.train_vae.steps, recipe.train_reducer.steps) == (7, 9)
 
 
 def test_what_an_override_said_is_not_blamed_on_the_file() -> None:

@@ -208,6 +208,20 @@ def digest(data: bytes) -> str:
     return hashlib.sha1(data).hexdigest()
 
 
+def test_nothing_of_the_users_own_is_written_over(lively_sampler: Sampler, tmp_path: Path) -> None:
+    for name in ("sampler.safetensors", "pipeline.py"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("my own")
+        (folder / "pictures.png").write_text("my own")
+        with pytest.raises(VugenError, match=name):
+            export(lively_sampler, folder, [], [], "mit")
+        assert {path.read_text() for path in folder.iterdir()} == {"my own"}
+    (folder / "pipeline.py").unlink()
+    export(lively_sampler, folder, [], [], "mit")
+    assert (folder / "pictures.png").read_text() == "my own"
+
+
 def test_nothing_of_an_earlier_export_stays_and_half_of_one_does_not_look_whole(
     lively_sampler: Sampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

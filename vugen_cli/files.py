@@ -18,12 +18,15 @@ from vugen_cli.errors import VugenError, first_line
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; on success it is flushed to disk and renamed to `path`.
 
-    On any exception the temporary file is removed and `path` stays as it was.
+    On any exception the temporary file is removed and `path` stays as it was. Where `path` is a link, it
+    stays one, and what it leads to is replaced.
 
     Raises:
-        VugenError: the folder cannot be written or the disk is full.
+        VugenError: the folder cannot be written, the disk is full, or `path` is a device.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise VugenError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no plain file'}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)

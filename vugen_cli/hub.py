@@ -1,5 +1,6 @@
 """The model hub: whether it can be reached, found out in seconds, and repositories down and up."""
 
+import glob
 import re
 from functools import cache
 from pathlib import Path
@@ -116,7 +117,7 @@ def push(folder: Path, name: str, private: bool = False) -> str:
     if problem := hub_problem():
         raise VugenError(f"the hub cannot be reached ({problem}): {folder} is whole, push it later")
     api = HfApi(endpoint=constants.ENDPOINT)
-    files = [path for path, _ in to_push(folder)]
+    files = [glob.escape(path) for path, _ in to_push(folder)]  # patterns are asked for
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(

@@ -378,6 +378,9 @@ class Captioning(Section):
     tokens: PositiveInt = Field(256, description="longest caption")
 
 
+# What of `decoder` says nothing of its weights.
+DECODING = {"steps", "solver", "time", "shift", "weighting", "noise", "losses", "image_size"}
+
 # Instead of the sampler's own, where an adapter is trained on tens of pictures: minutes on two cores.
 ADAPTER_TRAINING = {
     "steps": 300,
@@ -578,14 +581,15 @@ def parse_recipe(values: dict[str, Any], where: str, overrides: list[str] | None
         *parents, leaf = key.strip().split(".")
         section = values
         for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
+            inner = section.setdefault(parent, {})
+            if not isinstance(inner, dict):
                 raise VugenError(f"--set {override}: {parent} is a value, not a section")
+            section[parent] = section = dict(inner)  # an anchor of YAML may share it with others
         try:
             value = yaml.safe_load(text)
             section[leaf] = value if text.startswith(('"', "'")) else _number(value)
-        except yaml.YAMLError as error:
-            raise VugenError(f"--set {override}: the value is not YAML; put text in quotes") from error
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise VugenError(f"--set {override:.80}: the value is not YAML; put text in quotes") from error
         if (
             key.strip() == "decoder.preset"
         ):  # replaces the sizes that the file gives; later overrides may follow
@@ -612,7 +616,10 @@ def _explain(error: ValidationError, where: str, overrides: list[str]) -> str:
     first = error.errors()[0]
     # Of a value of several kinds, the kind that got furthest; its own name (`Layers`) is no part of the key.
     first = max((e for e in error.errors() if e["loc"][:1] == first["loc"][:1]), key=lambda e: len(e["loc"]))
-    first["loc"] = tuple(part for part in first["loc"] if not re.search(r"[A-Z\[-]", str(part)))
+    unknown = [first["loc"][-1]] if first["type"] == "extra_forbidden" else []  # in the user's own words
+    parts = first["loc"][: len(first["loc"]) - len(unknown)]
+    kinds = re.compile(r"[A-Z\[-]|^(bool|int|float|str)$")
+    first["loc"] = (*(part for part in parts if not kinds.search(str(part))), *unknown)
     key = ".".join(str(part) for part in first["loc"])
     for override in overrides:
         said = override.partition("=")[0].strip()

@@ -123,7 +123,7 @@ def as_lines(found: Runs) -> list[str]:
                 "" if run.loss is None else f"{run.loss:.4g}",
                 "" if run.images_per_s is None else f"{run.images_per_s:.4g}",
                 "" if run.eta_s is None else in_words(run.eta_s),
-                f"{in_words(now - datetime.fromisoformat(run.updated).timestamp())} ago",
+                f"{in_words(max(0, now - datetime.fromisoformat(run.updated).timestamp()))} ago",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -118,15 +118,26 @@ def recipe_from_card(
 ) -> "Recipe":
     """The recipe of a stage that starts from a checkpoint: the given one or the checkpoint's, with the
     `kept` networks and the VLM of that checkpoint, and without a given one, with what is said of `training`.
+
+    Raises:
+        VugenError: `--set` would change what those networks were trained on.
     """
-    from vugen_cli.recipe import load_recipe, parse_recipe
+    from vugen_cli.recipe import DECODING, load_recipe, parse_recipe
 
     stored = card.recipe
     own = {**stored, stage: {**stored.get(stage, {}), **(training or {})}}
     values = load_recipe(recipe).model_dump() if recipe else own
     fixed = {key: stored[key] for key in (*kept, "vlm", "latents", "vlm_size") if key in stored}
     given = _overrides(stage, steps, batch_size, overrides, log)
-    return on_vlm(vlm, parse_recipe({**values, **fixed}, str(reducer), given))
+    resolved = parse_recipe({**values, **fixed}, str(reducer), given)
+    before, after = (r.model_dump() for r in (parse_recipe({**values, **fixed}, str(reducer)), resolved))
+    for key in ("latents", "vlm_size", *(kept if stage == "train_sampler" else ())):
+        old, new = before[key], after[key]
+        if key == "decoder":
+            old, new = ({k: v for k, v in part.items() if k not in DECODING} for part in (old, new))
+        if key != "expert" and old != new:
+            raise VugenError(f"--set cannot change {key}: it is kept as {reducer} has it")
+    return on_vlm(vlm, resolved)
 
 
 def at_size_of(card: "Card", reducer: "Card") -> "Card":

@@ -94,6 +94,8 @@ def train_sampler(
         raise VugenError(f"--out {out} is the checkpoint to start from: give the new one another name")
     card = at_size_of(read_card(start), read_card(reducer)) if init and reducer else read_card(start)
     kept = ("reducer", "decoder", "expert") if init else ("reducer", "decoder")
+    if adapter:
+        kept = (*kept, "instruction")  # it is drawn with in the words of its sampler
     training = ADAPTER_TRAINING if adapter else None
     given = (recipe, steps, batch_size, set_, vlm, "train_sampler", kept, log, training)
     resolved, options = recipe_from_card(card, start, *given), RunOptions(profile, change_recipe)

@@ -143,8 +143,11 @@ def merge(sampler: Path, given: Sequence[str], out: Path, vlm: str | None = None
         vlm: where its VLM is, if not where its card says: the new card does.
 
     Raises:
-        VugenError: as `load_checkpoint` and `with_adapters`.
+        VugenError: as `load_checkpoint` and `with_adapters`, or `out` is one of what is merged.
     """
+    merged = [str(sampler), *(name for name, _ in map(parse, given))]
+    if out.resolve() in {Path(name).resolve() for name in merged}:
+        raise VugenError(f"--out {out} is one of the files to merge: give the new one another name")
     tensors, card = load_checkpoint(sampler, "sampler")
     whole = with_adapters(tensors, given, sampler)
     changes: dict[str, object] = {"adapters": [*(card.adapters or []), *given]}

@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from vugen_cli.checkpoint import read_card
+from vugen_cli.data.sample import encodable
 from vugen_cli.data.shapes import Shape, shape_name
 from vugen_cli.errors import VugenError
 from vugen_cli.files import bundle, locked, whole_file
@@ -48,7 +49,7 @@ def collect_prompts(given: list[str], file: Path | None) -> list[str]:
                 if not texts:
                     raise VugenError(f"--prompts {file} holds no .txt: give a folder with a prompt in each")
             else:
-                texts = [line.strip() for line in _text(file).splitlines()]
+                texts = [line.strip() for line in _text(file).split("\n")]
             prompts += [text for text in texts if text]
         except (OSError, UnicodeDecodeError) as error:
             raise VugenError(
@@ -56,6 +57,8 @@ def collect_prompts(given: list[str], file: Path | None) -> list[str]:
             ) from error
     if not prompts:
         raise VugenError('no prompt: say what to draw, as in `vugen sample "a bear in a forest"`')
+    if any(p != encodable(p) for p in prompts):
+        raise VugenError("a prompt is no UTF-8: set a UTF-8 locale, or give it in a file with --prompts")
     if any(not p.strip() for p in prompts):
         raise VugenError('a prompt is empty: say what to draw, as in `vugen sample "a bear in a forest"`')
     return list(dict.fromkeys(p.strip() for p in prompts))
@@ -122,7 +125,7 @@ def draw(
         **({"size": shape_name(size)} if size else {}),
         **({"decoder": sampler.card.decoder} if sampler.card.decoder else {}),
         **({"adapters": sampler.card.adapters} if sampler.card.adapters else {}),
-        "vlm": sampler.card.vlm.name,
+        "vlm": sampler.vlm.name,
         "dataset": sampler.card.data.dataset,
         "reference": sampler.card.data.path,
     }

@@ -40,14 +40,18 @@ def export(
         raise VugenError(f"{readme} is of something else: choose another --out, or move it away")
     reports = [_report(path) for path in scores]
     images = sampler.sample(prompts, EACH)  # which says at once if a prompt cannot be drawn
+    earlier = (out / "pipeline.py").exists()  # `save_pretrained` refuses one of something else
     VugenPipeline(sampler).save_pretrained(out)
-    (out / PICTURES).unlink(missing_ok=True)
+    if earlier:
+        (out / PICTURES).unlink(missing_ok=True)
     if prompts:
         drawn = {(p, i): image for p, i, image in images}
         pictures = torch.stack([drawn[key] for key in sorted(drawn)])
         save_grid(pictures, out / PICTURES, EACH, [prompts[p] for p, _ in sorted(drawn)])
     with whole_file(readme) as temporary:
-        temporary.write_text(model_card(sampler, out.name, prompts, reports, licence), encoding="utf-8")
+        temporary.write_text(
+            model_card(sampler, out.resolve().name, prompts, reports, licence), encoding="utf-8"
+        )
 
 
 def model_card(

@@ -74,7 +74,11 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
         if options:
             raise VugenError(f"VugenPipeline.save_pretrained takes a folder alone, not {', '.join(options)}")
         folder, vlm = Path(save_directory), self.sampler.vlm
-        refuse_foreign(folder / VLM, folder / "pipeline.py")
+        ours = folder / "pipeline.py"
+        if ours.exists() and "vugen_cli" not in ours.read_text(encoding="utf-8", errors="replace"):
+            raise VugenError(f"{ours} is of something else: choose another folder, or move it away")
+        for part in (VLM, WEIGHTS):
+            refuse_foreign(folder / part, ours)
         try:
             (folder / self.config_name).unlink(missing_ok=True)
             for name, text in CODE.items():
@@ -179,6 +183,8 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
             raise VugenError(f"output_type {output_type}: give pil, np or pt")
         if num_images_per_prompt < 1:
             raise VugenError(f"num_images_per_prompt {num_images_per_prompt}: give 1 or more")
+        if isinstance(generator, list):
+            raise VugenError("give one generator: each picture of a seed has noise of its own")
         if seed is not None and generator is not None:
             raise VugenError("give a seed or a generator, not both")
         if seed is None:

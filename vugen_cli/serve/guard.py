@@ -103,9 +103,10 @@ class Guard:
         if self.token is None or OPEN.fullmatch(scope["path"]):
             return
         scheme, _, shown = headers.get("authorization", "").partition(" ")
-        # Headers are latin-1 by their definition; the token may be anything.
+        # Headers are latin-1 by their definition; the token may be anything, and end in what latin-1 has as
+        # a space.
         if scheme.lower() != "bearer" or not hmac.compare_digest(
-            shown.strip().encode("latin-1"), self.token.encode()
+            shown.strip(" \t").encode("latin-1"), self.token.encode()
         ):
             raise Refusal(
                 401,

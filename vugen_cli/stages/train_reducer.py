@@ -20,7 +20,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import barrier, is_first, world_size
-from vugen_cli.recipe import USE_OF_VLM, Recipe
+from vugen_cli.recipe import DECODING, USE_OF_VLM, Recipe
 from vugen_cli.sampling.trained import decode_images, load_autoencoder, load_vae, save_autoencoder
 from vugen_cli.stages.latent_report import describe_latents, save_latent_report
 from vugen_cli.stages.losses import Alignment, picture_losses, reducer_loss
@@ -29,8 +29,6 @@ from vugen_cli.vlm.latents import check_grid
 
 STATISTICS_IMAGES = 10_000  # enough for a per-channel mean and deviation to three digits
 REPORT_IMAGES = 1_000
-# What of the decoder's recipe says nothing of its weights.
-DECODING = {"steps", "solver", "time", "shift", "weighting", "noise", "losses", "image_size"}
 
 
 def train_reducer(

@@ -79,8 +79,9 @@ class FrozenVLM:
         self.fingerprint = combined_digest(self._digests)
         self._canvas: dict[Shape, Shape] = {}  # see `canvas`
         self.words: frozenset[str] | None = None
-        if not getattr(processor.tokenizer, "chat_template", None):  # older files give it to the processor
-            processor.tokenizer.chat_template = getattr(processor, "chat_template", None)
+        template = getattr(processor, "chat_template", None)  # where older files keep it
+        if template and not processor.tokenizer.chat_template:
+            processor.tokenizer.chat_template = template
         self.prompts = Prompts(
             processor.tokenizer,
             name,
