@@ -60,6 +60,8 @@ def _row(parameter: Any, kind: Any) -> str:
     default = getattr(parameter.default, "value", parameter.default)
     if isinstance(default, (int, float, str, Path)) and not isinstance(default, bool):
         meaning += f" [default: {default}]"
+    elif isinstance(shown := getattr(parameter, "show_default", None), str):
+        meaning += f" [default: {shown}]"
     return f"| {names} | {_value(kind)} | {meaning} |"
 
 

@@ -526,9 +526,10 @@ def test_reference_from_the_samplers_card(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_missing_embedded_reference_is_drawn(tmp_path, monkeypatch, tiny):
+@pytest.mark.parametrize("trained_on", ["openmoji", "openmoji + openmoji-edits"])
+def test_a_missing_embedded_reference_is_drawn(tmp_path, monkeypatch, tiny, trained_on):
     monkeypatch.setattr("vugen_cli.nano.scenes.REFERENCE_SCENES", 8)
-    samples = write_samples(tmp_path / "samples", tmp_path / "data", dataset="openmoji")
+    samples = write_samples(tmp_path / "samples", tmp_path / "data", dataset=trained_on)
     assert "drawing 8 scenes of 32 px" in run("--fid", "--images", samples, "--out", tmp_path / "scores.json")
     manifest = json.loads((tmp_path / "data" / "dataset.json").read_text())
     assert manifest["splits"]["val"]["shards"][0]["samples"] == 8

@@ -26,7 +26,7 @@ def chat(
 
     \b
     Examples:
-      vugen chat samples/a-bear-in-a-forest-0000.png "what is in the picture?"
+      vugen chat samples/grid.png "what is in the picture?"
       vugen chat photo.jpg "how many people are there?" --sampler sampler.safetensors
     """
     if not image.is_file():

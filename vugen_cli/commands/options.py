@@ -21,7 +21,8 @@ DataOption = Annotated[Path, typer.Option(help="Data set written by `vugen prepa
 RecipeOption = Annotated[
     str | None,
     typer.Option(
-        help="Recipe: a YAML file or the name of a shipped one. [default: the checkpoint's, else nano]"
+        help="Recipe: a YAML file or the name of a shipped one. "
+        "[default: that of the reducer or sampler to start from, else nano]"
     ),
 ]
 SetOption = Annotated[

@@ -10,6 +10,7 @@ from vugen_cli.commands.options import (
     ChangeOption,
     DataOption,
     DeviceOption,
+    LogOption,
     ProfileOption,
     RecipeOption,
     SetOption,
@@ -39,6 +40,7 @@ def train_judge(
     device: DeviceOption = None,
     profile: ProfileOption = False,
     change_recipe: ChangeOption = False,
+    log: LogOption = None,
 ) -> Answer:
     """Train a small network that reads OpenMoji scenes: an independent judge of what samplers draw.
 
@@ -58,7 +60,7 @@ def train_judge(
     from vugen_cli.processes import join
 
     require_safetensors(out)
-    resolved = training_recipe(recipe, "train_judge", steps, batch_size, set_)
+    resolved = training_recipe(recipe, "train_judge", steps, batch_size, set_, log=log)
     options = RunOptions(profile, change_recipe)
     scores = nano.train_judge(resolved, data, out, join(pick_device(device)), options, reducer, init)
     typer.echo(f"wrote {out}")

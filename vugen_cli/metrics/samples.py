@@ -119,7 +119,7 @@ def recorded_reference(images: "ImageSet", draw_missing: Callable[[Path], None])
     found = broadcast(next((candidate for candidate in candidates if candidate.exists()), None))
     if found is not None:
         return found
-    if sample.dataset != "openmoji":
+    if "openmoji" not in (sample.dataset or "").split(" + "):
         raise VugenError(
             f"the samples' data set {recorded} is not on disk: prepare it again, or give --reference."
         )
