@@ -78,7 +78,7 @@ def pillow_loop(source: First, size: int, out: Path) -> None:
 
 
 def vugen(source: First, size: int, out: Path) -> None:
-    write_dataset(source, out, size=size, workers=1, progress=False)
+    write_dataset(source, out, size=size, workers=1)
 
 
 def cpu_name() -> str:

@@ -85,7 +85,7 @@ def check(images: list[Image.Image], extractor: Extractor) -> bool:
 
         def distance(folder: Path) -> float:
             cache = Path(scratch) / "cache"
-            report = score_sets(folder, clean, extractor, ("fid",), cache=cache, progress=False)
+            report = score_sets(folder, clean, extractor, ("fid",), cache=cache)
             value = report.scores[0].value
             assert value is not None  # enough pictures for a distance
             return value

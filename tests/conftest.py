@@ -62,8 +62,8 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set: 96 training scenes in four shards and 24 held-out ones."""
     out = tmp_path_factory.mktemp("scenes") / "openmoji"
-    write_dataset(OpenMojiScenes(96, "train", 64), out, "train", 64, shard_size=24, progress=False)
-    write_dataset(OpenMojiScenes(24, "val", 64), out, "val", 64, progress=False)
+    write_dataset(OpenMojiScenes(96, "train", 64), out, "train", 64, shard_size=24)
+    write_dataset(OpenMojiScenes(24, "val", 64), out, "val", 64)
     return out
 
 
@@ -71,8 +71,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared edits of scenes: 40 for training in two shards and 16 held-out ones."""
     out = tmp_path_factory.mktemp("edits") / "openmoji-edits"
-    write_dataset(OpenMojiEdits(40), out, "train", 64, shard_size=20, progress=False)
-    write_dataset(OpenMojiEdits(16, "val"), out, "val", 64, progress=False)
+    write_dataset(OpenMojiEdits(40), out, "train", 64, shard_size=20)
+    write_dataset(OpenMojiEdits(16, "val"), out, "val", 64)
     return out
 
 

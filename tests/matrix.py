@@ -179,7 +179,7 @@ def main(types: list[str]) -> None:
     broken = []
     data = tempfile.TemporaryDirectory()
     scenes = Path(data.name) / "scenes"
-    write_dataset(OpenMojiScenes(8, "train", 64), scenes, "train", 64, progress=False)
+    write_dataset(OpenMojiScenes(8, "train", 64), scenes, "train", 64)
     for model_type in types or tiny_vlms.TYPES:
         begun = time.perf_counter()
         try:

@@ -93,12 +93,12 @@ def test_what_all_pictures_share_does_not_count(tmp_path: Path) -> None:
         (None, own, "mean over the prompts"),
         (prompted_images(others), theirs, "mean of the reference"),
     ):
-        report = score_diversity(prompted_images(images), extractor, reference=reference, progress=False)
+        report = score_diversity(prompted_images(images), extractor, reference=reference)
         expected = np.mean([pairwise(centre, rows) for rows in ours.values()])
         assert report.scores[0].value == pytest.approx(expected, rel=1e-9) and expected > 0.1
         assert report.scores[0].parameters["centre"] == named
     images.limit = 2  # one prompt alone has no centre but itself
-    (distance, _) = score_diversity(prompted_images(images), extractor, progress=False).scores
+    (distance, _) = score_diversity(prompted_images(images), extractor).scores
     assert distance.value is not None and distance.value < 1e-3 and distance.parameters["centre"] == "none"
     assert "give --reference" in str(distance.warning)
 
@@ -108,7 +108,7 @@ def test_pictures_that_are_all_the_same_do_not_differ(tmp_path: Path) -> None:
     images = open_image_set(drawn(tmp_path / "drawn", {"a": [(9, 9, 9)] * 2, "b": [(9, 9, 9)] * 2}))
     for file in images.path.glob("*.png"):
         Image.new("RGB", (64, 64), (9, 9, 9)).save(file)
-    distance, vendi = score_diversity(prompted_images(images), extractor, progress=False).scores
+    distance, vendi = score_diversity(prompted_images(images), extractor).scores
     assert distance.value == pytest.approx(0) and vendi.value == pytest.approx(1)
 
 

@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 def prepared(source: Source, out: Path, size: int = 24) -> ShardedImages:
-    write_dataset(source, out, "train", size, progress=False)
+    write_dataset(source, out, "train", size)
     return ShardedImages(out)
 
 
@@ -245,7 +245,7 @@ def test_preparing_goes_on_after_an_interruption_with_the_same_bytes(edits: Path
     copy = Path(shutil.copytree(edits, tmp_path / "copy"))
     (copy / "train-000001.tar").unlink()
     (copy / "train-000001.index.npy").unlink()
-    write_dataset(OpenMojiEdits(40), copy, "train", 64, shard_size=20, progress=False)
+    write_dataset(OpenMojiEdits(40), copy, "train", 64, shard_size=20)
     for file in [*edits.glob("train*"), edits / "dataset.json"]:
         assert file.read_bytes() == (copy / file.name).read_bytes()
 

@@ -45,7 +45,7 @@ def test_features_are_in_the_sets_order_whatever_the_sizes(folder, counting):
     extractor, seen = counting
     for batch_size in (1, 2, 64):
         features, record = extract(
-            open_image_set(folder), extractor, ["features", "logits"], batch_size=batch_size, progress=False
+            open_image_set(folder), extractor, ["features", "logits"], batch_size=batch_size
         )
         assert features["features"].ravel().tolist() == [0, 1, 2, 3, 4, 5]
         assert features["logits"].ravel().tolist() == [0, 1, 4, 9, 16, 25]
@@ -59,7 +59,7 @@ def test_features_that_are_not_finite_are_refused(folder):
         "vlm", "x", "none", {}, lambda images: {"features": torch.full((len(images), 2), torch.nan)}
     )
     with pytest.raises(VugenError, match="not finite"):
-        extract(open_image_set(folder), broken, ["features"], progress=False)
+        extract(open_image_set(folder), broken, ["features"])
 
 
 def test_a_set_is_extracted_once(folder, counting, tmp_path):
@@ -68,7 +68,7 @@ def test_a_set_is_extracted_once(folder, counting, tmp_path):
 
     def again(path=folder, wanted=("features",), extractor=extractor):
         seen.clear()
-        features, record = extract(open_image_set(path), extractor, wanted, cache=cache, progress=False)
+        features, record = extract(open_image_set(path), extractor, wanted, cache=cache)
         return features, record, sum(seen)
 
     first, record, shown = again()
@@ -92,23 +92,23 @@ def test_a_set_is_extracted_once(folder, counting, tmp_path):
 def test_a_damaged_cache_is_seen(folder, counting, tmp_path, damage, capsys):
     extractor, seen = counting
     cache = tmp_path / "cache"
-    first, _ = extract(open_image_set(folder), extractor, ["features"], cache=cache, progress=False)
+    first, _ = extract(open_image_set(folder), extractor, ["features"], cache=cache)
     (file,) = cache.iterdir()
     data = bytearray(file.read_bytes())
     data[-2] ^= 1
     file.write_bytes({"flip": data, "cut": data[:-8], "empty": b"", "text": b"x" * 100}[damage])
     seen.clear()
-    again, record = extract(open_image_set(folder), extractor, ["features"], cache=cache, progress=False)
+    again, record = extract(open_image_set(folder), extractor, ["features"], cache=cache)
     assert sum(seen) == 6 and not record.cached and np.array_equal(again["features"], first["features"])
     assert "damaged" in capsys.readouterr().err
-    _, record = extract(open_image_set(folder), extractor, ["features"], cache=cache, progress=False)
+    _, record = extract(open_image_set(folder), extractor, ["features"], cache=cache)
     assert record.cached  # it was written anew
 
 
 def test_a_cache_that_cannot_be_written_costs_only_a_line(folder, counting, tmp_path, capsys):
     (tmp_path / "file").touch()
     features, _ = extract(
-        open_image_set(folder), counting[0], ["features"], cache=tmp_path / "file" / "cache", progress=False
+        open_image_set(folder), counting[0], ["features"], cache=tmp_path / "file" / "cache"
     )
     assert len(features["features"]) == 6
     assert "not cached" in capsys.readouterr().err

@@ -248,7 +248,7 @@ def test_a_foreign_fact_named_sources_is_no_picture(tmp_path: Path) -> None:
             sample = super().__getitem__(index)
             return replace(sample, meta={**sample.meta, "sources": ["https://example.org/1"]})
 
-    write_dataset(Foreign(8, "train", 16), tmp_path, size=16, progress=False)
+    write_dataset(Foreign(8, "train", 16), tmp_path, size=16)
     images = ShardedImages(tmp_path)
     assert "sources" not in images.read(0, 0)[1]
     (batch,) = islice(TrainingStream(images, 8, seed=0, flip=True, sources=True), 1)
@@ -451,7 +451,7 @@ def test_ranks_and_workers_see_every_sample_once_an_epoch_from_fewer_shards_of_d
 ) -> None:
     """Two shards, of 24 and 12 samples, for four readers: none waits, none gets more."""
     ranks = 2
-    write_dataset(OpenMojiScenes(36, "train", 32), tmp_path, "train", 32, shard_size=24, progress=False)
+    write_dataset(OpenMojiScenes(36, "train", 32), tmp_path, "train", 32, shard_size=24)
     images = ShardedImages(tmp_path)
     seen: list[Counter[str]] = [Counter(), Counter()]
     for rank in range(ranks):

@@ -74,7 +74,7 @@ def test_format_1_is_read_with_its_list_of_skipped_pictures(scenes: Path, tmp_pa
     batches = [next(iter(TrainingStream(ShardedImages(path), 8, seed=0))) for path in (scenes, copy)]
     assert torch.equal(batches[0].images, batches[1].images)
     with pytest.raises(VugenError, match=f"format 1, this version writes {FORMAT}"):
-        write_dataset(OpenMojiScenes(4, "val", 64), copy, "val", 64, progress=False)
+        write_dataset(OpenMojiScenes(4, "val", 64), copy, "val", 64)
 
 
 def test_workers_are_sent_little(tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_cards_tell_data_sets_of_equal_counts_apart(scenes: Path, tmp_path: Path
 
 def write_other(out: Path) -> Path:
     """As `scenes`, of other pictures."""
-    write_dataset(OpenMojiScenes(96, "train", 64, seed=5), out, "train", 64, shard_size=24, progress=False)
-    write_dataset(OpenMojiScenes(24, "val", 64, seed=5), out, "val", 64, progress=False)
+    write_dataset(OpenMojiScenes(96, "train", 64, seed=5), out, "train", 64, shard_size=24)
+    write_dataset(OpenMojiScenes(24, "val", 64, seed=5), out, "val", 64)
     return out
 
 

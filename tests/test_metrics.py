@@ -13,7 +13,7 @@ from vugen_cli.metrics.bootstrap import bootstrap_interval
 from vugen_cli.metrics.encoders import vlm_extractor
 from vugen_cli.metrics.inception_score import inception_score
 from vugen_cli.metrics.kid import cmmd, kernel_distance, mmd2
-from vugen_cli.metrics.prdc import compare_manifolds
+from vugen_cli.metrics.prdc import density_coverage, precision_recall
 from vugen_cli.metrics.scores import score_sets
 from vugen_cli.torchvision_repair import repair_torchvision
 
@@ -139,9 +139,9 @@ def test_precision_and_recall_agree_with_torch_fidelity():
     for shift in (0.0, 0.3, 5.0):
         a, b = features(220, 12, 1, shift), features(310, 12, 2)
         theirs = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), verbose=False)
-        ours = compare_manifolds(a, b, density_k=None)
-        assert ours.precision.mean() == pytest.approx(theirs["precision"], rel=1e-6)
-        assert ours.recall.mean() == pytest.approx(theirs["recall"], rel=1e-6)
+        precision, recall = precision_recall(a, b)
+        assert precision.mean() == pytest.approx(theirs["precision"], rel=1e-6)
+        assert recall.mean() == pytest.approx(theirs["recall"], rel=1e-6)
     assert theirs["precision"] < 0.1  # the far set is seen to be far
 
 
@@ -156,26 +156,28 @@ def test_manifolds_match_brute_force(monkeypatch):
     def radius(rows, k):
         return np.sort(distances(rows, rows), axis=1)[:, k]
 
-    found = compare_manifolds(generated, real)
+    (precision, recall), (density, coverage) = (
+        f(generated, real) for f in (precision_recall, density_coverage)
+    )
     inside = across < radius(real, 5)[:, None]
-    assert np.array_equal(found.precision, (across <= radius(real, 3)[:, None]).any(0))
-    assert np.array_equal(found.recall, (across <= radius(generated, 3)).any(1))
-    np.testing.assert_allclose(found.density, inside.sum(0) / 5, rtol=1e-6)
-    assert np.array_equal(found.coverage, inside.any(1))
-    assert 0 < found.precision.mean() < 1 and 0 < found.recall.mean() < 1
+    assert np.array_equal(precision, (across <= radius(real, 3)[:, None]).any(0))
+    assert np.array_equal(recall, (across <= radius(generated, 3)).any(1))
+    np.testing.assert_allclose(density, inside.sum(0) / 5, rtol=1e-6)
+    assert np.array_equal(coverage, inside.any(1))
+    assert 0 < precision.mean() < 1 and 0 < recall.mean() < 1
 
 
 def test_manifolds_survive_a_far_origin_and_copies():
     generated, real = features(60, 6, 1, 0.2), features(60, 6, 2)
-    near, far = compare_manifolds(generated, real), compare_manifolds(generated + 4096, real + 4096)
-    assert np.mean(near.precision != far.precision) < 0.05  # float32 inputs keep three decimals there
+    near, far = precision_recall(generated, real)[0], precision_recall(generated + 4096, real + 4096)[0]
+    assert np.mean(near != far) < 0.05  # float32 inputs keep three decimals there
     # A collapsed generator: copies of one real image. Its balls have no size; only that image is recalled.
     copies = np.repeat(real[:1], 30, axis=0)
-    found = compare_manifolds(copies, real)
-    assert found.precision.all() and found.recall.sum() == 1
+    precision, recall = precision_recall(copies, real)
+    assert precision.all() and recall.sum() == 1
     with pytest.raises(TooFewImages, match="at least 6 real images, got 5"):
-        compare_manifolds(generated, real[:5])
-    compare_manifolds(generated, real[:5], density_k=None)
+        density_coverage(generated, real[:5])
+    precision_recall(generated, real[:5])
 
 
 def test_bootstrap_interval_covers():
@@ -226,7 +228,7 @@ def test_distances_rise_with_damage(tmp_path, pictures, vlm, damage, strengths):
     rows = []
     for strength in (0, *strengths):
         worse = batch("worse.npz", [damage(image, strength) if strength else image for image in pictures])
-        report = score_sets(worse, clean, extractor, ["fid", "kid"], progress=False)
+        report = score_sets(worse, clean, extractor, ["fid", "kid"])
         rows.append([score.value for score in report.scores])
     frechet, kernel = np.array(rows).T
     assert frechet[0] == pytest.approx(0, abs=1e-9 * frechet[-1])

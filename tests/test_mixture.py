@@ -22,7 +22,7 @@ from vugen_cli.stages.train_sampler import train_sampler
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("other") / "few"
-    write_dataset(OpenMojiScenes(20, "train", 64, seed=9), out, "train", 64, shard_size=7, progress=False)
+    write_dataset(OpenMojiScenes(20, "train", 64, seed=9), out, "train", 64, shard_size=7)
     return out
 
 
@@ -102,7 +102,7 @@ def test_both_stages_train_on_a_mixture_and_their_cards_name_it(
 
 
 def test_sets_that_do_not_mix_are_refused(scenes: Path, other: Path, tmp_path: Path) -> None:
-    write_dataset(OpenMojiScenes(4, "train", 32), tmp_path / "small", "train", 32, progress=False)
+    write_dataset(OpenMojiScenes(4, "train", 32), tmp_path / "small", "train", 32)
     with pytest.raises(VugenError, match="different size"):
         MixedImages([MixtureSource(path=str(scenes)), MixtureSource(path=str(tmp_path / "small"))])
     with pytest.raises(VugenError, match="under 1 in 1024"):

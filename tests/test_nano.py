@@ -184,7 +184,7 @@ def test_the_bundled_vlm_reads_held_out_scenes(tmp_path: Path) -> None:
     """`vugen study composition` measures it in full; this one guards the bundle."""
     if not bundle("vlm").is_dir():
         pytest.skip("no bundle in this checkout")
-    write_dataset(OpenMojiScenes(120, "val", 64), tmp_path / "val", "val", 64, progress=False)
+    write_dataset(OpenMojiScenes(120, "val", 64), tmp_path / "val", "val", 64)
     vlm = load_vlm("nano")
     scores = caption_accuracy(vlm.model, vlm.processor, ShardedImages(tmp_path / "val", "val"))
     for group in ("seen", "held_out"):

@@ -26,7 +26,7 @@ def write(folder, pixels, suffix="png"):
 
 def scores(ours, theirs, count=None):
     sets = open_image_set(ours, count), open_image_set(theirs, count)
-    report = written(score_pairs(*sets, progress=False))
+    report = written(score_pairs(*sets))
     return {entry["metric"]: entry for entry in report["scores"]}, report
 
 
@@ -51,7 +51,7 @@ def test_pairs_are_measured_in_full_float32(tmp_path, monkeypatch):
 
     monkeypatch.setattr("vugen_cli.metrics.lpips.load_lpips", lambda _: (lpips, {}))
     folder = write(tmp_path / "a", PIXELS[:1])
-    score_pairs(open_image_set(folder), open_image_set(folder), ("lpips",), progress=False)
+    score_pairs(open_image_set(folder), open_image_set(folder), ("lpips",))
 
 
 def test_equal_and_bad_pairs(tmp_path):

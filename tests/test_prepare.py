@@ -71,7 +71,7 @@ def samples_of(folder: Path, split: str = "train") -> dict[str, dict[str, bytes]
 
 
 def write(out: Path, source: Drawn | None = None, **options) -> Manifest:
-    settings = {"size": 32, "shard_size": 10, "progress": False} | options
+    settings = {"size": 32, "shard_size": 10} | options
     return write_dataset(Drawn() if source is None else source, out, **settings)
 
 
@@ -132,12 +132,10 @@ def test_drawn_pictures_and_small_lossless_ones_are_stored_exactly(tmp_path):
     for number, image in enumerate((Image.fromarray(pixels), file.getvalue())):
         source = [Sample("one", image, ["noise"])]
         out = tmp_path / str(number)
-        write_dataset(Listed(source), out, size=32, progress=False)
+        write_dataset(Listed(source), out, size=32)
         stored = samples_of(out)["000000000"]["png"]
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored))), pixels)
-    write_dataset(
-        Listed([Sample("one", file.getvalue(), ["noise"])]), tmp_path / "large", size=256, progress=False
-    )
+    write_dataset(Listed([Sample("one", file.getvalue(), ["noise"])]), tmp_path / "large", size=256)
     assert "jpg" in samples_of(tmp_path / "large")["000000000"]
 
 
@@ -276,11 +274,11 @@ def test_a_finished_split_is_left_alone_and_lost_shards_come_back(tmp_path, caps
     write(tmp_path)
     before = files_of(tmp_path)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    manifest = write(tmp_path, progress=True)
+    manifest = write(tmp_path)
     assert "nothing to do" in capsys.readouterr().err
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     (tmp_path / "train-000001.tar").unlink()
-    assert write(tmp_path, progress=True) == manifest
+    assert write(tmp_path) == manifest
     assert "1 lost shards written again" in capsys.readouterr().err
     assert files_of(tmp_path) == before
 
@@ -374,14 +372,14 @@ def test_a_shard_of_bad_pictures_is_left_out(tmp_path):
 def test_pictures_without_captions_are_skipped(tmp_path):
     image = Drawn()[0].image
     source = Listed([Sample("mute", image, [" ", "\n"]), Sample("fine", image, ["words"])])
-    write_dataset(source, tmp_path, size=32, progress=False)
+    write_dataset(source, tmp_path, size=32)
     assert list(read_skipped(tmp_path, "train")) == [Skipped(key="mute", reason="no caption")]
 
 
 def test_captions_of_any_script_survive(tmp_path):
     line = "ein Bär 🐻 im 森 \ud800"
     source = Listed([Sample("one", Drawn()[0].image, [line], {"note": line})])
-    write_dataset(source, tmp_path, size=32, progress=False)
+    write_dataset(source, tmp_path, size=32)
     stored = samples_of(tmp_path)["000000000"]
     assert stored["txt"].decode() == "ein Bär 🐻 im 森 ?\n" and json.loads(stored["json"])["note"].startswith(
         "ein Bär 🐻"

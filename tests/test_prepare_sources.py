@@ -112,7 +112,7 @@ def test_every_imagenet_layout_gives_the_same(tmp_path):
 def test_imagenet_layouts_give_the_same_shards(tmp_path):
     hashes = set()
     for number, path in enumerate(imagenet_layouts(tmp_path).values()):
-        manifest = write_dataset(ImageNet(path), tmp_path / f"out{number}", size=16, progress=False)
+        manifest = write_dataset(ImageNet(path), tmp_path / f"out{number}", size=16)
         hashes.add(manifest.splits["train"].shards[0].sha256)
     assert len(hashes) == 1
 
@@ -201,7 +201,7 @@ def test_a_tar_cut_after_it_was_listed_costs_only_what_is_lost(tmp_path):
     path = put(tmp_path, {"bare.tar": tar_of(PICTURES)}) / "bare.tar"
     source = ImageNet(path)
     path.write_bytes(path.read_bytes()[:5000])
-    manifest = write_dataset(source, tmp_path / "out", size=16, progress=False)
+    manifest = write_dataset(source, tmp_path / "out", size=16)
     train = manifest.splits["train"]
     assert 0 < train.count < 6 and train.count + train.skipped_count == 6
     assert "cut short" in next(read_skipped(tmp_path / "out", "train")).reason
@@ -263,7 +263,7 @@ def test_coco(tmp_path, year, images, split):
     assert [source[i].key for i in range(2)] == ["a.jpg", "b.jpg"]
     assert source[1].captions == [f"caption {i} of 7\n" for i in range(6, 11)]
     assert source[0].meta == {"image_id": 3, "image_licence": "http://licence"}
-    write_dataset(source, tmp_path / "out", split, size=16, progress=False)
+    write_dataset(source, tmp_path / "out", split, size=16)
 
 
 @pytest.mark.parametrize(
@@ -326,9 +326,7 @@ def test_labels_of_all_splits_index_the_classes_of_the_set(tmp_path):
     names = ["train/cat", "train/dog", "train/emu", "val/ant", "val/cat", "val/emu"]
     put(tmp_path / "in", {f"{name}/1.jpg": jpeg() for name in names})
     for split in ("train", "val"):
-        manifest = write_dataset(
-            ImageFolder(tmp_path / "in", split), tmp_path / "out", split, size=16, progress=False
-        )
+        manifest = write_dataset(ImageFolder(tmp_path / "in", split), tmp_path / "out", split, size=16)
     assert manifest.classes == ["cat", "dog", "emu", "ant"]
     for split, labels in (("train", {0, 1, 2}), ("val", {0, 2, 3})):
         prepared = WebDatasetShards(tmp_path / "out", split)
@@ -337,16 +335,16 @@ def test_labels_of_all_splits_index_the_classes_of_the_set(tmp_path):
         assert all(manifest.classes[meta["label"]] == meta["class"] for meta in found)
     # A lost shard is written again with the same labels.
     (tmp_path / "out" / "val-000000.tar").unlink()
-    write_dataset(ImageFolder(tmp_path / "in", "val"), tmp_path / "out", "val", size=16, progress=False)
+    write_dataset(ImageFolder(tmp_path / "in", "val"), tmp_path / "out", "val", size=16)
 
 
 def test_labels_that_classes_of_one_name_would_confuse_are_refused(tmp_path):
     cranes = ("n02012849", "n03126707")
     put(tmp_path / "in", {f"train/{wnid}/1.JPEG": jpeg() for wnid in (TENCH, *cranes)})
     put(tmp_path / "in", {f"val/{wnid}/1.JPEG": jpeg() for wnid in cranes})
-    write_dataset(ImageNet(tmp_path / "in"), tmp_path / "out", size=16, progress=False)
+    write_dataset(ImageNet(tmp_path / "in"), tmp_path / "out", size=16)
     with pytest.raises(VugenError, match=r"two of one name.*another --out"):
-        write_dataset(ImageNet(tmp_path / "in", "val"), tmp_path / "out", "val", size=16, progress=False)
+        write_dataset(ImageNet(tmp_path / "in", "val"), tmp_path / "out", "val", size=16)
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
@@ -365,7 +363,7 @@ def test_names_that_are_not_utf_8_are_read_or_listed(tmp_path):
     ]  # fmt: skip
     for number, source in enumerate(sources):
         out = tmp_path / str(number)
-        manifest = write_dataset(source, out, size=16, progress=False)
+        manifest = write_dataset(source, out, size=16)
         assert manifest.splits["train"].count == 1
         (skipped,) = read_skipped(out, "train")
         assert "caf?" in skipped.key and manifest.source.startswith(f"{tmp_path}/caf?/")
@@ -416,7 +414,7 @@ def test_text_beside_images(tmp_path):
             "c.jpg": b"",
         },
     )
-    manifest = write_dataset(CaptionedImages(tmp_path), tmp_path / "out", size=16, progress=False)
+    manifest = write_dataset(CaptionedImages(tmp_path), tmp_path / "out", size=16)
     assert manifest.splits["train"].count == 2 and manifest.splits["train"].captions.count == 3
     assert CaptionedImages(tmp_path)[0].captions == ["one", "two", ""]
     (skipped,) = read_skipped(tmp_path / "out", "train")
@@ -446,7 +444,7 @@ def test_captions_are_utf_8_or_16_or_cost_their_sample(tmp_path):
     for number, source in enumerate(sources):
         assert [source[i].captions for i in (0, 1, 3)] == [["café"]] * 3
         out = tmp_path / f"out{number}"
-        assert write_dataset(source, out, size=16, progress=False).splits["train"].count == 3
+        assert write_dataset(source, out, size=16).splits["train"].count == 3
         (skipped,) = read_skipped(out, "train")
         assert skipped.reason == "the caption is no UTF-8"
 
@@ -530,7 +528,7 @@ def test_a_null_is_no_caption(tmp_path):
 
 def test_missing_pictures_of_a_table_are_listed(tmp_path):
     put(tmp_path, {"a.jpg": jpeg(), "t.csv": "path,caption\na.jpg,x\ngone.jpg,y\n"})
-    manifest = write_dataset(CaptionedImages(tmp_path), tmp_path / "out", size=16, progress=False)
+    manifest = write_dataset(CaptionedImages(tmp_path), tmp_path / "out", size=16)
     (skipped,) = read_skipped(tmp_path / "out", "train")
     assert manifest.splits["train"].count == 1 and skipped.reason == "No such file or directory"
     assert skipped.key.endswith("gone.jpg")
@@ -611,7 +609,7 @@ def test_shards_as_img2dataset_writes_them(tmp_path):
     assert (source[0].captions, source[0].meta) == (["from text"], {"url": "u"})
     assert source[1].captions == ["from json"] and source[1].image == jpeg(1, "WEBP")
     assert source[1].meta["url"] == "http://x" and source[1].key == "00000.tar/000000001"
-    write_dataset(source, tmp_path / "out", size=16, progress=False)
+    write_dataset(source, tmp_path / "out", size=16)
     skipped = {item.key: item.reason for item in read_skipped(tmp_path / "out", "train")}
     assert skipped["00000.tar/000000002"] == "no image in the sample"
     assert "damaged .json" in skipped["00001.tar/d/000000003"]
@@ -633,7 +631,7 @@ def test_captions_that_are_no_text_cost_their_sample_alone_and_nulls_are_dropped
     files |= {f"{key}.json": text.encode() for key, text in said.items()}
     files["list.txt"] = b"a bird"
     source = WebDatasetShards(put(tmp_path, {"0.tar": tar_of(files)}))
-    manifest = write_dataset(source, tmp_path / "out", size=16, progress=False)
+    manifest = write_dataset(source, tmp_path / "out", size=16)
     assert [source[i].captions for i in (3, 4, 5)] == [["a dog"], ["a cat"], ["a bird"]]
     assert manifest.splits["train"].count == 3
     reasons = {skipped.key: skipped.reason for skipped in read_skipped(tmp_path / "out", "train")}
@@ -694,8 +692,8 @@ def test_hf_parquet(tmp_path):
     assert [source[i].captions for i in range(5)] == [[f"text {i}"] for i in range(5)]
     assert all(source[i].image == jpeg(i) for i in range(5))
     assert len(HuggingFaceDataset(tmp_path, "val")) == 1
-    write_dataset(source, tmp_path / "one", size=16, shard_size=2, progress=False)
-    write_dataset(source, tmp_path / "two", size=16, shard_size=2, workers=2, progress=False)
+    write_dataset(source, tmp_path / "one", size=16, shard_size=2)
+    write_dataset(source, tmp_path / "two", size=16, shard_size=2, workers=2)
     assert (tmp_path / "one/dataset.json").read_bytes() == (tmp_path / "two/dataset.json").read_bytes()
     bad = tmp_path / "bad.parquet"
     pq.write_table(pa.table({"a": [1]}), bad)
@@ -828,7 +826,7 @@ def test_hf_of_another_layout(tmp_path):
 @pytest.mark.skipif(not (SHARED / "imagenet-sample.tar").exists(), reason="the ImageNet sample is not here")
 def test_real_imagenet(tmp_path):
     tar = SHARED / "imagenet-sample.tar"
-    manifest = write_dataset(ImageNet(tar), tmp_path / "out", size=64, count=60, progress=False)
+    manifest = write_dataset(ImageNet(tar), tmp_path / "out", size=64, count=60)
     assert manifest.splits["train"].count == 60 and len(manifest.classes) == 1000
 
 
@@ -836,6 +834,6 @@ def test_real_imagenet(tmp_path):
 def test_real_coco(tmp_path):
     with tarfile.open(SHARED / "coco-mini.tar") as tar:
         tar.extractall(tmp_path / "coco", filter="data")
-    manifest = write_dataset(CocoCaptions(tmp_path / "coco"), tmp_path / "out", progress=False)
+    manifest = write_dataset(CocoCaptions(tmp_path / "coco"), tmp_path / "out")
     train = manifest.splits["train"]
     assert (train.count, train.captions.count, train.captions.per_image) == (80, 400, 5.0)

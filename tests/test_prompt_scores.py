@@ -63,7 +63,7 @@ def read(pairs):
 
 def pictures(pairs):
     """(prompt, image) of each image."""
-    seen = pairs.judged(lambda batch: [image for _, _, image in batch], "test", progress=False)
+    seen = pairs.judged(lambda batch: [image for _, _, image in batch], "test")
     return [(prompt, image) for _, prompt, image in seen]
 
 
@@ -73,7 +73,7 @@ def by_name(entries):
 
 def scores_of(function, *arguments):
     """The scores of a metric, as they are written."""
-    return list(map(written, function(*arguments, progress=False)))
+    return list(map(written, function(*arguments)))
 
 
 # Which prompt is whose
@@ -81,7 +81,7 @@ def scores_of(function, *arguments):
 
 def test_judges_see_images_in_full_float32(tmp_path):
     pairs = prompted_images(write_samples(tmp_path / "s", [("a", 0)]))
-    assert pairs.judged(lambda _: [torch.backends.cudnn.allow_tf32], "test", progress=False)[0][2] is False
+    assert pairs.judged(lambda _: [torch.backends.cudnn.allow_tf32], "test")[0][2] is False
 
 
 def test_prompts_of_samples_folders_tars_and_genevals_layout(tmp_path):
@@ -379,7 +379,7 @@ def test_soft_tifa_counts_as_the_published_scripts(tmp_path):
 def test_geneval2_is_asked_of_the_vlm(tmp_path, asked_path):
     drawn = write_samples(tmp_path / "drawn", [("two red bears", 1)])
     data, vlm = write_geneval2(tmp_path / "data.jsonl"), str(asked_path)
-    report = written(score_prompts(open_image_set(drawn), geneval2=data, vlm=vlm, progress=False))
+    report = written(score_prompts(open_image_set(drawn), geneval2=data, vlm=vlm))
     assert [entry["metric"].removeprefix("geneval2_") for entry in report["scores"]] == [
         "gm", "am", "object", "attribute", "count", "3_atoms",
     ]  # fmt: skip
@@ -544,7 +544,7 @@ def test_dpg_bench_that_cannot_be_used_is_refused(tmp_path):
     table.write_text(whole)
     drawn = write_samples(tmp_path / "drawn", [("a bear", 1)])
     with pytest.raises(VugenError, match=r"the prompt of 0\.png, 'a bear', is none of .*--prompts .*prompts"):
-        score_prompts(open_image_set(drawn), dpg_bench=tmp_path / "b", progress=False)
+        score_prompts(open_image_set(drawn), dpg_bench=tmp_path / "b")
 
 
 # GenEval
@@ -709,7 +709,7 @@ def test_geneval_that_cannot_be_used_is_refused(tmp_path, clip_name, yolos):
         read_geneval(tmp_path / "empty.jsonl")
     path = write_geneval(tmp_path / "m.jsonl")
     drawn = write_samples(tmp_path / "drawn", [("a photo of two_object", 1)])
-    given = {"geneval": path, "clip": clip_name, "detector": yolos, "progress": False}
+    given = {"geneval": path, "clip": clip_name, "detector": yolos}
     for change, message in (
         ({"clip": None}, "--geneval needs a CLIP"),
         ({"detector": None}, "--geneval needs a detector"),

@@ -109,7 +109,7 @@ def by_name(report):
 
 
 def frechet(*arguments, **options):
-    (entry,) = score_sets(*arguments, progress=False, **options)["scores"]
+    (entry,) = score_sets(*arguments, **options)["scores"]
     return entry["value"]
 
 
@@ -117,7 +117,7 @@ def frechet(*arguments, **options):
 def test_features_and_fid_agree_with_torch_fidelity(tmp_path, weights, monkeypatch, one_thread):
     a, b = write_images(tmp_path / "a", 5, 1), write_images(tmp_path / "b", 5, 2)
     extractor = inception_extractor(weights, "cpu")
-    report = score_sets(a, b, extractor, ["fid"], batch_size=5, progress=False)
+    report = score_sets(a, b, extractor, ["fid"], batch_size=5)
     repair_torchvision()
     from torch_fidelity import calculate_metrics
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -215,7 +215,7 @@ def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
 def test_identical_sets_score_zero_and_a_score_says_how(tmp_path):
     a = write_images(tmp_path / "a", 12, 1)
     (a / "zz_broken.png").write_bytes(b"nothing")
-    report = score_sets(a, a, tiny_extractor(), ["fid", "kid", "is", "sfid", "pr", "dc"], progress=False)
+    report = score_sets(a, a, tiny_extractor(), ["fid", "kid", "is", "sfid", "pr", "dc"])
     scores = by_name(report)
     assert list(scores) == ["fid", "kid", "is", "sfid", "precision", "recall", "density", "coverage"]
     assert scores["fid"]["value"] == pytest.approx(0, abs=1e-6)
@@ -241,7 +241,7 @@ def test_batch_size_and_container_do_not_matter(tmp_path):
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(a.iterdir())])
     np.savez(tmp_path / "a.npz", pixels)
     assert frechet(tmp_path / "a.npz", b, tiny_extractor()) == expected
-    report = score_sets(a, b, tiny_extractor(), count=5, progress=False)
+    report = score_sets(a, b, tiny_extractor(), count=5)
     assert report["images"]["count"] == report["reference"]["count"] == 5
 
 
@@ -249,37 +249,37 @@ def test_statistics_stand_in_for_images(tmp_path):
     a, b = write_images(tmp_path / "a", 12, 1), write_images(tmp_path / "b", 9, 2)
     stats = tmp_path / "b.npz"
     both = ["fid", "sfid"]
-    expected = by_name(score_sets(a, b, tiny_extractor(), both, save_stats=stats, progress=False))
-    report = score_sets(a, stats, tiny_extractor(), both, progress=False)
+    expected = by_name(score_sets(a, b, tiny_extractor(), both, save_stats=stats))
+    report = score_sets(a, stats, tiny_extractor(), both)
     assert {name: entry["value"] for name, entry in by_name(report).items()} == {
         name: entry["value"] for name, entry in expected.items()
     }
     assert report["reference"] == {"path": str(stats), "kind": "statistics", "count": 9, "bad": []}
     for extractor in (tiny_extractor(label="other"), tiny_extractor(sha="ff")):
         with pytest.raises(VugenError, match=r"b\.npz holds statistics of"):
-            score_sets(a, stats, extractor, progress=False)
+            score_sets(a, stats, extractor)
     with pytest.raises(VugenError, match=r"b\.npz holds no images and not all that --kid needs"):
-        score_sets(a, stats, tiny_extractor(), ["fid", "kid"], progress=False)
+        score_sets(a, stats, tiny_extractor(), ["fid", "kid"])
     # Other tools' files name no features: they are Inception's, of a number of images that is not known.
     known = load_statistics(stats)
     foreign = tmp_path / "foreign.npz"
     np.savez(foreign, mu=known.mean, sigma=known.covariance)
-    report = score_sets(a, foreign, tiny_extractor(), progress=False)
+    report = score_sets(a, foreign, tiny_extractor())
     assert report["scores"][0]["value"] == pytest.approx(expected["fid"]["value"])
     assert report["reference"]["count"] is None
     with pytest.raises(VugenError, match=r"foreign\.npz holds statistics of Inception features"):
-        score_sets(a, foreign, tiny_extractor("vlm"), progress=False)
+        score_sets(a, foreign, tiny_extractor("vlm"))
     # ADM's reference batches hold images too: for other features, and for what statistics do not suffice for.
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(b.iterdir())])
     np.savez(foreign, pixels, mu=known.mean + 1, sigma=known.covariance)
-    report = score_sets(a, foreign, tiny_extractor(), progress=False)
+    report = score_sets(a, foreign, tiny_extractor())
     assert report["reference"]["kind"] == "statistics"
     shifted = report["scores"][0]["value"]
     assert shifted != pytest.approx(expected["fid"]["value"])
-    report = score_sets(a, foreign, tiny_extractor("vlm"), progress=False)
+    report = score_sets(a, foreign, tiny_extractor("vlm"))
     assert report["reference"]["kind"] == "npz"
     assert report["scores"][0]["value"] == expected["fid"]["value"]
-    report = score_sets(a, foreign, tiny_extractor(), ["fid", "pr"], progress=False)
+    report = score_sets(a, foreign, tiny_extractor(), ["fid", "pr"])
     assert report["reference"]["kind"] == "npz" and report["scores"][0]["value"] == shifted
     assert report["reference"]["statistics"] == "of an unknown number of images"
 
@@ -287,18 +287,18 @@ def test_statistics_stand_in_for_images(tmp_path):
 def test_small_sets(tmp_path):
     a, b = write_images(tmp_path / "a", 4, 1), write_images(tmp_path / "b", 1, 2)
     with pytest.raises(VugenError, match="at least 2"):
-        score_sets(a, b, tiny_extractor(), progress=False)
+        score_sets(a, b, tiny_extractor())
     c = write_images(tmp_path / "c", 30, 2)
-    (entry,) = score_sets(a, c, tiny_extractor(), progress=False)["scores"]
+    (entry,) = score_sets(a, c, tiny_extractor())["scores"]
     assert entry["warning"].startswith("Only 4 images for 4 features") and "interval" not in entry
     with pytest.raises(VugenError, match="neighbourhoods of 5 need at least 6 generated images, got 4"):
-        score_sets(a, c, tiny_extractor(), ["dc"], progress=False)
+        score_sets(a, c, tiny_extractor(), ["dc"])
     with pytest.raises(VugenError, match="10 splits needs as many images, got 4"):
-        score_sets(a, None, tiny_extractor(), ["is"], progress=False)
+        score_sets(a, None, tiny_extractor(), ["is"])
     three = write_images(tmp_path / "three", 3, 2)
     with pytest.raises(VugenError, match="four at least"):
-        score_sets(three, c, tiny_extractor(), ["kid"], progress=False)
-    (entry,) = score_sets(c, None, tiny_extractor(), ["is"], progress=False)["scores"]
+        score_sets(three, c, tiny_extractor(), ["kid"])
+    (entry,) = score_sets(c, None, tiny_extractor(), ["is"])["scores"]
     assert entry["value"] >= 1 and "3 a split" in entry["warning"]
 
 
@@ -315,14 +315,14 @@ def test_vlm_features_are_averaged_over_the_grid_and_never_called_fid(tmp_path):
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     torch.testing.assert_close(extractor.features(images)["features"], images.float().mean(dim=(2, 3)) / 255)
     a, b = write_images(tmp_path / "a", 6, 1), write_images(tmp_path / "b", 6, 2)
-    report = score_sets(a, b, extractor, ["fid", "kid", "pr"], progress=False)
+    report = score_sets(a, b, extractor, ["fid", "kid", "pr"])
     scores = by_name(report)
     assert list(scores) == ["frechet_vlm", "kernel_vlm", "precision_vlm", "recall_vlm"]
     assert "not FID" in scores["frechet_vlm"]["name"] and "not KID" in scores["kernel_vlm"]["name"]
     assert report["vlm_fingerprint"] == "feed" and "weights_sha256" not in report
     for metric in ("is", "sfid"):
         with pytest.raises(VugenError, match=f"drop --{metric}"):
-            score_sets(a, b, extractor, [metric], progress=False)
+            score_sets(a, b, extractor, [metric])
 
 
 def test_several_features_are_scored_in_one_call(tmp_path, tiny, monkeypatch):
@@ -349,7 +349,7 @@ def test_cmmd_has_its_name_on_its_own_clip_alone(tmp_path):
         (scores.CMMD_FEATURES, "cmmd", "CMMD"),
         ("CLIP ViT-B-32 image embedding", "gaussian_clip", "not CMMD"),
     ):
-        (entry,) = score_sets(a, b, tiny_extractor("clip", label), ["cmmd"], progress=False)["scores"]
+        (entry,) = score_sets(a, b, tiny_extractor("clip", label), ["cmmd"])["scores"]
         assert entry["metric"] == metric and name in entry["name"]
         assert entry["value"] > 0 and entry["parameters"]["sigma"] == 10 and len(entry["interval"]) == 2
 
@@ -377,7 +377,7 @@ def test_mjhq_has_a_distance_within_each_category(tmp_path, mjhq):
         for number, path in enumerate(sorted(drawn.iterdir()))
     ]
     (drawn / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report = score_sets(drawn, mjhq, tiny_extractor(), ["fid", "kid"], progress=False)
+    report = score_sets(drawn, mjhq, tiny_extractor(), ["fid", "kid"])
     entries = by_name(report)
     assert list(entries) == ["fid", "kid", "fid_animals", "fid_art"]
     assert report["reference"]["kind"] == "mjhq" and entries["fid_art"]["name"] == "FID, art"
@@ -397,13 +397,13 @@ def test_mjhq_has_a_distance_within_each_category(tmp_path, mjhq):
 def test_mjhq_is_scored_whole_where_pictures_are_of_no_category(tmp_path, mjhq):
     with zipfile.ZipFile(mjhq / "mjhq30k_imgs.zip") as archive:
         archive.extractall(mjhq)
-    report = score_sets(mjhq, mjhq, tiny_extractor(), progress=False)  # unpacked, and named after its ids
+    report = score_sets(mjhq, mjhq, tiny_extractor())  # unpacked, and named after its ids
     assert [entry["value"] for entry in report["scores"]] == pytest.approx([0, 0, 0], abs=1e-6)
-    report = score_sets(tmp_path / "images", mjhq, tiny_extractor(), progress=False)
+    report = score_sets(tmp_path / "images", mjhq, tiny_extractor())
     assert [entry["metric"] for entry in report["scores"]] == ["fid"]
     assert "000.jpg of" in report["warning"] and "is of no category" in report["warning"]
     (mjhq / "meta_data.json").write_text('{"id00": {"category": "art"}}')
-    report = score_sets(mjhq, mjhq, tiny_extractor(), progress=False)
+    report = score_sets(mjhq, mjhq, tiny_extractor())
     assert "is not as MJHQ-30K's meta_data.json: id00.prompt: Field required" in report["warning"]
 
 
@@ -533,7 +533,7 @@ def test_a_missing_embedded_reference_is_drawn(tmp_path, monkeypatch, tiny, trai
     assert "drawing 8 scenes of 32 px" in run("--fid", "--images", samples, "--out", tmp_path / "scores.json")
     manifest = json.loads((tmp_path / "data" / "dataset.json").read_text())
     assert manifest["splits"]["val"]["shards"][0]["samples"] == 8
-    report = score_sets(samples, tmp_path / "data", tiny_extractor(), progress=False)
+    report = score_sets(samples, tmp_path / "data", tiny_extractor())
     assert report["reference"]["split"] == "val" and report["reference"]["count"] == 8
 
 

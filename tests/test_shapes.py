@@ -76,7 +76,7 @@ class Photos:
 
 
 def write(out: Path, count: int = 60, split: str = "train", bad: int = 0, **options: object) -> Manifest:
-    settings = {"shard_size": 20, "progress": False, "shapes": SHAPES} | options
+    settings = {"shard_size": 20, "shapes": SHAPES} | options
     return write_dataset(Photos(count, bad), out, split, **settings)
 
 
@@ -270,7 +270,7 @@ def test_mirrored_and_decoded_from_jpeg_in_place(photos: Path, tmp_path: Path) -
         (Photos,),
         {"__getitem__": lambda self, i: Sample(f"photo {i}", file.getvalue(), ["x"]), "name": "jpegs"},
     )
-    write_dataset(source, tmp_path / "j", shapes=SHAPES, progress=False)
+    write_dataset(source, tmp_path / "j", shapes=SHAPES)
     batch = take(ShardedImages(tmp_path / "j"), 1)[0]
     assert batch.images.shape == (4, 3, 48, 80) and batch.corrupt == 0
     assert np.array_equal(batch.images[0].permute(1, 2, 0), ShardedImages(tmp_path / "j").read(0, 0)[0])
@@ -307,7 +307,7 @@ class Edits(Photos):
 @pytest.fixture(scope="module")
 def shaped_edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("edits") / "edits"
-    write_dataset(Edits(20), out, "train", shapes=SHAPES, progress=False)
+    write_dataset(Edits(20), out, "train", shapes=SHAPES)
     return out
 
 

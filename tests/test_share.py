@@ -387,6 +387,11 @@ def test_errors_of_the_hubs_library_and_of_its_client_are_one_line(
     assert "no-address" in hub.hub_problem()
 
 
+def test_a_path_is_no_name_on_the_hub() -> None:
+    names = ("owner/name", "./vae", "../vae", "/vae", "~/vae", "nano", "a/b/c")
+    assert [name for name in names if hub.may_be_id(name)] == ["owner/name"]
+
+
 def test_a_hub_that_does_not_answer_is_said_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never says a word

@@ -193,8 +193,6 @@ def user_cache() -> Path:
         return Path(folder)
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
-    elif os.name == "nt":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "vugen"

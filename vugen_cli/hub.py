@@ -98,6 +98,11 @@ def downloaded(given: str, what: str, files: tuple[str, ...] = FILES) -> Path:
     return Path(folder)
 
 
+def may_be_id(name: str) -> bool:
+    """Whether a name can be that of something on the hub, `owner/name`, and is not a path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def push(folder: Path, name: str, private: bool = False) -> str:
     """Put the files of `to_push` into a repository on the hub, which is made if it is not there.
 

@@ -11,7 +11,6 @@ operators first is enough: resizing, normalising and the models work, the compil
 import functools
 import importlib.machinery
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,7 @@ def repair_torchvision() -> bool:
         True if the operators were declared here, False if there was nothing to repair.
     """
     global _library
-    # On Windows the extension needs torchvision's own DLL search path: a failure to load would prove nothing.
-    if os.name == "nt" or "torchvision" in sys.modules:
+    if "torchvision" in sys.modules:
         return False
     package = importlib.util.find_spec("torchvision")
     if package is None or package.origin is None:

@@ -34,7 +34,7 @@ def caption(
     """
     from vugen_cli.data.shards import cores
     from vugen_cli.engine.device import pick_device
-    from vugen_cli.processes import local_world_size, meet
+    from vugen_cli.processes import meet
     from vugen_cli.recipe import load_recipe, parse_recipe
     from vugen_cli.stages.caption import write_captions
 
@@ -43,9 +43,8 @@ def caption(
     named = recipe or ("nano" if vlm == "nano" else None)
     asked = (load_recipe(named, overrides) if named else parse_recipe({}, "--set", overrides)).caption
     out = out or beside(data, "captioned")
-    if workers is None:
-        workers = max(1, cores() // local_world_size())
     with going_on(out):
+        workers = cores() if workers is None else workers
         manifest = write_captions(data, out, vlm, asked, pick_device(device), workers)
     for name, split in manifest.splits.items():
         assert split.captions

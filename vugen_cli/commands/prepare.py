@@ -185,13 +185,12 @@ def prepare_images(
     from vugen_cli.commands.answers import Prepared
     from vugen_cli.data.shards import cores
     from vugen_cli.data.writer import write_dataset
-    from vugen_cli.processes import local_world_size, meet
+    from vugen_cli.processes import meet
 
     meet()
-    workers = workers or max(1, cores() // local_world_size())
     with going_on(out):
         manifest = write_dataset(
-            opened(), out, split, size, shard_size, workers, seed, count, strict, shapes=shapes
+            opened(), out, split, size, shard_size, workers or cores(), seed, count, strict, shapes=shapes
         )
     entry = manifest.splits[split]
     listed = f"skipped-{split}.jsonl"
@@ -226,7 +225,7 @@ def prepare_latents(
     from vugen_cli.commands.answers import Prepared
     from vugen_cli.data.shards import cores
     from vugen_cli.engine.device import pick_device
-    from vugen_cli.processes import local_world_size, meet
+    from vugen_cli.processes import meet
     from vugen_cli.stages.latent_cache import write_latents
 
     meet()
@@ -239,9 +238,8 @@ def prepare_latents(
         refuse_address(known.path)
         data = Path(known.path)
     out = out or beside(data, "latents")
-    workers = workers or max(1, cores() // local_world_size())
     with going_on(out):
-        manifest = write_latents(checkpoint, data, out, pick_device(device), vlm, flip, workers)
+        manifest = write_latents(checkpoint, data, out, pick_device(device), vlm, flip, workers or cores())
     count = sum(entry.count for entry in manifest.splits.values())
     damaged = sum(entry.skipped_count for entry in manifest.splits.values())
     listed = f", {damaged} damaged (listed in skipped-SPLIT.jsonl)" if damaged else ""

@@ -724,7 +724,7 @@ def stored_images(
             yield torch.stack(alike)
 
 
-def held_out_images(images: ShardedImages, size: int) -> Tensor:
-    """The pictures of a preview, uint8 [8, 3, size, size]: the first of the `val` split, cut to squares."""
-    held_out = [adm_crop(pixels, size) for pixels, _ in images.held_out().in_order(8)]
+def held_out_images(images: ShardedImages, size: int, count: int = 8) -> Tensor:
+    """The pictures of a preview, uint8 [count, 3, size, size]: the first held-out ones, cut to squares."""
+    held_out = [adm_crop(pixels, size) for pixels, _ in images.held_out().in_order(count)]
     return torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2)

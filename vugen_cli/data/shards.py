@@ -220,7 +220,7 @@ def list_shards(shards: list[Path]) -> None:
     """
     for mine in (shards[rank() :: world_size()], shards):  # then what others have not left here
         todo = [shard for shard in mine if not listing_path(shard).is_file()]
-        workers = min(cores() // local_world_size(), len(todo) // 64)
+        workers = min(cores(), len(todo) // 64)
         if workers > 1:
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
                 deque(pool.map(_list_shard, todo, chunksize=4), maxlen=0)
@@ -285,5 +285,6 @@ def _list_shard(shard: Path) -> None:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores for this process: of those that it may use, its share beside the job's others on this host."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // local_world_size())

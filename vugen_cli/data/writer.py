@@ -105,7 +105,6 @@ def write_dataset(
     seed: int = 0,
     count: int | None = None,
     strict: bool = False,
-    progress: bool = True,
     shapes: str | None = None,
 ) -> Manifest:
     """Write one split of a data set and return its manifest, which `out/dataset.json` then holds.
@@ -133,7 +132,6 @@ def write_dataset(
         seed: of the shuffle.
         count: take a random subset of this many items (all if the source has fewer), skipped ones included.
         strict: the first picture that cannot be used ends the run.
-        progress: show a bar on standard error.
         shapes: see `parse_shapes`; `size` is then the side of the square among them.
 
     Raises:
@@ -169,14 +167,14 @@ def write_dataset(
         manifest = read_written(out)
         job.labels = _labels(source, manifest)
         if manifest and split in manifest.splits:
-            manifest = _repair(job, plan, manifest, progress)
+            manifest = _repair(job, plan, manifest)
             for stage in _STAGES:
                 barrier(stage)
             return manifest
         _check_other_splits(out, manifest, plan)
         _claim(out, split, plan)
         barrier("planned")
-        _write_shards(job, workers, progress)
+        _write_shards(job, workers)
         barrier("written")
         missing = sum(1 for shard in range(_shard_count(job)) if _finished(job, shard) is None)
         if missing:
@@ -201,7 +199,7 @@ def _help(job: _Job, workers: int) -> Manifest:
     barrier("planned")
     if (job.out / ".progress" / f"{job.split}.json").exists():  # else the split was there already
         job.labels = _labels(job.source, read_written(job.out))
-        _write_shards(job, workers, progress=False)
+        _write_shards(job, workers)
     barrier("written")
     barrier("prepared")
     manifest = read_written(job.out)
@@ -339,7 +337,7 @@ def _forget_progress(out: Path, split: str) -> None:
         folder.rmdir()
 
 
-def _repair(job: _Job, plan: Plan, manifest: Manifest, progress: bool) -> Manifest:
+def _repair(job: _Job, plan: Plan, manifest: Manifest) -> Manifest:
     """A split that is complete: check that it is the one asked for, and write again shards that were lost."""
     entry = manifest.splits[job.split]
     found = {**entry.model_dump(exclude={"shards"}), **_of_all(manifest)}
@@ -360,9 +358,8 @@ def _repair(job: _Job, plan: Plan, manifest: Manifest, progress: bool) -> Manife
                 f"pictures or libraries): delete {job.out} and prepare again"
             )
         lost += 1
-    if progress:
-        did = f"{lost} lost shards written again" if lost else "nothing to do"
-        print(f"{job.out} already holds this {job.split} split: {did}", file=sys.stderr)
+    did = f"{lost} lost shards written again" if lost else "nothing to do"
+    print(f"{job.out} already holds this {job.split} split: {did}", file=sys.stderr)
     if (job.out / ".progress").exists():  # of the repair, or of a run killed just before it cleared up
         _forget_progress(job.out, job.split)
     return manifest
@@ -393,7 +390,7 @@ def _write_shard_in_worker(shard: int) -> None:
         _write_shard(_job, shard, tick)
 
 
-def _write_shards(job: _Job, workers: int, progress: bool) -> None:
+def _write_shards(job: _Job, workers: int) -> None:
     """Write those of this process's shards that are not finished: every `world_size`-th of the plan."""
     mine = range(rank(), _shard_count(job), world_size())
     todo = [shard for shard in mine if _finished(job, shard) is None]
@@ -404,7 +401,6 @@ def _write_shards(job: _Job, workers: int, progress: bool) -> None:
         initial=sum(items.values()) - sum(items[s] for s in todo),
         unit="img",
         desc=f"{job.out}: {job.split}",
-        disable=not progress,
         smoothing=0.05,
     )
     with bar:

@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 # Ctrl-C, a launcher that ends a job, and Slurm's warning ahead of time (`#SBATCH --signal=USR1@300`).
-ASKING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:

@@ -17,7 +17,7 @@ PREFIX = "A photo depicts "  # what the authors put before every caption
 CLIP_BATCH = 64
 
 
-def clip_scores(pairs: PromptedImages, clip: Clip, progress: bool = True) -> list[Score]:
+def clip_scores(pairs: PromptedImages, clip: Clip) -> list[Score]:
     """CLIPScore, its variance over images and over seeds of a prompt, and the plain cosine that papers quote.
 
     CLIPScore is 2.5 max(cos, 0) with "A photo depicts " before the prompt, as its authors compute it; papers
@@ -41,7 +41,7 @@ def clip_scores(pairs: PromptedImages, clip: Clip, progress: bool = True) -> lis
         both = ((seen * _unit(words)).sum(1).tolist() for words in (prefixed, plain))
         return list(zip(*both, too_long.tolist(), strict=True))
 
-    judged = pairs.judged(embed, "CLIPScore", CLIP_BATCH, progress)
+    judged = pairs.judged(embed, "CLIPScore", CLIP_BATCH)
     prompts = [prompt for _, prompt, _ in judged]
     cut = {prompt for _, prompt, (_, _, long) in judged if long}
     values = np.array([cosines for _, _, (*cosines, _) in judged])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import entr
 
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.bootstrap import resampled_means
@@ -34,8 +35,7 @@ def vendi_score(similarities: np.ndarray) -> float:
         similarities: K [n, n], ones on its diagonal.
     """
     eigenvalues = np.linalg.eigvalsh(similarities / len(similarities)).clip(0)
-    positive = eigenvalues[eigenvalues > 0]
-    return float(np.exp(-(positive * np.log(positive)).sum()))
+    return float(np.exp(entr(eigenvalues).sum()))
 
 
 def score_diversity(
@@ -46,7 +46,6 @@ def score_diversity(
     batch_size: int | None = None,
     cache: Path | None = None,
     picture: Path | None = None,
-    progress: bool = True,
 ) -> Report:
     """Mean over prompts of the pairwise distance and the Vendi score of each prompt's images.
 
@@ -62,7 +61,6 @@ def score_diversity(
         batch_size: images a forward pass.
         cache: folder of cached features (`features.cache_folder`), None for none.
         picture: a PNG to write, of the prompt with the most images.
-        progress: show a bar on standard error.
 
     Returns:
         A report; an empty one on all but the first process of a job.
@@ -70,8 +68,8 @@ def score_diversity(
     Raises:
         VugenError: no prompt has two images.
     """
-    found = _by_prompt(images, extractor, batch_size, cache, progress)
-    real = _by_prompt(reference, extractor, batch_size, cache, progress) if reference else {}
+    found = _by_prompt(images, extractor, batch_size, cache)
+    real = _by_prompt(reference, extractor, batch_size, cache) if reference else {}
     if not is_first():
         return Report()
     centre, named = _centre(found, real)
@@ -126,7 +124,6 @@ def _by_prompt(
     extractor: Extractor,
     batch_size: int | None,
     cache: Path | None,
-    progress: bool,
 ) -> Groups:
     """The names and the features, float64 [n, d], of the images of each prompt."""
     found, _ = extract(
@@ -136,7 +133,6 @@ def _by_prompt(
         batch_size=batch_size,
         cache=cache,
         role="diversity",
-        progress=progress,
     )
     if not is_first():
         return {}

@@ -142,7 +142,6 @@ def dpg_bench_scores(
     items: list[Item],
     directory: Path,
     judge: YesNoJudge,
-    progress: bool = True,
 ) -> list[Score]:
     """DPG-Bench x 100, and the share of yes in each broad category.
 
@@ -155,7 +154,6 @@ def dpg_bench_scores(
         items: from `read_dpg_bench`.
         directory: where they are from, for messages.
         judge: answers the questions; yes is a probability above one half.
-        progress: show a bar on standard error.
 
     Returns:
         Scores, the whole benchmark's first.
@@ -164,7 +162,7 @@ def dpg_bench_scores(
         VugenError: a prompt is none of the benchmark's, the set cannot be read or the VLM cannot be asked.
     """
     item_of = match_items(pairs, items, directory)
-    seen, scores, shares = _ask_all(pairs, item_of, judge, progress)
+    seen, scores, shares = _ask_all(pairs, item_of, judge)
     totals, counts = by_prompt(seen, scores)
     means = totals / counts
     parameters = {
@@ -215,7 +213,6 @@ def _ask_all(
     pairs: PromptedImages,
     item_of: dict[str, Item],
     judge: YesNoJudge,
-    progress: bool,
 ) -> tuple[list[str], list[float], dict[str, tuple[list[str], list[bool]]]]:
     """The item and score of each image; and by category, the item of each question asked and its answer."""
 
@@ -226,7 +223,7 @@ def _ask_all(
     seen: list[str] = []
     scores: list[float] = []
     shares: dict[str, tuple[list[str], list[bool]]] = {}
-    for _, prompt, answers in pairs.judged(answer, "DPG-Bench", progress=progress):
+    for _, prompt, answers in pairs.judged(answer, "DPG-Bench"):
         item = item_of[prompt]
         seen.append(item.id)
         scores.append(count_answers(item, answers))

@@ -61,7 +61,6 @@ def extract(
     batch_size: int | None = None,
     cache: Path | None = None,
     role: str = "images",
-    progress: bool = True,
 ) -> tuple[dict[str, np.ndarray], SetRecord]:
     """The features of every good image of a set, in the set's order.
 
@@ -72,7 +71,6 @@ def extract(
         batch_size: images a forward pass; the features depend on it only through the network's rounding.
         cache: folder of cached features, None to read and leave none.
         role: what the set is, for the progress bar.
-        progress: show a bar on standard error.
 
     Returns:
         The features [n, d] by name, and the set's record: `ImageSet.describe` and whether it was "cached".
@@ -84,7 +82,7 @@ def extract(
     files: dict[str, Path] = {}
     found: dict[str, np.ndarray] = {}
     if cache is not None and is_first():
-        digest = images.digest(progress)
+        digest = images.digest()
         files = {name: cache / f"{_key(digest, extractor, name)}.safetensors" for name in wanted}
         for name, file in files.items():
             if (entry := _read_cached(file, name)) is not None:
@@ -92,7 +90,7 @@ def extract(
                 images.count = len(found[name])
     missing = broadcast([name for name in wanted if name not in found])
     if missing:
-        found |= _extract(images, extractor, missing, batch_size or extractor.batch_size, role, progress)
+        found |= _extract(images, extractor, missing, batch_size or extractor.batch_size, role)
         for name in files.keys() & missing:
             _write_cached(files[name], name, found[name], images)
     else:  # only the first has read the cache
@@ -106,11 +104,10 @@ def _extract(
     wanted: list[str],
     batch_size: int,
     role: str,
-    progress: bool,
 ) -> dict[str, np.ndarray]:
     indices: list[int] = []
     parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
-    bar = progress_bar(total=images.total, desc=role, unit="img", disable=not progress)
+    bar = progress_bar(total=images.total, desc=role, unit="img")
     with bar, torch.inference_mode(), full_float32():
         for of_batch, batch in image_batches(images, batch_size):
             outputs = extractor.features(torch.from_numpy(batch))

@@ -244,7 +244,6 @@ def geneval_scores(
     asked: dict[str, Asked],
     detector: Detector,
     clip: Clip,
-    progress: bool = True,
 ) -> list[Score]:
     """GenEval's overall score, the mean over its six tasks, and each task's: the share of correct images.
 
@@ -253,7 +252,6 @@ def geneval_scores(
         asked: from `read_geneval`.
         detector: finds the objects.
         clip: names their colours.
-        progress: show a bar on standard error.
 
     Returns:
         Scores, the overall one first; it has no value where a task has no images.
@@ -273,7 +271,7 @@ def geneval_scores(
             for row, image in rows
         ]
 
-    for name, prompt, reason in pairs.judged(find_fault, "GenEval", progress=progress):
+    for name, prompt, reason in pairs.judged(find_fault, "GenEval"):
         row = asked[prompt]
         prompts.setdefault(row["tag"], []).append(prompt)
         correct.setdefault(row["tag"], []).append(float(reason is None))

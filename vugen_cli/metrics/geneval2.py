@@ -78,9 +78,7 @@ def answers_of(question: str, answer: str) -> list[str]:
     return [space + word for word in (answer, answer.capitalize(), digits) for space in ("", " ")]
 
 
-def geneval2_scores(
-    pairs: PromptedImages, items: dict[str, Item], judge: YesNoJudge, progress: bool = True
-) -> list[Score]:
+def geneval2_scores(pairs: PromptedImages, items: dict[str, Item], judge: YesNoJudge) -> list[Score]:
     """Soft-TIFA x 100: means over prompts, over the atoms of each skill, and over prompts of as many atoms.
 
     An atom's score is the probability of the right answer among all answers. A prompt's is their geometric
@@ -91,7 +89,6 @@ def geneval2_scores(
         pairs: images whose prompts are the benchmark's; see `PromptedImages.refuse_others`.
         items: from `read_geneval2`.
         judge: answers the questions.
-        progress: show a bar on standard error.
 
     Returns:
         Scores, GM first.
@@ -106,7 +103,7 @@ def geneval2_scores(
             for _, prompt, image in batch
         ]
 
-    judged = pairs.judged(ask_all, "GenEval 2", progress=progress)
+    judged = pairs.judged(ask_all, "GenEval 2")
     prompts, atoms = [prompt for _, prompt, _ in judged], [atoms for _, _, atoms in judged]
     with np.errstate(divide="ignore"):  # the logarithm of an answer that cannot be: its mean is 0
         whole = [float(np.exp(np.log(each).mean())) for each in atoms]

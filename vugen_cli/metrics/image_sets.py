@@ -150,16 +150,14 @@ class ImageSet:
             raise VugenError(f"{self.path} holds pictures of several sizes, which no grid shows: resize them")
         return np.stack(found)
 
-    def digest(self, progress: bool = True) -> str:
+    def digest(self) -> str:
         """SHA-256 over the name and the bytes of every image, in order; nothing is decoded.
 
         Raises:
             VugenError: as iterating does.
         """
         sha = hashlib.sha256(repr(self.shape).encode())
-        bar = progress_bar(
-            self._limited(), desc="hash", total=self.total, unit="img", delay=2, disable=not progress
-        )
+        bar = progress_bar(self._limited(), desc="hash", total=self.total, unit="img", delay=2)
         for name, read in bar:
             try:
                 content = hashlib.sha256(read()).hexdigest()
@@ -182,7 +180,7 @@ class ImageSet:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def open_image_set(path: Path, limit: int | None = None, split: str | None = None) -> ImageSet:
+def open_image_set(path: Path, limit: int | None = None) -> ImageSet:
     """Find out what kind of image set `path` is; reads no image yet.
 
     Args:
@@ -195,7 +193,6 @@ def open_image_set(path: Path, limit: int | None = None, split: str | None = Non
             a `.tar`, a `.zip`, or an `.npz` with "arr_0" uint8 [N, H, W, 3] as guided-diffusion (ADM) writes;
             an `.npz` of statistics alone is opened too, and has no images to read.
         limit: read only this many images from the start.
-        split: the split of a prepared data set, instead of `val`, else `train`.
 
     Raises:
         VugenError: there is nothing at `path`, it is none of these, or it is empty or malformed.
@@ -203,7 +200,7 @@ def open_image_set(path: Path, limit: int | None = None, split: str | None = Non
     path = Path(path)
     if limit is not None and limit < 1:
         raise VugenError(f"the number of images must be at least 1, got {limit}.")
-    images = _recognise(path, split)
+    images = _recognise(path)
     if images.total == 0:
         raise VugenError(f"no image in {path}: expected image files, shards, a zip or an npz batch.")
     images.limit = limit
@@ -250,10 +247,10 @@ def npz_names(path: Path) -> set[str]:
         raise VugenError(f"{path} is not a readable .npz: {first_line(error)}.") from error
 
 
-def _recognise(path: Path, split: str | None) -> ImageSet:
+def _recognise(path: Path) -> ImageSet:
     if path.is_dir():
         if (path / "dataset.json").is_file():
-            return _prepared(path, split)
+            return _prepared(path)
         if (path / "samples.jsonl").is_file():
             samples = read_samples(path)
             files = list(dict.fromkeys(sample.file for sample in samples))
@@ -299,10 +296,10 @@ def _mjhq(directory: Path, files: list[str]) -> ImageSet:
     return ImageSet(directory, "mjhq", _zip_count(zips[0]), None, partial(_zip_items, zips[0]))
 
 
-def _prepared(directory: Path, split: str | None) -> ImageSet:
-    """One split of a data set that `vugen prepare` wrote; `val` if none is named and there is one."""
+def _prepared(directory: Path) -> ImageSet:
+    """One split of a data set that `vugen prepare` wrote: `val` if there is one."""
     splits = read_manifest(directory).splits
-    split = split or ("val" if "val" in splits and splits["val"].shards else "train")
+    split = "val" if "val" in splits and splits["val"].shards else "train"
     stored = ShardedImages(directory, split)
     shards = [directory / name for name in stored.names]
     return ImageSet(directory, "shards", len(stored), None, partial(_tar_items, shards), split, tars=shards)

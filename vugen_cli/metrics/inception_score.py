@@ -30,7 +30,7 @@ class InceptionScore:
     standard_error: float
 
 
-def inception_score(logits: np.ndarray, splits: int = SPLITS, seed: int = SEED) -> InceptionScore:
+def inception_score(logits: np.ndarray, splits: int = SPLITS) -> InceptionScore:
     """exp(E KL(p(y|x) || p(y))) of logits [n, classes], the mean over `splits` parts of the shuffled images.
 
     The error is the spread of that mean over 200 resamplings of each part's images. Only the spread is
@@ -42,8 +42,8 @@ def inception_score(logits: np.ndarray, splits: int = SPLITS, seed: int = SEED) 
     n = len(logits)
     if n < splits:
         raise TooFewImages(f"an Inception Score over {splits} splits needs as many images, got {n}.")
-    order = np.random.RandomState(seed).permutation(n)
-    rng = np.random.default_rng(seed)
+    order = np.random.RandomState(SEED).permutation(n)
+    rng = np.random.default_rng(SEED)
     scores, resampled = [], np.zeros(RESAMPLES)
     for i in range(splits):
         part = torch.from_numpy(logits[order[i * n // splits : (i + 1) * n // splits]]).double()

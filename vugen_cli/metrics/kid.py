@@ -37,7 +37,7 @@ class KernelDistance:
 
 
 def kernel_distance(
-    a: np.ndarray, b: np.ndarray, subsets: int = SUBSETS, subset_size: int | None = None, seed: int = SEED
+    a: np.ndarray, b: np.ndarray, subsets: int = SUBSETS, subset_size: int | None = None
 ) -> KernelDistance:
     """Kernel distance between features [n, d] and [m, d].
 
@@ -51,7 +51,6 @@ def kernel_distance(
         a, b: features of the generated and of the real images; the order decides the subsets, not the sign.
         subsets: how many.
         subset_size: images of each set in a subset; None takes 1000, or half the smaller set if it has less.
-        seed: of the subsets.
 
     Raises:
         TooFewImages: a set is smaller than a subset or than four images.
@@ -67,7 +66,7 @@ def kernel_distance(
         )
     if a.shape[1] != b.shape[1]:
         raise VugenError(f"features of dimensions {a.shape[1]} and {b.shape[1]} cannot be compared.")
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(SEED)
     values = np.empty(subsets)
     for i in range(subsets):
         x = a[rng.choice(len(a), subset_size, replace=False)]

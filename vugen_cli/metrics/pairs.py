@@ -78,7 +78,6 @@ def score_pairs(
     metrics: Collection[str] = ("psnr", "ssim"),
     *,
     device: torch.device | str = "cpu",
-    progress: bool = True,
 ) -> Report:
     """Mean PSNR, SSIM and LPIPS of the images of one set and those of another, first with first and so on.
 
@@ -88,7 +87,6 @@ def score_pairs(
         ours, theirs: the sets; where both have file names, those must be the same up to the suffix.
         metrics: of "psnr" (dB), "ssim" and "lpips".
         device: where LPIPS's network runs.
-        progress: show a bar on standard error.
 
     Returns:
         A report without an extractor.
@@ -105,7 +103,7 @@ def score_pairs(
         measures["lpips"], hashes = load_lpips(device)
     found: list[tuple[int, dict[str, float]]] = []
     pairs = zip_longest(ours.read(BLOCK), theirs.read(BLOCK))
-    bar = progress_bar(pairs, desc="pairs", total=ours.total, unit="pair", disable=not progress)
+    bar = progress_bar(pairs, desc="pairs", total=ours.total, unit="pair")
     for a, b in bar:
         _check_partners(ours, theirs, a, b)
         (index, ours_name, one), (_, theirs_name, other) = a, b

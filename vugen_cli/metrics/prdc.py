@@ -6,7 +6,6 @@ coverage: Naeem et al. (2020), "Reliable Fidelity and Diversity Metrics", k = 5.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,49 +17,44 @@ DENSITY_K = 5
 BLOCK = 1024  # rows of the distance matrix that are held at once
 
 
-@dataclass(frozen=True)
-class Manifold:
-    """What holds for each image; the metrics are the means.
+def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each generated image lies in a ball of the real ones, bool [n]; and the reverse, bool [m].
 
-    Attributes:
-        precision: bool [n], the generated image lies in a ball of the real ones; None if not asked for.
-        recall: bool [m], the real image lies in a ball of the generated ones.
-        density: float [n], balls of real images that hold the generated one, over k.
-        coverage: bool [m], the real image's ball holds a generated one.
-    """
-
-    precision: np.ndarray | None = None
-    recall: np.ndarray | None = None
-    density: np.ndarray | None = None
-    coverage: np.ndarray | None = None
-
-
-def compare_manifolds(
-    generated: np.ndarray,
-    real: np.ndarray,
-    precision_k: int | None = PRECISION_K,
-    density_k: int | None = DENSITY_K,
-) -> Manifold:
-    """Compare features [n, d] of generated and [m, d] of real images, in blocks: memory is O(n + m).
-
-    As published, a distance equal to the radius is inside for precision and recall and outside for density
-    and coverage.
-
-    Args:
-        generated, real: the features.
-        precision_k: neighbours for precision and recall; None leaves them out.
-        density_k: neighbours for density and coverage; None leaves them out.
+    As published, a distance equal to the radius is inside. In blocks: memory is O(n + m).
 
     Raises:
         TooFewImages: a set has no more images than neighbours.
         VugenError: the dimensions differ.
     """
-    ks = [k for k in (precision_k, density_k) if k is not None]
+    g, r = _centred(generated, real, PRECISION_K)
+    precision, recall = torch.zeros(len(g), dtype=torch.bool), torch.zeros(len(r), dtype=torch.bool)
+    real_radii, generated_radii = _radii(r, PRECISION_K), _radii(g, PRECISION_K)
+    for start, squares in _squared_distances(r, g):
+        block = slice(start, start + BLOCK)
+        precision |= (squares <= real_radii[block, None]).any(dim=0)
+        recall[block] = (squares <= generated_radii).any(dim=1)
+    return precision.numpy(), recall.numpy()
+
+
+def density_coverage(generated: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Balls of real images that hold a generated one, over k, float [n]; whether a ball holds one, bool [m].
+
+    As published, a distance equal to the radius is outside. Raises as `precision_recall`.
+    """
+    g, r = _centred(generated, real, DENSITY_K)
+    balls, coverage = torch.zeros(len(g), dtype=torch.long), torch.zeros(len(r), dtype=torch.bool)
+    radii = _radii(r, DENSITY_K)
+    for start, squares in _squared_distances(r, g):
+        inside = squares < radii[start : start + BLOCK, None]
+        balls += inside.sum(dim=0)
+        coverage[start : start + BLOCK] = inside.any(dim=1)
+    return balls.double().numpy() / DENSITY_K, coverage.numpy()
+
+
+def _centred(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     for rows, what in ((generated, "generated"), (real, "real")):
-        if len(rows) <= max(ks):
-            raise TooFewImages(
-                f"neighbourhoods of {max(ks)} need at least {max(ks) + 1} {what} images, got {len(rows)}."
-            )
+        if len(rows) <= k:
+            raise TooFewImages(f"neighbourhoods of {k} need at least {k + 1} {what} images, got {len(rows)}.")
     if generated.shape[1] != real.shape[1]:
         raise VugenError(
             f"features of dimensions {generated.shape[1]} and {real.shape[1]} cannot be compared."
@@ -68,36 +62,15 @@ def compare_manifolds(
     # Distances do not change with the origin, and float32 keeps more of them near it.
     centre = real.mean(axis=0, dtype=np.float64)
     g, r = (torch.from_numpy((rows - centre).astype(np.float32)) for rows in (generated, real))
-    real_radii = _radii(r, ks)
-    n, m = len(g), len(r)
-    precision, recall = torch.zeros(n, dtype=torch.bool), torch.zeros(m, dtype=torch.bool)
-    balls, coverage = torch.zeros(n, dtype=torch.long), torch.zeros(m, dtype=torch.bool)
-    generated_radii = _radii(g, [precision_k]) if precision_k is not None else {}
-    for start, squares in _squared_distances(r, g):
-        block = slice(start, start + BLOCK)
-        if precision_k is not None:
-            precision |= (squares <= real_radii[precision_k][block, None]).any(dim=0)
-            recall[block] = (squares <= generated_radii[precision_k]).any(dim=1)
-        if density_k is not None:
-            inside = squares < real_radii[density_k][block, None]
-            balls += inside.sum(dim=0)
-            coverage[block] = inside.any(dim=1)
-    return Manifold(
-        precision=precision.numpy() if precision_k is not None else None,
-        recall=recall.numpy() if precision_k is not None else None,
-        density=balls.double().numpy() / density_k if density_k is not None else None,
-        coverage=coverage.numpy() if density_k is not None else None,
-    )
+    return g, r
 
 
-def _radii(rows: torch.Tensor, ks: list[int]) -> dict[int, torch.Tensor]:
-    """Squared distance of every row to its k-th nearest other row, by k."""
-    radii = {k: torch.empty(len(rows)) for k in ks}
+def _radii(rows: torch.Tensor, k: int) -> torch.Tensor:
+    """Squared distance of every row to its k-th nearest other row."""
+    radii = torch.empty(len(rows))
     for start, squares in _squared_distances(rows, rows):
         squares.diagonal(start).fill_(-1)  # itself comes first, whatever rounding says
-        nearest = squares.topk(max(ks) + 1, dim=1, largest=False).values
-        for k in ks:
-            radii[k][start : start + BLOCK] = nearest[:, k]
+        radii[start : start + BLOCK] = squares.topk(k + 1, dim=1, largest=False).values[:, k]
     return radii
 
 

@@ -30,7 +30,6 @@ def score_prompts(
     detector: Path | None = None,
     grid: bool = False,
     device: torch.device | str = "cpu",
-    progress: bool = True,
 ) -> Report:
     """Scores of images against the prompts they were drawn for.
 
@@ -45,7 +44,6 @@ def score_prompts(
         detector: directory of the detector of GenEval.
         grid: each image is a 2x2 grid of four.
         device: where the networks run.
-        progress: show bars on standard error.
 
     Returns:
         A report, whose scores each say by what they were judged.
@@ -77,17 +75,17 @@ def score_prompts(
     if geneval and found:
         check_geneval(asked, pairs, geneval, found)
     if clip_score and loaded_clip:
-        scores += clip_scores(pairs, loaded_clip, progress)
+        scores += clip_scores(pairs, loaded_clip)
     if geneval and found and loaded_clip:
-        scores += geneval_scores(pairs, asked, found, loaded_clip, progress)
+        scores += geneval_scores(pairs, asked, found, loaded_clip)
     if vqa_score or dpg_bench or geneval2:
         judge = YesNoJudge(vlm, device)
         if vqa_score:
-            scores += vqa_scores(pairs, judge, progress)
+            scores += vqa_scores(pairs, judge)
         if dpg_bench:
-            scores += dpg_bench_scores(pairs, items, dpg_bench, judge, progress)
+            scores += dpg_bench_scores(pairs, items, dpg_bench, judge)
         if geneval2:
-            scores += geneval2_scores(pairs, atoms, judge, progress)
+            scores += geneval2_scores(pairs, atoms, judge)
     return Report(
         scores=scores,
         images=pairs.images.describe(),

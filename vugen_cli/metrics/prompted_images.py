@@ -62,7 +62,6 @@ class PromptedImages:
         judge: Callable[[list[Prompted]], Sequence[Verdict]],
         task: str,
         batch_size: int = 1,
-        progress: bool = True,
     ) -> list[tuple[str, str, Verdict]]:
         """(name, prompt, verdict) of each good image in the set's order; of a grid, of each of its four.
 
@@ -72,13 +71,12 @@ class PromptedImages:
             judge: what is asked about each batch of images, one verdict an image; small picklable things.
             task: what is done with them, for the progress bar.
             batch_size: images (or grids) judged together.
-            progress: show a bar on standard error.
 
         Raises:
             VugenError: as reading the set does; a grid has an odd side; no image is readable.
         """
         found: list[tuple[int, list[tuple[str, str, Verdict]]]] = []
-        bar = progress_bar(total=self.images.total, desc=task, unit="img", disable=not progress)
+        bar = progress_bar(total=self.images.total, desc=task, unit="img")
         of_processes = itertools.groupby(self.images.read(batch_size), lambda item: item[0] // batch_size)
         for place, items in of_processes:
             batch = [

@@ -72,7 +72,7 @@ class Side:
                 f"{images.path} holds no images and not all that {needy} needs: give images as the {role}."
             )
 
-    def read(self, batch_size: int | None, cache: Path | None, progress: bool) -> None:
+    def read(self, batch_size: int | None, cache: Path | None) -> None:
         """Extract the features that are wanted and fill in the record."""
         path = self.images.path
         if not self.wanted:
@@ -86,7 +86,6 @@ class Side:
             batch_size=batch_size,
             cache=cache,
             role=self.role,
-            progress=progress,
         )
         if self.images.count < 2:
             bad = self.images.bad
@@ -132,7 +131,6 @@ def score_sets(
     batch_size: int | None = None,
     save_stats: Path | None = None,
     cache: Path | None = None,
-    progress: bool = True,
 ) -> Report:
     """Scores of the images at a path against those at another; see `compare_sets`.
 
@@ -142,7 +140,7 @@ def score_sets(
         extractor: what the images are compared by, or the name of a VLM to compare by its vision features.
         metrics: of "fid", "kid", "is", "sfid", "pr" (precision and recall), "dc" (density and coverage).
         count: only this many images of each set, from its start.
-        batch_size, save_stats, cache, progress: as of `compare_sets`.
+        batch_size, save_stats, cache: as of `compare_sets`.
 
     Returns:
         The scores, and how they were obtained.
@@ -155,7 +153,7 @@ def score_sets(
     # Both are opened before either is read: a wrong path should not cost a pass over the other set.
     ours = open_image_set(images, count)
     theirs = None if reference is None else open_image_set(reference, count)
-    return compare_sets(ours, theirs, extractor, metrics, batch_size, save_stats, cache, progress)
+    return compare_sets(ours, theirs, extractor, metrics, batch_size, save_stats, cache)
 
 
 def compare_sets(
@@ -166,7 +164,6 @@ def compare_sets(
     batch_size: int | None = None,
     save_stats: Path | None = None,
     cache: Path | None = None,
-    progress: bool = True,
 ) -> Report:
     """Scores of a set of images, with all that is needed to know how they were obtained.
 
@@ -177,7 +174,6 @@ def compare_sets(
         batch_size: images a forward pass; the result depends on it only through the network's rounding.
         save_stats: also write the reference's statistics here.
         cache: folder of cached features (`features.cache_folder`), None for none.
-        progress: show a bar on standard error.
 
     Returns:
         A report; a score's value is None where a set is too small for it. An empty report on all but the
@@ -198,8 +194,8 @@ def compare_sets(
         if reference is None:
             raise VugenError("only the Inception Score needs no reference: give --reference.")
         theirs = Side("reference", reference, extractor, compared)
-        theirs.read(batch_size, cache, progress)
-    ours.read(batch_size, cache, progress)
+        theirs.read(batch_size, cache)
+    ours.read(batch_size, cache)
     if not is_first():
         return Report()
     if save_stats is not None and theirs is not None:
@@ -244,7 +240,6 @@ def compare_over(
     batch_size: int | None = None,
     save_stats: Path | None = None,
     cache: Path | None = None,
-    progress: bool = True,
 ) -> Report:
     """Scores of a set of images on several features, one after another; see `compare_sets`.
 
@@ -272,7 +267,7 @@ def compare_over(
         if kind in SPOKEN and not (served or save_stats):
             continue
         extractor = load_extractor(each, recorded_vlm(images), device)
-        report = compare_sets(images, reference, extractor, served, batch_size, save_stats, cache, progress)
+        report = compare_sets(images, reference, extractor, served, batch_size, save_stats, cache)
         if len(features) > 1:
             how = {"features": extractor.label, "resize": extractor.resize, **extractor.identity}
             for score in report.scores:
@@ -451,17 +446,17 @@ def _add_normal_interval(score: Score, value: float, error: float, method: str) 
 
 def _precision_recall(ours: Side, theirs: Side, metric: "Metric") -> list[Score]:
     sets = ours.features[metric.output], theirs.features[metric.output]
-    found = prdc.compare_manifolds(*sets, density_k=None)
-    return _means(precision=found.precision, recall=found.recall, k=prdc.PRECISION_K)
+    precision, recall = prdc.precision_recall(*sets)
+    return _means(precision=precision, recall=recall, k=prdc.PRECISION_K)
 
 
 def _density_coverage(ours: Side, theirs: Side, metric: "Metric") -> list[Score]:
     sets = ours.features[metric.output], theirs.features[metric.output]
-    found = prdc.compare_manifolds(*sets, precision_k=None)
-    return _means(density=found.density, coverage=found.coverage, k=prdc.DENSITY_K)
+    density, coverage = prdc.density_coverage(*sets)
+    return _means(density=density, coverage=coverage, k=prdc.DENSITY_K)
 
 
-def _means(k: int, **values: np.ndarray | None) -> list[Score]:
+def _means(k: int, **values: np.ndarray) -> list[Score]:
     return [
         Score(
             metric=name,
@@ -473,7 +468,6 @@ def _means(k: int, **values: np.ndarray | None) -> list[Score]:
             warning=None,
         )
         for name, each in values.items()
-        if each is not None
     ]
 
 

@@ -119,7 +119,7 @@ def _first_tokens(tokenizer: Any, spellings: Iterable[str]) -> set[int]:
     return found
 
 
-def vqa_scores(pairs: PromptedImages, judge: YesNoJudge, progress: bool = True) -> list[Score]:
+def vqa_scores(pairs: PromptedImages, judge: YesNoJudge) -> list[Score]:
     """The mean probability of yes to 'Does this figure show "{prompt}"? Please answer yes or no.'
 
     Returns:
@@ -132,7 +132,7 @@ def vqa_scores(pairs: PromptedImages, judge: YesNoJudge, progress: bool = True) 
     def say(batch: list[Prompted]) -> list[float]:
         return [judge(image, QUESTION.replace("{prompt}", prompt)) for _, prompt, image in batch]
 
-    judged = pairs.judged(say, "VQAScore", progress=progress)
+    judged = pairs.judged(say, "VQAScore")
     prompts, values = [prompt for _, prompt, _ in judged], [value for _, _, value in judged]
     totals, counts = by_prompt(prompts, values)
     score = score_of(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vugen_cli.errors import VugenError
-from vugen_cli.models.embeddings import ReferenceEmbedding, TimeEmbedding, visible
+from vugen_cli.models.embeddings import ReferenceEmbedding, TimeEmbedding, visible, zeroed
 from vugen_cli.vlm.prefix import Prefix
 
 HEAD = 64  # head size where the recipe does not say how many heads
@@ -148,13 +148,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 def modulate(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """RMSNorm(x) (1 + scale) + bias, in the dtype of the modulation."""
     return torch.addcmul(bias, functional.rms_norm(x, x.shape[-1:], eps=1e-6).to(bias.dtype), 1 + scale)
-
-
-def zeroed(linear: nn.Linear) -> nn.Linear:
-    """The layer with zero weights, so that what it modulates, gates or gives starts from nothing."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
 
 
 def rotary_2d(height: int, width: int, head: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,13 @@ from vugen_cli.data.sample import MOST_SOURCES
 from vugen_cli.vlm.prefix import Prefix
 
 
+def zeroed(linear: nn.Linear) -> nn.Linear:
+    """The layer with zero weights, so that what it modulates, gates or gives starts from nothing."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 def sinusoid(values: Tensor, width: int) -> Tensor:
     """Sines and cosines of `values` [...] at `width / 2` geometric frequencies, float32 [..., width]."""
     frequencies = torch.exp(

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vugen_cli.errors import VugenError
-from vugen_cli.models.embeddings import ReferenceEmbedding, TimeEmbedding, grid_positions, visible
+from vugen_cli.models.embeddings import ReferenceEmbedding, TimeEmbedding, grid_positions, visible, zeroed
 from vugen_cli.vlm.prefix import Prefix
 
 FUSED = "image_tokens"  # the name of `attend` among the attention functions of transformers
@@ -125,16 +125,12 @@ class GenerationExpert(nn.Module):
         self.proj_in = nn.Linear(channels, width)
         self.time_embed = TimeEmbedding(width)
         self.pos_embed = nn.Parameter(grid_positions(*grid, width))
-        self.proj_out = nn.Linear(width, channels)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        self.proj_out = zeroed(nn.Linear(width, channels))
         if reference:
             self.reference_embed = ReferenceEmbedding(width)
         self.norms = norms_of(self.decoder) if adaptive_norms else []
         if self.norms:
-            self.modulation = nn.Linear(width, 2 * width * len(self.norms))
-            nn.init.zeros_(self.modulation.weight)
-            nn.init.zeros_(self.modulation.bias)
+            self.modulation = zeroed(nn.Linear(width, 2 * width * len(self.norms)))
         for norm in self.norms:
             norm.register_forward_hook(_modulate)
 

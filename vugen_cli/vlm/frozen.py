@@ -20,7 +20,7 @@ from vugen_cli.checkpoint import combined_digest, weight_digests
 from vugen_cli.data.shapes import Shape
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
-from vugen_cli.hub import PREFIX, downloaded, reach_hub
+from vugen_cli.hub import PREFIX, downloaded, may_be_id, reach_hub
 from vugen_cli.recipe import Layers, Recipe, parse_recipe
 from vugen_cli.vlm.latents import (
     Tap,
@@ -462,7 +462,7 @@ def load_model(
     """
     path = local_path(name)
     local = path.is_dir()
-    if not local and (name == "nano" or name.startswith((".", "/", "~")) or name.count("/") != 1):
+    if not local and not may_be_id(name):
         raise VugenError(f"no VLM at {path}: give a Hugging Face directory, a hub id (owner/name) or `nano`")
     if local and not (path / "config.json").is_file():
         raise VugenError(f"{path} has no config.json: it is not a Hugging Face model directory")
