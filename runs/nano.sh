@@ -1,6 +1,6 @@
 #!/bin/sh
 # The bundled model from nothing: the scenes, the small VLM, the latent space and its decoder, the sampler, the judges.
-# About thirteen hours on two CPU cores; the numbers are in recipes/nano.yaml and below.
+# About sixteen hours on two CPU cores; the numbers are in recipes/nano.yaml and below.
 #
 #     sh runs/nano.sh             # everything, into out/nano
 #     VLM=nano sh runs/nano.sh    # with the VLM that ships
@@ -23,11 +23,12 @@ train() {
 }
 
 # -----------------------------------------------------------------------------
-# Scenes. Two subjects in one scene take the most training, so there is a set rich in them. And edits of scenes.
+# Scenes. Two subjects in one scene take the most training, then two or three of one: there is a set rich in both.
+# And edits of scenes.
 
 vugen prepare --dataset openmoji --count "$COUNT"
 vugen prepare --dataset openmoji --count "$HELD_OUT" --split val
-vugen prepare --dataset openmoji --count "$COUNT" --pairs 0.6 --seed 1 --out data/pairs
+vugen prepare --dataset openmoji --count "$COUNT" --pairs 0.7 --counts 0.2 --seed 1 --out data/pairs
 vugen prepare --dataset openmoji-edits --count "$COUNT"
 vugen prepare --dataset openmoji-edits --count "$HELD_OUT" --split val
 
@@ -51,11 +52,11 @@ vugen prepare --latents reducer.safetensors --data data/pairs --out latents-pair
 vugen prepare --latents reducer.safetensors --data data/openmoji-edits --out latents-edits
 
 # -----------------------------------------------------------------------------
-# Stage 2: the velocity field in z̃, of texts and of edits.
+# Stage 2: the velocity field in z̃, of texts and of edits, whose pictures the expert reads as z̃.
 
-SCENES="{path: latents, weight: 0.35}, {path: latents-pairs, weight: 0.3}, {path: latents-edits, weight: 0.35}"
-train sampler sampler.safetensors --reducer reducer.safetensors --steps 52000 --set "data.mixture=[$SCENES]" \
-    --set expert.adaptive_norms=true --set expert.reference=true --set train_sampler.cooldown=0.9
+SCENES="{path: latents, weight: 0.2}, {path: latents-pairs, weight: 0.45}, {path: latents-edits, weight: 0.35}"
+train sampler sampler.safetensors --reducer reducer.safetensors --steps 72000 --set "data.mixture=[$SCENES]" \
+    --set expert.adaptive_norms=true --set expert.reference=only --set train_sampler.cooldown=0.9
 
 # -----------------------------------------------------------------------------
 # The decoder, further. It needs the reducer only: on a second machine it can run beside stage 2.
