@@ -58,7 +58,7 @@ def write_samples(folder, drawn):
 
 def read(pairs):
     """(name, prompt, top left value) of each image."""
-    return pairs.judged(lambda batch: [int(image[0, 0, 0]) for _, _, image in batch], "test", 2, False)
+    return pairs.judged(lambda batch: [int(image[0, 0, 0]) for _, _, image in batch], "test", 2)
 
 
 def pictures(pairs):

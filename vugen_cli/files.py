@@ -24,22 +24,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises:
         VugenError: the folder cannot be written, the disk is full, or `path` is a device.
     """
-    path = Path(path).resolve()
+    given, path = path, Path(path).resolve()
     if path.exists() and not path.is_file():
-        raise VugenError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no plain file'}")
+        raise VugenError(f"cannot write {given}: it is {'a folder' if path.is_dir() else 'no plain file'}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise VugenError(f"cannot write {path}: {error.strerror or error}") from error
+        raise VugenError(f"cannot write {given}: {error.strerror or error}") from error
     temporary = Path(name)
     try:
         yield temporary
         _settle(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise VugenError(f"cannot write {path}: {error.strerror or error}") from error
+        raise VugenError(f"cannot write {given}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
