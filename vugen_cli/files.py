@@ -24,7 +24,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises:
         VugenError: the folder cannot be written, the disk is full, or `path` is a device.
     """
-    given, path = path, Path(path).resolve()
+    given, path = path, Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise VugenError(f"cannot write {given}: it is {'a folder' if path.is_dir() else 'no plain file'}")
     try:
