@@ -204,10 +204,10 @@ def test_a_size_the_model_cannot_see_is_refused_in_one_line(tmp_path: Path) -> N
 
 def test_processors_written_with_pillow_are_given_images_on_the_cpu() -> None:
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device="meta")  # stands for a GPU
-    plain = on_device_of(SimpleNamespace(backend="torchvision"), images)
+    plain = on_device_of(SimpleNamespace(backend="torchvision"), images, images.device)
     assert [image.device.type for image in plain] == ["meta", "meta"]
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
-        on_device_of(SimpleNamespace(backend="pil"), images)
+        on_device_of(SimpleNamespace(backend="pil"), images, images.device)
 
 
 def test_a_size_that_the_processor_overrides_is_refused(tmp_path: Path) -> None:

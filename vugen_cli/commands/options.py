@@ -130,13 +130,13 @@ def recipe_from_card(
     values = load_recipe(recipe).model_dump() if recipe else own
     fixed = {key: stored[key] for key in (*kept, "vlm", "latents", "vlm_size") if key in stored}
     given = _overrides(stage, steps, batch_size, overrides, log)
+    unchanged = parse_recipe({**values, **fixed}, str(reducer))
     resolved = parse_recipe({**values, **fixed}, str(reducer), given)
-    before, after = (r.model_dump() for r in (parse_recipe({**values, **fixed}, str(reducer)), resolved))
-    for key in ("latents", "vlm_size", *(kept if stage == "train_sampler" else ())):
-        old, new = before[key], after[key]
-        if key == "decoder":
-            old, new = ({k: v for k, v in part.items() if k not in DECODING} for part in (old, new))
-        if key != "expert" and old != new:
+    weightless = {"decoder": DECODING}
+    left = set(kept) - {"expert"} if stage == "train_sampler" else set()  # stage 1 tells by itself
+    for key in ("latents", "vlm_size", *sorted(left)):
+        old, new = (each.model_dump(include={key}, exclude=weightless) for each in (unchanged, resolved))
+        if old != new:
             raise VugenError(f"--set cannot change {key}: it is kept as {reducer} has it")
     return on_vlm(vlm, resolved)
 

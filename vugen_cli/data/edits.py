@@ -1,6 +1,5 @@
 """Edits: pictures to start from, an instruction, and the picture that it makes of them."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from vugen_cli.data.captions import TABLES, inside, table_rows, tables_in
 from vugen_cli.data.folder import IMAGE_SUFFIXES, split_folder
 from vugen_cli.data.hf import Tables, parquet_files, stored_picture
 from vugen_cli.data.listing import Listing
-from vugen_cli.data.sample import Meta, Sample, Source, decoded, texts_of
+from vugen_cli.data.sample import Meta, Sample, Source, decoded, facts_of, texts_of
 from vugen_cli.data.shards import read_at, samples_of, shards_of, tar_members
 from vugen_cli.errors import VugenError
 
@@ -207,8 +206,7 @@ class EditShards:
         texts = decoded(read_at(shard, *text)).splitlines() if text else []
         try:
             if facts:
-                found = json.loads(read_at(shard, *facts))
-                meta = found if isinstance(found, dict) else {}
+                meta = facts_of(read_at(shard, *facts))
             texts = texts or texts_of(_first(meta, TEXTS))
         except (ValueError, TypeError, RecursionError) as error:
             raise OSError(0, f"damaged .json: {error}", key) from error

@@ -72,6 +72,16 @@ def texts_of(value: Any) -> list[str]:
     raise ValueError("caption is no text")
 
 
+def facts_of(data: bytes) -> Meta:
+    """What a foreign `.json` says of its sample: nothing, if it is a list or a number of somebody's own.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON, or too deep.
+    """
+    facts = json.loads(data)
+    return facts if isinstance(facts, dict) else {}
+
+
 def decoded(text: bytes) -> str:
     """A text file's text: UTF-8, or UTF-16 that says so at its start.
 

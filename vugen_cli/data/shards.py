@@ -1,6 +1,5 @@
 """Tars read in place: listing members by their headers, and existing webdataset shards as a source."""
 
-import json
 import multiprocessing
 import os
 import tarfile
@@ -16,7 +15,7 @@ from typing import IO
 import numpy as np
 
 from vugen_cli.data.folder import IMAGE_SUFFIXES, files_of_split, split_folder
-from vugen_cli.data.sample import Meta, Sample, decoded, hash_of, texts_of
+from vugen_cli.data.sample import Meta, Sample, decoded, facts_of, hash_of, texts_of
 from vugen_cli.errors import VugenError
 from vugen_cli.files import user_cache, whole_file
 from vugen_cli.processes import barrier, local_world_size, rank, world_size
@@ -167,8 +166,7 @@ class WebDatasetShards:
             captions = decoded(read_at(shard, *places[2:4])).splitlines()
         try:
             if places[4] >= 0:
-                facts = json.loads(read_at(shard, *places[4:6]))
-                meta = facts if isinstance(facts, dict) else {}  # a list is of somebody's own
+                meta = facts_of(read_at(shard, *places[4:6]))
             for name in _CAPTION_KEYS:
                 value = meta.pop(name, None)
                 if not captions and value:

@@ -140,7 +140,9 @@ def vision_inputs(image_processor: Any, images: Tensor, size: int | None = None)
             key: False for key in ("do_resize", "do_center_crop", "do_pad") if hasattr(image_processor, key)
         }
     inputs = dict(
-        image_processor(images=on_device_of(image_processor, images), return_tensors="pt", **options)
+        image_processor(
+            images=on_device_of(image_processor, images, images.device), return_tensors="pt", **options
+        )
     )
     pixels = inputs[pixels_key(inputs)]
     if size is not None and pixels.ndim in (4, 5) and pixels.shape[-1] != size:
@@ -155,10 +157,10 @@ def vision_inputs(image_processor: Any, images: Tensor, size: int | None = None)
     return inputs
 
 
-def on_device_of(image_processor: Any, images: Iterable[Tensor]) -> list[Tensor]:
-    """Images where an image processor takes them: one that is written with Pillow, on the CPU."""
+def on_device_of(image_processor: Any, images: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    """Images on a device; on the CPU for an image processor written with Pillow, which takes no others."""
     pillow = getattr(image_processor, "backend", None) == "pil"
-    return [image.cpu() if pillow else image for image in images]
+    return [image.to("cpu" if pillow else device) for image in images]
 
 
 def resized(images: Tensor, size: int | Shape) -> Tensor:

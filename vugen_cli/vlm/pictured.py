@@ -39,10 +39,7 @@ def picture_inputs(
         parts = [part and part.replace(picture, "") for part in prompt.parts(instruction)]
         texts.append(conversation(processor, parts))
     image_processor = getattr(processor, "image_processor", None)
-    nested = [
-        on_device_of(image_processor, [picture.to(model.device) for picture in prompt.pictures])
-        for prompt in prompts
-    ]
+    nested = [on_device_of(image_processor, prompt.pictures, model.device) for prompt in prompts]
     # A model that counts places by rows and columns asks which tokens are a picture's; not all processors
     # say it unasked.
     asks = "mm_token_type_ids" in inspect.signature(model.base_model.forward).parameters
