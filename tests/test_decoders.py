@@ -16,7 +16,14 @@ from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.recipe import PRESETS, Decoder, DecoderLosses, Recipe, load_recipe
 from vugen_cli.sampling.trained import load_autoencoder
-from vugen_cli.stages.losses import Alignment, VisionFeatures, cosine_distance, picture_losses, reducer_loss
+from vugen_cli.stages.losses import (
+    Alignment,
+    VisionFeatures,
+    cosine_distance,
+    misalignment,
+    picture_losses,
+    reducer_loss,
+)
 from vugen_cli.stages.train_reducer import train_reducer
 from vugen_cli.vlm.frozen import FrozenVLM
 
@@ -186,12 +193,14 @@ def test_lpips_has_a_gradient_where_all_channels_are_dead() -> None:
 
 def test_alignment_is_zero_where_the_head_tells_z() -> None:
     torch.manual_seed(0)
-    head = Alignment(6, 5)
-    middle = torch.randn(2, 4, 4, 6)
-    told = head.proj_out(head.mlp(middle))
-    assert head(middle, told).item() == pytest.approx(0, abs=1e-6)
-    assert head(middle, -told).item() == pytest.approx(2, abs=1e-6)
-    assert head(middle, torch.randn(2, 8, 8, 5)).item() > 0.2
+    told = Alignment(6, 5)(torch.randn(2, 4, 4, 6))
+    assert misalignment(told, told).item() == pytest.approx(0, abs=1e-6)
+    assert misalignment(told, -told).item() == pytest.approx(2, abs=1e-6)
+    assert misalignment(told, torch.randn(2, 8, 8, 5)).item() > 0.2
+    # Where z is finer, as under a reducer that merges places, the mean of a place's four is asked for.
+    coarse, spread = torch.randn(2, 2, 2, 5), torch.tensor([[1.0, -1.0], [-2.0, 2.0]])
+    fine = coarse.repeat_interleave(2, 1).repeat_interleave(2, 2) + spread.repeat(2, 2)[..., None]
+    assert misalignment(coarse, fine).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_every_term_reaches_reducer_and_decoder_and_none_the_vlm(vlm: FrozenVLM, tiny_recipe: Recipe) -> None:

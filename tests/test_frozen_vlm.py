@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from vugen_cli.errors import VugenError
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
+from vugen_cli.vlm.prefix import one_stream
 
 
 def test_latents_are_what_the_projector_reads(vlm: FrozenVLM) -> None:
@@ -128,4 +129,4 @@ def test_of_streams_side_by_side_the_one_that_layers_read_is_taken(
     """Gemma 3n's three here are no rows of a batch of three."""
     monkeypatch.setattr(vlm.decoder.config, "altup_active_idx", 1, raising=False)
     streams = torch.randn(3, batch, 5, vlm.decoder.config.hidden_size)
-    assert torch.equal(vlm._one_stream(streams), streams[1])
+    assert torch.equal(one_stream(streams, vlm.decoder.config), streams[1])

@@ -132,8 +132,9 @@ def test_the_baseline_samples_the_vaes_latents(
     vae_path: Path, vae: FrozenVAE, vlm: FrozenVLM, scenes: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     recipe = changed(
-        tiny_recipe, "reducer.kind=vae", "reducer.merge=2", f"decoder.vae={vae_path}", "train_sampler.steps=2"
-    )
+        tiny_recipe, "reducer.kind=vae", "reducer.merge=2", f"decoder.vae={vae_path}",
+        "train_sampler.steps=2", "train_sampler.repa=0.5",  # whose teacher is the VLM's z here too
+    )  # fmt: skip
     reducer = train_reducer(recipe, scenes, tmp_path / "r.safetensors", CPU)
     module, _, card = load_autoencoder(reducer, CPU)
     assert card.latents == LatentsCard(channels=24, grid=(4, 4), width=6) and card.step == 0
@@ -143,6 +144,7 @@ def test_the_baseline_samples_the_vaes_latents(
     direct = vae.decode(vae.encode(images))
     assert (decoded.float() - (direct * 127.5 + 127.5).clamp(0, 255)).abs().max() <= 1
     sampler = load_sampler(train_sampler(recipe, reducer, scenes, tmp_path / "s.safetensors", CPU))
+    assert "repa" in metrics(tmp_path / "s.run")[0]
     assert next(sampler.sample(["a bear"]))[2].shape == (3, 64, 64)
     with pytest.raises(VugenError, match="decodes with a VAE, in one call already"):
         distill(recipe, reducer, scenes, tmp_path / "d.safetensors", CPU)

@@ -304,6 +304,19 @@ def test_losses_on_pictures_and_alignment_cost_something(recipe: Recipe, vlm_pat
     assert rich.reducer_cost().flops - plain.reducer_cost().flops == pytest.approx(4 * vgg, rel=0.1)
 
 
+def test_telling_z_costs_the_expert_a_head_and_no_run_from_latents_is_planned(
+    recipe: Recipe, vlm_path: Path
+) -> None:
+    taught = load_recipe(None, [*tiny_overrides(vlm_path), "train_sampler.repa=0.5"])
+    networks, plain = FakeNetworks(taught, SIZE, TOKENS), FakeNetworks(recipe, SIZE, TOKENS)
+    width, z = networks.expert.width, networks.z
+    head = 6 * z[0] * z[1] * (width * 2 * width + 2 * width * 2 * width + 2 * width * z[2])
+    more = networks.sampler_cost().flops - plain.sampler_cost().flops
+    assert more == pytest.approx(head, rel=0.01)
+    assert networks.velocity_flops() == plain.velocity_flops()
+    assert [stage.name for stage in make_plan(taught, H100).stages] == ["train-reducer", "train-sampler"]
+
+
 def test_a_mixture_that_is_here_says_how_many_images(scenes: Path, recipe: Recipe) -> None:
     mixed = recipe.model_copy(deep=True)
     mixed.data.mixture = [{"path": str(scenes), "weight": 1.0}]  # type: ignore[list-item]

@@ -361,6 +361,12 @@ class SamplerTraining(Training):
         0.05, ge=0, lt=1, description="edits trained with their pictures alone, for guidance by each"
     )
     picture_dropout: float = Field(0.05, ge=0, lt=1, description="edits trained with their text alone")
+    repa: float = Field(
+        0.0,
+        ge=0,
+        description="1 - cosine between z and what half of the expert's layers tell of it (REPA), over the "
+        "first 60% of the steps; reads images, not a latent cache",
+    )
 
 
 class Captioning(Section):
@@ -394,6 +400,7 @@ ADAPTER_TRAINING = {
     "checkpoint_every": 100,
     "preview_every": 150,
     "keep_every": 0,
+    "repa": 0.0,
 }
 
 

@@ -96,7 +96,8 @@ def train_sampler(
     kept = ("reducer", "decoder", "expert") if init else ("reducer", "decoder")
     if adapter:
         kept = (*kept, "instruction")  # it is drawn with in the words of its sampler
-    training = ADAPTER_TRAINING if adapter else None
+    # The head of REPA is new: it would pull at layers that know more than it does.
+    training = ADAPTER_TRAINING if adapter else {"repa": 0.0} if init else None
     given = (recipe, steps, batch_size, set_, vlm, "train_sampler", kept, log, training)
     resolved, options = recipe_from_card(card, start, *given), RunOptions(profile, change_recipe)
     images, where = data_of(resolved, data, card, recipe is not None), join(pick_device(device))

@@ -31,6 +31,10 @@ class DiTExpert(nn.Module):
             the width has.
         reference: read z̃ of a prompt's pictures too; see `Expert.reference`.
 
+    Attributes:
+        width: of the blocks.
+        alignment: hidden states [B, h, w, width] -> z [B, h, w, d]; only while training with REPA.
+
     Raises:
         VugenError: the heads do not divide the width into sizes that rows and columns can share.
     """
@@ -53,7 +57,8 @@ class DiTExpert(nn.Module):
                 f"expert.width={width} with expert.heads={heads}: the width must be a multiple of four times "
                 "the heads (rotary positions take pairs of rows and of columns)"
             )
-        self.reads, self.head = reads, width // heads
+        self.reads, self.width, self.head = reads, width, width // heads
+        self.alignment: nn.Module | None = None
         self.proj_in = nn.Linear(channels, width)
         self.time_embed = TimeEmbedding(width)
         self.blocks = nn.ModuleList(
@@ -64,8 +69,9 @@ class DiTExpert(nn.Module):
         if reference:
             self.reference_embed = ReferenceEmbedding(width)
 
-    def forward(self, noised: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
-        """Velocity [B, h, w, channels], for a grid of any size.
+    def forward(self, noised: Tensor, t: Tensor, prefix: Prefix) -> Tensor | tuple[Tensor, Tensor]:
+        """Velocity [B, h, w, channels], for a grid of any size; in training with an alignment also z as half
+        of the blocks tell it.
 
         Args:
             noised: z̃_t [B, h, w, channels].
@@ -84,10 +90,15 @@ class DiTExpert(nn.Module):
         elif self.reference and torch.is_grad_enabled():
             x = self.reference_embed.unused(x)
         seen = visible(prefix, count, x.shape[1] // count - 1)[:, None, None]
-        for block, prompt in zip(self.blocks, prefix.hidden, strict=True):
+        halfway = x
+        for number, (block, prompt) in enumerate(zip(self.blocks, prefix.hidden, strict=True)):
+            halfway = x if number == len(self.blocks) // 2 else halfway
             x = block(x, condition, prompt=prompt, attention_mask=seen, cos=cos, sin=sin)
         scale, bias = self.modulation(condition).chunk(2, -1)
-        return self.proj_out(modulate(x[:, :count], scale, bias)).unflatten(1, (height, width))
+        velocity = self.proj_out(modulate(x[:, :count], scale, bias)).unflatten(1, (height, width))
+        if self.alignment and self.training:
+            return velocity, self.alignment(halfway[:, :count].unflatten(1, (height, width)))
+        return velocity
 
 
 class DiTBlock(nn.Module):

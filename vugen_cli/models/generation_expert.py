@@ -7,6 +7,7 @@ computed before they existed.
 """
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vugen_cli.errors import VugenError
 from vugen_cli.models.embeddings import ReferenceEmbedding, TimeEmbedding, grid_positions, visible, zeroed
-from vugen_cli.vlm.prefix import Prefix
+from vugen_cli.vlm.prefix import Prefix, layer_inputs
 
 FUSED = "image_tokens"  # the name of `attend` among the attention functions of transformers
 
@@ -94,6 +95,10 @@ class GenerationExpert(nn.Module):
         adaptive_norms: scale and shift what each norm gives by the time (AdaLN), by nothing at the start.
         empty: leave what is copied of the decoder on `meta`, without values.
         reference: read z̃ of a prompt's pictures too; see `Expert.reference`.
+
+    Attributes:
+        width: of its hidden states.
+        alignment: hidden states [B, h, w, width] -> z [B, h, w, d]; only while training with REPA.
     """
 
     reads = None  # no hidden states, but keys and values: what `FrozenVLM.prefix` is asked for
@@ -120,7 +125,8 @@ class GenerationExpert(nn.Module):
         if config._attn_implementation == "sdpa":
             copied.set_attn_implementation(FUSED)
         self.decoder: Any = without_dropout(copied).float().requires_grad_(True)
-        width = config.hidden_size
+        self.width = width = config.hidden_size
+        self.alignment: nn.Module | None = None
         self.mrope = has_sections(getattr(config, "rope_parameters", None) or {})
         self.proj_in = nn.Linear(channels, width)
         self.time_embed = TimeEmbedding(width)
@@ -134,8 +140,8 @@ class GenerationExpert(nn.Module):
         for norm in self.norms:
             norm.register_forward_hook(_modulate)
 
-    def forward(self, noised: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
-        """Velocity [B, h, w, channels].
+    def forward(self, noised: Tensor, t: Tensor, prefix: Prefix) -> Tensor | tuple[Tensor, Tensor]:
+        """Velocity [B, h, w, channels]; in training with an alignment also z as half of the layers tell it.
 
         Args:
             noised: z̃_t [B, h, w, channels].
@@ -158,14 +164,19 @@ class GenerationExpert(nn.Module):
             modulation = self.modulation(functional.silu(time)).chunk(2 * len(self.norms), -1)
             for number, norm in enumerate(self.norms):
                 norm.time_scale, norm.time_bias = modulation[2 * number : 2 * number + 2]
-        hidden = self.decoder(
-            inputs_embeds=tokens,
-            attention_mask=self._mask(prefix, tokens, count),
-            position_ids=positions,
-            past_key_values=PrefixCache(prefix),
-            use_cache=False,
-        ).last_hidden_state
-        return self.proj_out(hidden[:, :count]).unflatten(1, (height, width))
+        align = self.alignment if self.training else None
+        half = self.decoder.config.num_hidden_layers // 2
+        watched: AbstractContextManager[dict[int, Tensor]] = nullcontext({})
+        with layer_inputs(self.decoder, [half]) if align else watched as seen:
+            hidden = self.decoder(
+                inputs_embeds=tokens,
+                attention_mask=self._mask(prefix, tokens, count),
+                position_ids=positions,
+                past_key_values=PrefixCache(prefix),
+                use_cache=False,
+            ).last_hidden_state
+        velocity = self.proj_out(hidden[:, :count]).unflatten(1, (height, width))
+        return (velocity, align(seen[half][:, :count].unflatten(1, (height, width)))) if align else velocity
 
     def _mask(self, prefix: Prefix, tokens: Tensor, count: int) -> Tensor | None:
         """Which of T + N + R N keys the tokens see, as the decoder's attention function wants to be told."""

@@ -143,9 +143,9 @@ class VisionFeatures:
 
 
 class Alignment(nn.Module):
-    """REPA (arXiv 2410.06940): the decoder's middle features, through a small head, should tell z.
+    """The head of REPA (arXiv 2410.06940): a network's middle features should tell z through it.
 
-    The head is trained beside the decoder and is not part of the checkpoint.
+    It is trained beside the decoder or the expert and is not part of the checkpoint.
 
     Args:
         width: of the middle features.
@@ -159,10 +159,15 @@ class Alignment(nn.Module):
         )
         self.proj_out = nn.Linear(2 * width, target)
 
-    def forward(self, middle: Tensor, z: Tensor) -> Tensor:
-        """1 - cosine of middle features [B, H, W, width] and z [B, h, w, d] stretched to H x W; a scalar."""
-        stretched = functional.interpolate(z.permute(0, 3, 1, 2).float(), middle.shape[1:3], mode="bilinear")
-        return cosine_distance(self.proj_out(self.mlp(middle)), stretched.permute(0, 2, 3, 1))
+    def forward(self, middle: Tensor) -> Tensor:
+        """z as the features tell it; [B, H, W, width] -> [B, H, W, d]."""
+        return self.proj_out(self.mlp(middle))
+
+
+def misalignment(told: Tensor, z: Tensor) -> Tensor:
+    """1 - cosine of z as told [B, H, W, d] and z [B, h, w, d] stretched to H x W; a scalar."""
+    stretched = functional.interpolate(z.permute(0, 3, 1, 2).float(), told.shape[1:3], mode="bilinear")
+    return cosine_distance(told, stretched.permute(0, 2, 3, 1))
 
 
 def flow_weight(t: Tensor, weighting: str) -> Tensor:
@@ -222,7 +227,7 @@ def reducer_loss(
         values[name] = picture_loss(clean[0], target, z)
         total = total + weight * values[name]
     if module.alignment and middle:
-        values["repa"] = module.alignment(middle[0], z)
+        values["repa"] = misalignment(module.alignment(middle[0]), z)
         total = total + recipe.decoder.losses.repa * values["repa"]
     if recipe.reducer.normalise == "kl":
         values["kl"] = penalty

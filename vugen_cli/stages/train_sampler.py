@@ -39,11 +39,13 @@ from vugen_cli.sampling.sampler import Sampler, read_prompts
 from vugen_cli.sampling.trained import load_autoencoder, load_expert, load_weights, new_expert, try_expert
 from vugen_cli.seeds import random_rows
 from vugen_cli.stages.latent_cache import check_cache, check_size, latent_facts
+from vugen_cli.stages.losses import Alignment, misalignment
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 from vugen_cli.vlm.latents import resized
 from vugen_cli.vlm.prefix import Prefix
 from vugen_cli.vlm.prompts import Prompt, Prompts, pictures_of
 
+REPA_UNTIL = 0.6  # of the steps: what helps to begin holds back later (arXiv 2505.16792)
 ALIGNED = 16  # on GPUs prompts are padded to a multiple of this many tokens: attention kernels depend on it
 
 
@@ -106,9 +108,11 @@ def train_sampler(
         inject(expert, rank)
         begun["adapter"] = str(rank)
     settings = recipe.train_sampler
+    if settings.repa:
+        expert.alignment = new_alignment(expert.width, vlm, images, recipe.seed)
     layers = engine_layers(expert, vlm, recipe, device)
 
-    def loss(batch: Batch, generator: torch.Generator, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(batch: Batch, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         host = getattr(generator, "host", generator)
         chances = random_rows(torch.rand, (len(batch.captions),), host)
         prompts = prompts_of(batch, chances, settings, vlm.prompts)
@@ -120,10 +124,20 @@ def train_sampler(
         kinds = [list(range(len(prompts)))] if once else by_pictures(prompts)
         prefixes = [read([prompts[row] for row in rows]) for rows in kinds]
         with torch.no_grad():
-            target = batch.images.float() if images.latents else autoencoder.encode(vlm, batch.images)
+            z = batch.images.float() if images.latents else autoencoder.z(vlm, batch.images)
+            target = z if images.latents else autoencoder.reducer(z)
+            if expert.alignment and recipe.reducer.kind == "vae":
+                z = vlm.encode(batch.images)  # the VLM's, not the VAE's
         mark("frozen VLM")
         t = draw_times(len(target), recipe.flow.time, shift, generator)
-        return flow_matching_loss(partial(velocity_of, expert, kinds, prefixes), target, t, generator), {}
+        told: list[Tensor] = []
+        velocity = partial(velocity_of, expert, kinds, prefixes, told=told)
+        flow = flow_matching_loss(velocity, target, t, generator)
+        if not told:
+            return flow, {}
+        repa = misalignment(told[0], z)
+        weight = settings.repa if step < REPA_UNTIL * settings.steps else 0.0
+        return flow + weight * repa, {"flow": flow, "repa": repa}
 
     card = reducer_card.model_copy(
         update={
@@ -153,7 +167,7 @@ def train_sampler(
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, None, tokenize, edits)
 
     def save(path: Path, step: int) -> None:
-        weights = expert.state_dict()
+        weights = {k: v for k, v in expert.state_dict().items() if not k.startswith("alignment.")}
         weights = gathered(adapter_weights(weights) if adapter else weights)
         if is_first():
             own = with_prefix(weights, "expert")
@@ -265,6 +279,23 @@ def engine_layers(
     return layers
 
 
+def new_alignment(width: int, vlm: FrozenVLM, images: ShardedImages, seed: int) -> Alignment:
+    """What tells the VLM's z of images from an expert's hidden states of some width, on the VLM's device.
+
+    Raises:
+        VugenError: the images are a latent cache.
+    """
+    if images.latents:
+        raise VugenError(
+            f"train_sampler.repa: {images.directory} holds z̃, and not the z that REPA teaches: train on the "
+            "images, or set it to 0 (--set train_sampler.repa=0)"
+        )
+    grey = torch.full((1, 3, images.size, images.size), 127, dtype=torch.uint8)
+    target = vlm.encode(grey).shape[-1]
+    torch.manual_seed(seed)
+    return Alignment(width, target).to(vlm.device)
+
+
 def fill_from_vlm(expert: nn.Module, vlm: FrozenVLM) -> None:
     """Give an expert that was built on `meta` the weights that it starts with, part by part."""
     weights = with_prefix(dict(vlm.decoder.named_parameters()), "decoder")
@@ -360,22 +391,35 @@ def by_pictures(prompts: Sequence[str | list[int] | Prompt]) -> list[list[int]]:
 
 
 def velocity_of(
-    expert: nn.Module, kinds: list[list[int]], prefixes: list[Prefix], noised: Tensor, t: Tensor
+    expert: nn.Module,
+    kinds: list[list[int]],
+    prefixes: list[Prefix],
+    noised: Tensor,
+    t: Tensor,
+    told: list[Tensor],
 ) -> Tensor:
     """The expert's velocity [B, h, w, c] of a batch whose prompts were read apart.
 
     Args:
-        expert: (noised, t, prefix) -> velocity.
+        expert: (noised, t, prefix) -> velocity, and z with it while there is an alignment.
         kinds: rows of the batch, each in one of the lists.
         prefixes: of the rows in each list.
         noised, t: of all rows, as the expert takes them.
+        told: where that z [B, h, w, d] is put.
     """
     if len(kinds) == 1:
-        return expert(noised, t, prefixes[0])
-    order = torch.tensor([row for rows in kinds for row in rows], device=noised.device)
-    taken = order.split([len(rows) for rows in kinds])
-    parts = [expert(noised[rows], t[rows], prefix) for rows, prefix in zip(taken, prefixes, strict=True)]
-    return torch.cat(parts)[order.argsort()]
+        parts = [expert(noised, t, prefixes[0])]
+        in_order: Tensor | slice = slice(None)
+    else:
+        order = torch.tensor([row for rows in kinds for row in rows], device=noised.device)
+        taken = order.split([len(rows) for rows in kinds])
+        parts = [expert(noised[rows], t[rows], prefix) for rows, prefix in zip(taken, prefixes, strict=True)]
+        in_order = order.argsort()
+    if not isinstance(parts[0], tuple):
+        return torch.cat(parts)[in_order]
+    velocities, aligned = zip(*parts, strict=True)
+    told.append(torch.cat(aligned)[in_order])
+    return torch.cat(velocities)[in_order]
 
 
 def held_out_prompts(images: ShardedImages, prompts: Prompts, count: int = 16) -> list[Prompt]:

@@ -1,7 +1,7 @@
 """The networks of a recipe as fake tensors, built from configs alone, and the steps that train them."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from vugen_cli.stages.losses import (
     VisionFeatures,
     cosine_distance,
     gradient_error,
+    misalignment,
     reducer_loss,
 )
+from vugen_cli.stages.train_sampler import velocity_of
 from vugen_cli.stages.train_vae import VAETraining
 from vugen_cli.studies.fake_step import Cost, cost, faked, flops_of
 from vugen_cli.vlm.configured import configured_vlm
@@ -76,8 +78,11 @@ class FakeNetworks:
         latents = LatentsCard(channels=autoencoder.reducer.channels, grid=grid, width=self.z[2])
         self.latents = [*grid, latents.channels]
         self.shift = recipe.flow.shift_of(grid, latents.channels)
+        width = self.vlm.encode(self.images(1)).shape[-1]
         with torch.device("meta"):
             expert = new_expert(meta, latents, recipe.expert)
+            if recipe.train_sampler.repa:
+                expert.alignment = Alignment(expert.width, width)
         if not gpu and isinstance(expert, GenerationExpert):
             expert.decoder.set_attn_implementation("eager")
         self.expert: GenerationExpert | DiTExpert = faked(expert)
@@ -104,10 +109,17 @@ class FakeNetworks:
         flow = self.recipe.flow
 
         def step(count: int) -> Tensor:
-            prefix = self.prefix(count, sources)
+            prefix, told = self.prefix(count, sources), list[Tensor]()
             target = self.encode(count)
             t = draw_times(count, flow.time, self.shift, self.generator)
-            return flow_matching_loss(lambda x, t: self.expert(x, t, prefix), target, t, self.generator)
+            velocity = partial(velocity_of, self.expert, [list(range(count))], [prefix], told=told)
+            loss = flow_matching_loss(velocity, target, t, self.generator)
+            if not told:
+                return loss
+            # z is there, but where z̃ is a VAE's.
+            vae = self.recipe.reducer.kind == "vae"
+            z = self.vlm.encode(self.images(count)) if vae else torch.zeros(count, *self.z)
+            return loss + misalignment(told[0], z)
 
         return self._cost(step, self.recipe.train_sampler, self.expert)
 
@@ -137,8 +149,10 @@ class FakeNetworks:
     def velocity_flops(self) -> float:
         """One evaluation of the expert while sampling, for one picture."""
 
+        expert = self.expert.eval()
+
         def step(count: int) -> Tensor:
-            return self.expert(torch.zeros(count, *self.latents), torch.zeros(count), self.prefix(count))
+            return expert(torch.zeros(count, *self.latents), torch.zeros(count), self.prefix(count))
 
         return flops_of(step) - self.prefix_flops()
 

@@ -198,8 +198,8 @@ def make_plan(recipe: Recipe, machine: Machine, images: int | None = None) -> Pl
     works = list(stages(recipe, networks, known.sources, known.edits))
     passes, encoding = passes_of(recipe, networks, machine)
     planned = [stage_plan(work, recipe, machine) for work in works]
-    for stage in [stage for stage in planned if stage.name == "train-sampler"]:
-        planned.append(spared(stage, encoding))
+    if not recipe.train_sampler.repa:  # which reads images
+        planned.append(spared(planned[-1], encoding))
     each = known.bytes or PIXEL_BYTES * side**2
     disk = {
         "data": each * (images or 1e6),

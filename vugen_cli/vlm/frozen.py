@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vugen_cli.card import Card, VLMCard
 from vugen_cli.checkpoint import combined_digest, weight_digests
@@ -33,7 +33,7 @@ from vugen_cli.vlm.latents import (
     vision_inputs,
 )
 from vugen_cli.vlm.pictured import first_free, picture_inputs, run_vlm
-from vugen_cli.vlm.prefix import Prefix
+from vugen_cli.vlm.prefix import Prefix, layer_inputs
 from vugen_cli.vlm.prompts import Prompt, Prompts, pictures_of
 from vugen_cli.vlm.refusals import refuse
 
@@ -324,7 +324,9 @@ class FrozenVLM:
         from transformers import DynamicCache
 
         if hidden is not None:
-            return [], [], self._layer_inputs(run, hidden)
+            with layer_inputs(self.decoder, hidden) as seen:
+                run(use_cache=False)
+            return [], [], [seen[number] for number in hidden]
         cache = DynamicCache()  # no config: sliding-window layers must keep the whole prompt too
         try:
             run(past_key_values=cache, use_cache=True)
@@ -345,38 +347,6 @@ class FrozenVLM:
                 "set expert.kind=dit"
             ) from problem
         return keys, [layer.values for layer in cache.layers], []
-
-    def _layer_inputs(self, run: Callable[..., Any], numbers: Sequence[int]) -> list[Tensor]:
-        """What goes into the decoder's layers of these numbers, [B, T, D] each."""
-        count = self.decoder.config.num_hidden_layers
-        stacks = [m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-        if not stacks:
-            raise VugenError(f"{self.name} cannot be used: no list of {count} layers in its decoder")
-        seen: dict[int, Tensor] = {}
-
-        def keep(number: int, _layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            seen[number] = args[0] if args else kwargs["hidden_states"]
-
-        # Not `output_hidden_states`, whose hooks transformers leaves on the model, and so on a copy of it.
-        hooks = [
-            stacks[0][number].register_forward_pre_hook(partial(keep, number), with_kwargs=True)
-            for number in set(numbers)
-        ]
-        try:
-            run(use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [self._one_stream(seen[number]) for number in numbers]
-
-    def _one_stream(self, states: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of a decoder that may carry several streams of them side by side."""
-        config = self.decoder.config
-        width = config.hidden_size
-        if states.ndim == 4 and hasattr(config, "altup_active_idx"):
-            return states[config.altup_active_idx]  # Gemma 3n: [streams, B, T, D], layers read one
-        # Hyper-connections (GLM 5, Qwen4): [B, T, streams, D] or [B, T, streams * D], which layers mix.
-        return states.reshape(*states.shape[:2], -1, width).mean(2)
 
     def card(self) -> VLMCard:
         """What a checkpoint notes of the VLM it was trained on, for `check`."""

@@ -1,10 +1,16 @@
 """What the generation expert reads of a prompt: keys and values of every layer, or hidden states of some."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+from vugen_cli.errors import VugenError
 
 
 @dataclass
@@ -83,6 +89,42 @@ class Prefix:
             None if self.references is None else self.references[index],
             None if self.referred is None else self.referred[index],
         )
+
+
+@contextmanager
+def layer_inputs(decoder: Any, numbers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """What goes into some of a decoder's layers while it runs: number -> [B, T, D].
+
+    Raises:
+        VugenError: it has no list of layers.
+    """
+    count = decoder.config.num_hidden_layers
+    stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not stacks:
+        raise VugenError(f"{type(decoder).__name__} cannot be used: it has no list of its {count} layers")
+    seen: dict[int, Tensor] = {}
+
+    def keep(number: int, _layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen[number] = one_stream(args[0] if args else kwargs["hidden_states"], decoder.config)
+
+    # Not `output_hidden_states`, whose hooks transformers leaves on the model, and so on a copy of it.
+    hooks = [
+        stacks[0][number].register_forward_pre_hook(partial(keep, number), with_kwargs=True)
+        for number in set(numbers)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def one_stream(states: Tensor, config: Any) -> Tensor:
+    """Hidden states [B, T, D] of a decoder that may carry several streams of them side by side."""
+    if states.ndim == 4 and hasattr(config, "altup_active_idx"):
+        return states[config.altup_active_idx]  # Gemma 3n: [streams, B, T, D], layers read one
+    # Hyper-connections (GLM 5, Qwen4): [B, T, streams, D] or [B, T, streams * D], which layers mix.
+    return states.reshape(*states.shape[:2], -1, config.hidden_size).mean(2)
 
 
 def _joined(prefixes: list[Prefix]) -> tuple[Tensor | None, Tensor | None]:
