@@ -1,5 +1,6 @@
 """Comparison pages: the same prompts and seeds side by side, whole in one file."""
 
+import json
 import re
 from pathlib import Path
 
@@ -35,6 +36,28 @@ def test_samplers_and_folders_stand_side_by_side_on_one_page(
     assert len(by_label) == 4 and all(len(same) == 1 for same in by_label.values())
 
 
+def test_samplers_whose_paths_are_alike_draw_into_folders_of_their_own(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [Path("runs/a/s.safetensors"), Path("runs-a/s.safetensors")]
+    drawn: list[Path] = []
+
+    def listed(folder: Path, *_: object) -> list[object]:
+        drawn.append(folder)
+        return []
+
+    monkeypatch.setattr("vugen_cli.sampling.draw.draw", lambda *_: None)
+    monkeypatch.setattr("vugen_cli.sampling.trained.load_sampler", lambda *_: None)
+    monkeypatch.setattr("vugen_cli.studies.compare.read_shown", listed)
+    monkeypatch.setattr("vugen_cli.studies.compare.write_comparison", lambda shown, _: len(shown))
+    for name in names:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.write_bytes(b"")
+    run("compare", *names, "--prompt", "a bear")
+    assert len(set(drawn)) == 2
+
+
 def test_the_first_process_of_a_job_compares_alone(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,8 +80,18 @@ def test_what_cannot_be_compared_says_why(
     monkeypatch.chdir(tmp_path)
     runner = CliRunner()
     assert "no nowhere" in str(runner.invoke(app, ["compare", "nowhere"]).exception)
-    folders = ["compare", str(tmp_path), "--prompt", "a bear"]
-    assert "these are all folders" in str(runner.invoke(app, folders).exception)
+    for option in ("--prompt", "--seed"):
+        folders = ["compare", str(tmp_path), option, "7"]
+        assert f"{option} is for samplers to draw with" in str(runner.invoke(app, folders).exception)
+    sampler = str(trained / "sampler.safetensors")
+    assert "is given twice" in str(runner.invoke(app, ["compare", sampler, sampler]).exception)
+    place = ["compare", sampler, "--prompt", "{image} in the snow"]
+    assert "no picture is given: leave it out" in str(runner.invoke(app, place).exception)
+    (tmp_path / "edits").mkdir()
+    (tmp_path / "edits" / "1.png").write_bytes(b"x")
+    edit = {"file": "1.png", "prompt": "put it in the snow", "sources": ["1.png"]}
+    (tmp_path / "edits" / "samples.jsonl").write_text(json.dumps(edit) + "\n")
+    assert "holds edits alone" in str(runner.invoke(app, ["compare", "edits", sampler]).exception)
     assert "no samples.jsonl" in str(runner.invoke(app, ["compare", str(tmp_path)]).exception)
     assert "no prompt" in str(runner.invoke(app, ["compare", str(trained / "sampler.safetensors")]).exception)
 

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny_vlms
 import torch
 from conftest import TINY
 from torch._dynamo.utils import counters
@@ -16,7 +17,7 @@ from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.pixel_decoder import PixelDecoder
 from vugen_cli.recipe import Engine, Recipe
 from vugen_cli.sampling.trained import load_sampler
-from vugen_cli.vlm.frozen import FrozenVLM
+from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PROMPTS = ["a bear", "two red apples and a very small cat on a beach", "a dog in the snow"]
@@ -86,6 +87,22 @@ def test_a_compiled_sampler_draws_the_same_pictures(trained: Path, monkeypatch: 
         assert one == other
         torch.testing.assert_close(found.float(), expected.float(), atol=1, rtol=0)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("model_type", ["llama4", "git"])
+def test_layers_that_ask_the_cache_or_are_called_by_position_are_compiled_too(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    tiny_vlms.build(model_type, tmp_path)
+    vlm = load_vlm(str(tmp_path), "cpu")
+    expert, prefix = expert_of(vlm), vlm.prefix(["a bear"])
+    x, t = torch.randn(1, 4, 4, 4), torch.rand(1)
+    plain = expert(x, t, prefix)
+    counters.clear()
+    compile_layers(blocks(expert), must=True)
+    torch.testing.assert_close(expert(x, t, prefix), plain, atol=1e-5, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"]
 
 
 def test_the_pixel_decoder_is_one_graph_with_its_middle_features(

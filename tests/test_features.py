@@ -10,7 +10,7 @@ from PIL import Image
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.encoders import clip_extractor, dinov2_extractor
 from vugen_cli.metrics.features import Extractor, cache_folder, extract
-from vugen_cli.metrics.image_sets import open_image_set
+from vugen_cli.metrics.image_sets import ImageSet, open_image_set
 from vugen_cli.metrics.scores import CMMD_FEATURES
 from vugen_cli.torchvision_repair import repair_torchvision
 
@@ -103,6 +103,22 @@ def test_a_damaged_cache_is_seen(folder, counting, tmp_path, damage, capsys):
     assert "damaged" in capsys.readouterr().err
     _, record = extract(open_image_set(folder), extractor, ["features"], cache=cache)
     assert record.cached  # it was written anew
+
+
+def test_what_could_not_be_read_just_now_is_not_kept(folder, counting, tmp_path, monkeypatch):
+    def fail(file):
+        if file.name < "3":
+            return file.read_bytes()
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        digest = ImageSet.digest(open_image_set(folder))
+        patched.setattr(ImageSet, "digest", lambda _: digest)  # a moment ago it could be read
+        patched.setattr("vugen_cli.metrics.image_sets._read_file", fail)
+        _, record = extract(open_image_set(folder), counting[0], ["features"], cache=tmp_path / "cache")
+        assert record.count == 3
+    _, record = extract(open_image_set(folder), counting[0], ["features"], cache=tmp_path / "cache")
+    assert record.count == 6 and not record.cached
 
 
 def test_a_cache_that_cannot_be_written_costs_only_a_line(folder, counting, tmp_path, capsys):

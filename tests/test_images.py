@@ -5,6 +5,7 @@ import io
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -179,6 +180,15 @@ def test_bombs_and_slivers_are_refused_undecoded(make, size, complaint):
     assert MAX_PIXELS < 20000 * 9000
     with pytest.raises(ValueError, match=complaint):
         decode(make(*size))
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_undecoded():
+    data = encoded(photo(32, 32), "JPEG", progressive=True)
+    last, end = data.rindex(b"\xff\xda"), len(data) - 2
+    began = time.process_time()
+    with pytest.raises(ValueError, match="more than 500 scans"):
+        decode(data[:end] + 5000 * data[last:end] + data[end:])
+    assert time.process_time() - began < 1
 
 
 def test_a_large_picture_within_the_limit_is_read_without_a_warning(tmp_path):

@@ -127,6 +127,13 @@ def test_wrong_use_ends_in_a_line(pipe: VugenPipeline, tmp_path: Path) -> None:
         pipe("a bear", seed=1, generator=torch.Generator())
     with pytest.raises(VugenError, match="latent"):
         pipe("a bear", output_type="latent")
+    for seed in (-1, 1.0):
+        with pytest.raises(VugenError, match=f"seed {seed}: give a whole number"):
+            pipe("a bear", seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(VugenError, match="draws 64x64 alone"):
+        pipe("a bear", height=0)
+    with pytest.raises(VugenError, match="image guidance is by a prompt's pictures, and none is given"):
+        pipe("a bear", image_guidance_scale=2.0)
     with pytest.raises(VugenError, match="no pipeline at"):
         VugenPipeline.from_pretrained(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from vugen_cli.app import app
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.features import Extractor
+from vugen_cli.metrics.pairs import psnr
 from vugen_cli.recipe import Recipe
 from vugen_cli.stages.train_reducer import train_reducer
-from vugen_cli.studies.reconstruct import reconstruct, save_rows
+from vugen_cli.studies.reconstruct import Seen, reconstruct, save_rows
 
 CPU = torch.device("cpu")
 
@@ -105,3 +106,18 @@ def test_every_column_is_one_picture(tmp_path: Path) -> None:
     centre = [[int(pixels[4 + tall * r + 60, 4 + step * c + 60]) for c in range(8)] for r in range(4)]
     assert centre[0] == [10 * i for i in range(8)] and centre[1] == [10 * i + 5 for i in range(8)]
     assert centre[2][:3] == [80, 90, 255] and centre[3][:3] == [85, 95, 255]
+
+
+def test_an_infinite_psnr_is_left_out_of_the_mean() -> None:
+    originals = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    decoded = originals.clone()
+    decoded[1:] //= 2
+    features = originals.float().mean((2, 3))
+    one, other = Seen(), Seen()
+    one.add([0, 1, 2], originals, features)
+    other.add([0, 1, 2], decoded, features)
+    other.compare([0, 1, 2], originals, decoded, {"psnr": psnr})
+    true = psnr(originals[1:] / 255, decoded[1:] / 255).mean().item()
+    assert other.figures(one)["psnr"] == pytest.approx(true)
+    other.compare([1, 2], originals[1:], originals[1:], {"psnr": psnr})
+    assert other.figures(one)["psnr"] is None

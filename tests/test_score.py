@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,6 +259,8 @@ def test_statistics_stand_in_for_images(tmp_path):
     for extractor in (tiny_extractor(label="other"), tiny_extractor(sha="ff")):
         with pytest.raises(VugenError, match=r"b\.npz holds statistics of"):
             score_sets(a, stats, extractor)
+    with pytest.raises(VugenError, match="statistics of 'channel means' with another preprocessing"):
+        score_sets(a, stats, replace(tiny_extractor(), resize="cropped"))
     with pytest.raises(VugenError, match=r"b\.npz holds no images and not all that --kid needs"):
         score_sets(a, stats, tiny_extractor(), ["fid", "kid"])
     # Other tools' files name no features: they are Inception's, of a number of images that is not known.
@@ -491,6 +494,11 @@ def test_command_refuses_bad_input(tmp_path, monkeypatch, tiny):
         run("--kid", "--images", images, "--reference", images, "--save-stats", "stats.npz")
     with pytest.raises(VugenError, match="ask for --fid"):
         run("--psnr", "--images", images, "--reference", images, "--save-stats", "stats.npz")
+    with pytest.raises(VugenError, match="--reference: the Inception Score is of the images alone"):
+        run("--is", "--images", images, "--reference", images)
+    for unread in ("clip", "detector"):
+        with pytest.raises(VugenError, match=f"--{unread} is for --"):
+            run("prompts", "--vqa-score", "--images", images, f"--{unread}", "x")
     (tmp_path / "file").touch()
     with pytest.raises(VugenError, match="cannot write"):
         run("--fid", "--images", images, "--reference", images, "--out", "file/scores.json")
@@ -548,7 +556,7 @@ def test_scores_do_not_need_the_embedded_world(tmp_path, monkeypatch, tiny):
         import vugen_cli.nano.scenes  # noqa: F401
     run("--fid", "--images", images, "--reference", images)
     run("--fid")  # its reference is on disk
-    run("--is", "--images", write_images(tmp_path / "more", 12, 1), "--reference", images)
+    run("--is", "--images", write_images(tmp_path / "more", 12, 1))
     assert json.loads(Path("scores.json").read_text())["reference"] is None
 
 

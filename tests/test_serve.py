@@ -524,6 +524,31 @@ def test_too_many_requests_at_once_are_told_to_come_back() -> None:
     assert asyncio.run(statuses()) == [429, 200, 200, 200]
 
 
+def test_an_open_path_takes_no_body_and_a_failure_is_counted_as_one() -> None:
+    told: list[tuple[str, int]] = []
+    seen: list[int] = []
+
+    async def application(*_: Any) -> None:
+        raise RuntimeError("a fault")
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"x", "more_body": False}
+
+    async def send(message: Any) -> None:
+        seen.extend([message["status"]] if "status" in message else [])
+
+    watched = guard.Guard(application, None, "secret", 1, lambda path, status, _: told.append((path, status)))
+
+    async def ask(path: str, headers: Any) -> None:
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        with contextlib.suppress(RuntimeError):
+            await watched(scope, receive, send)
+
+    asyncio.run(ask("/", []))
+    asyncio.run(ask("/v1/images/edits", [(b"authorization", b"Bearer secret")]))
+    assert seen == [413] and told == [("/", 413), ("/v1/images/edits", 500)]
+
+
 def test_who_shows_no_token_takes_no_place() -> None:
     async def statuses() -> list[int]:
         seen: list[int] = []

@@ -218,6 +218,17 @@ def test_nothing_of_the_users_own_is_written_over(lively_sampler: Sampler, tmp_p
             export(lively_sampler, folder, [], [], "mit")
         assert {path.read_text() for path in folder.iterdir()} == {"my own"}
     (folder / "pipeline.py").unlink()
+    with pytest.raises(VugenError, match="pictures.png"):
+        export(lively_sampler, folder, ["a bear"], [], "mit")
+    with pytest.raises(VugenError, match="{image}"):
+        export(lively_sampler, tmp_path / "new", ["{image} in the snow"], [], "mit")
+    assert not (tmp_path / "new").exists()
+    for name in ("model_index.json", "sampler/pipeline.py"):  # of another pipeline
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("my own")
+        with pytest.raises(VugenError, match="is there already"):
+            export(lively_sampler, folder, [], [], "mit")
+        (folder / name).unlink()
     export(lively_sampler, folder, [], [], "mit")
     assert (folder / "pictures.png").read_text() == "my own"
 

@@ -15,8 +15,12 @@ def compare(
         list[str] | None, typer.Option("--prompt", help="What the samplers draw. Repeatable.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="More prompts: a text file, one a line.")] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Images of each prompt.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="The same for all samplers.")] = 0,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Images of each prompt.", show_default="4")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="The same for all samplers.", show_default="0")
+    ] = None,
     vlm: Annotated[
         str | None, typer.Option(help="Where the VLM is now, if not where the checkpoints say.")
     ] = None,
@@ -38,26 +42,35 @@ def compare(
     from vugen_cli.sampling.draw import collect_prompts, draw
     from vugen_cli.sampling.trained import load_sampler
     from vugen_cli.studies.compare import folder_name, names_of, read_shown, write_comparison
+    from vugen_cli.vlm.prompts import refuse_places
 
     if missing := [path for path in sources if not path.exists()]:
         raise VugenError(f"no {missing[0]}: give sampler checkpoints or folders of samples")
     folders = [path for path in sources if path.is_dir()]
-    if len(folders) == len(sources) and (prompt or prompts):
-        raise VugenError("--prompt and --prompts are for samplers to draw, and these are all folders")
+    if len({path.resolve() for path in sources}) < len(sources):
+        raise VugenError("the same sampler or folder is given twice")
+    given_for = {"--prompt": prompt, "--prompts": prompts, "-n": n, "--seed": seed, "--vlm": vlm}
+    unread = [option for option, value in given_for.items() if value not in (None, [])]
+    if len(folders) == len(sources) and unread:
+        raise VugenError(f"{unread[0]} is for samplers to draw with, and these are all folders")
     if out.is_dir() or (not out.suffix and len(folders) < len(sources)):  # a folder has the stem
         raise VugenError(f"--out {out}: give the name of a page, as week.html")
     drawn_before = {path: read_shown(path) for path in folders}
     given = list(prompt or [])
     if folders and not given and not prompts:
-        given = [sample.prompt for sample, _ in drawn_before[folders[0]] if sample.prompt]
+        first = drawn_before[folders[0]]
+        given = [sample.prompt for sample, _ in first if sample.prompt and not sample.sources]
+        if first and not given and len(folders) < len(sources):
+            raise VugenError(f"{folders[0]} holds edits alone, which samplers do not draw here: give folders")
     texts = collect_prompts(given, prompts) if len(folders) < len(sources) else []
+    refuse_places(texts, "leave it out")
     shown = {}
-    for path, name in zip(sources, names_of(sources), strict=True):
+    for number, (path, name) in enumerate(zip(sources, names_of(sources), strict=True)):
         if path.is_dir():
             shown[name] = drawn_before[path]
             continue
-        samples = out.with_suffix("") / folder_name(name)
-        draw(load_sampler(path, vlm, pick_device(device)), texts, n, samples, seed)
+        samples = out.with_suffix("") / f"{number}-{folder_name(name)}"
+        draw(load_sampler(path, vlm, pick_device(device)), texts, n or 4, samples, seed or 0)
         shown[name] = read_shown(samples)
     count = write_comparison(shown, out)
     typer.echo(f"wrote {out}: {len(shown)} side by side, {count} prompts")

@@ -87,7 +87,8 @@ def scenes_judge(images: Path) -> "OfReconstructions | None":
 
 def summary(found: "Fidelity") -> str:
     """The figures of one way of decoding, in a line."""
-    parts = [f"PSNR {found.psnr:.2f} dB", f"SSIM {found.ssim:.4f}"]
+    psnr = "infinite" if found.psnr is None else f"{found.psnr:.2f} dB"
+    parts = [f"PSNR {psnr}", f"SSIM {found.ssim:.4f}"]
     if found.lpips is not None:
         parts.append(f"LPIPS {found.lpips:.4f}")
     if found.frechet is not None:

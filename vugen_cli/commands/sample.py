@@ -130,7 +130,7 @@ def sample(
         variation, where = bool(image) and not prompts and not prompts_file, join(pick_device(device))
         texts = [""] if variation else collect_prompts(prompts or [], prompts_file)
         if not image:
-            refuse_places(texts, "--image FILE")
+            refuse_places(texts, "add --image FILE")
         loaded = load_sampler(pick_sampler(sampler), vlm, where, allow_vlm_mismatch, decoder, adapter or ())
     finally:
         gc.freeze()

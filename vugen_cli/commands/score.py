@@ -102,6 +102,8 @@ def score(
     from vugen_cli.metrics.samples import pick_images
     from vugen_cli.metrics.scores import compare_over
 
+    if reference and not (pair_metrics or set(metrics) - {"is"}):
+        raise VugenError("--reference: the Inception Score is of the images alone; leave it out.")
     where = join(pick_device(device))
     ours = open_image_set(pick_images(images), count)
     theirs = _reference(ours, reference, count) if pair_metrics or metrics != ["is"] else None
@@ -184,6 +186,10 @@ def prompts(
     """
     if not (clip_score or vqa_score or dpg_bench or geneval or geneval2):
         raise VugenError("no metric was asked for: `vugen score prompts --help` lists them.")
+    if detector and not geneval:
+        raise VugenError("--detector is for --geneval: ask for that, or leave it out.")
+    if clip and not (clip_score or geneval):
+        raise VugenError("--clip is for --clip-score and --geneval: ask for one, or leave it out.")
     from vugen_cli.engine.device import pick_device
     from vugen_cli.metrics.image_sets import open_image_set
     from vugen_cli.metrics.prompt_scores import score_prompts

@@ -246,6 +246,10 @@ def _tell_curves(curves: "dict[str, list[Point]]", out: Path) -> None:
     for run, curve in curves.items():
         for point in curve:
             typer.echo(f"{run}  step {point.step:>8,}  {point.images:>10,} images  {point.value:.4f}")
+    for warning in dict.fromkeys(
+        point.warning for curve in curves.values() for point in curve if point.warning
+    ):
+        typer.echo(f"note: {warning}")
     typer.echo(f"{next(iter(curves.values()))[0].name}: {out} and {out.with_suffix('.png')}.")
 
 

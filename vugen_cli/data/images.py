@@ -27,6 +27,9 @@ MIN_SIDE = 16
 MAX_ASPECT = 50
 """Longer strips are refused: their short side would be enlarged and the rest along with it."""
 
+MAX_SCANS = 500
+"""JPEGs of more are refused undecoded: a megabyte of empty ones takes minutes (libjpeg-turbo's limit)."""
+
 JPEG_QUALITY = 95
 
 # Pillow would also hand EPS to Ghostscript and open rarities with large attack surface: name what we accept.
@@ -58,6 +61,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             a side below `MIN_SIDE`, or an aspect ratio above `MAX_ASPECT`. The message is short enough for a
             list.
     """
+    if is_jpeg(data) and data.count(b"\xff\xda") > MAX_SCANS:
+        raise ValueError(f"a JPEG of more than {MAX_SCANS} scans")
     pixels = _decode_plain_jpeg(data, max_pixels) if is_jpeg(data) else None
     return _decode_with_pillow(data, max_pixels) if pixels is None else pixels
 

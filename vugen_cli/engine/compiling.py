@@ -89,6 +89,8 @@ def compile_layers(
 
 def _own_prefix(number: int, _layer: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
     """Give a layer its part of the prefix as data: one that used its number would be compiled by itself."""
+    if "attention_mask" not in inputs:
+        return args, inputs  # a family that calls its layers by position (GIT)
     if inputs["attention_mask"] is not None:
         _varies(inputs["attention_mask"], 3)
     if "past_key_values" not in inputs:  # a DiT's block is called with its part

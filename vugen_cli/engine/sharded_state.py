@@ -108,7 +108,7 @@ def discard(path: Path) -> None:
     if path.is_dir():
         hidden = path.with_name(f".{path.name}.old")
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)  # what someone still reads on NFS goes at the next start
     else:
         path.unlink(missing_ok=True)
 

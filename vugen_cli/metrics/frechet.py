@@ -35,6 +35,7 @@ class Statistics:
         n: how many images, None if the file does not say.
         label: the `Extractor.label` they were taken with, None if the file does not say.
         identity: the `Extractor.identity`, empty if the file does not say.
+        resize: the `Extractor.resize`, None if the file does not say.
     """
 
     mean: np.ndarray
@@ -42,6 +43,7 @@ class Statistics:
     n: int | None = None
     label: str | None = None
     identity: dict[str, str] = field(default_factory=dict)
+    resize: str | None = None
 
 
 def frechet_distance(a: Moments | Statistics, b: Moments | Statistics) -> float:
@@ -160,6 +162,8 @@ def save_statistics(path: Path, statistics: Statistics, spatial: Statistics | No
         arrays["n"] = statistics.n
     if statistics.label is not None:
         arrays["features"] = statistics.label
+    if statistics.resize is not None:
+        arrays["resize"] = statistics.resize
     path = Path(path)
     if path.suffix != ".npz":  # np.savez would add it to the temporary name, and readers look for it
         raise VugenError(f"statistics are written as .npz, not {path.name}: name a file that ends in .npz.")
@@ -193,6 +197,7 @@ def load_statistics(path: Path, spatial: bool = False) -> Statistics:
             mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in wanted)
             n = int(arrays["n"]) if "n" in sizes else None
             label = str(arrays["features"]) if "features" in sizes else None
+            resize = str(arrays["resize"]) if "resize" in sizes else None
             identity: dict[str, str] = {name: str(arrays[name]) for name in IDENTITIES if name in sizes}
     # np.load raises many kinds on a damaged file, zlib.error and pickle refusals among them.
     except Exception as error:
@@ -202,4 +207,4 @@ def load_statistics(path: Path, spatial: bool = False) -> Statistics:
             f"{path} holds {wanted[0]} {list(mean.shape)} and {wanted[1]} {list(covariance.shape)}: expected "
             f"[d] and [d, d]."
         )
-    return Statistics(mean, covariance, n, label, identity)
+    return Statistics(mean, covariance, n, label, identity, resize)

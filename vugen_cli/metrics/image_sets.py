@@ -62,6 +62,7 @@ class ImageSet:
         arrays: the names in an npz, which may hold statistics beside images or in their place.
         count: good images read so far, by the iteration now running or the last one.
         left_out: "name: reason" of each image that could not be read so far, by its place in the set.
+        unsure: whether a file could not be read at all, which may pass, unlike damage.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class ImageSet:
     arrays: frozenset[str] = frozenset()
     count: int = 0
     left_out: dict[int, str] = field(default_factory=dict)
+    unsure: bool = False
 
     @property
     def bad(self) -> list[str]:
@@ -100,7 +102,7 @@ class ImageSet:
         Raises:
             VugenError: a tar, zip or npz is truncated or not what its name says.
         """
-        self.count, self.left_out = 0, {}
+        self.count, self.left_out, self.unsure = 0, {}, False
         workers = min(8, os.cpu_count() or 1)
         items: Iterator[tuple[int, _Item]] = enumerate(self._limited())
         if block:
@@ -118,6 +120,7 @@ class ImageSet:
                     image = future.result()
                 except _BAD as error:
                     self.left_out[index] = f"{name}: {first_line(error)}"
+                    self.unsure |= isinstance(error, OSError)
                     yield index, name, None
                     continue
                 self.count += 1
@@ -126,10 +129,11 @@ class ImageSet:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def merge(self) -> None:
-        """After a `read` in blocks: make `count` and `left_out` those of all processes, in every process."""
-        parts = all_gather((self.count, self.left_out))
-        self.count = sum(count for count, _ in parts)
-        self.left_out = {index: why for _, part in parts for index, why in part.items()}
+        """After a `read` in blocks: make `count`, `left_out` and `unsure` those of all processes, in each."""
+        parts = all_gather((self.count, self.left_out, self.unsure))
+        self.count = sum(count for count, _, _ in parts)
+        self.left_out = {index: why for _, part, _ in parts for index, why in part.items()}
+        self.unsure = any(unsure for _, _, unsure in parts)
 
     def names(self) -> Iterator[str]:
         """Yield every image's name, readable or not; no image is read."""

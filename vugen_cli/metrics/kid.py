@@ -26,13 +26,13 @@ class KernelDistance:
     Attributes:
         mean: over the subsets; the KID.
         std: over the subsets, the ± that KIDs are published with.
-        standard_error: of the mean as an estimate from these images; None where a subset is the whole set.
+        standard_error: of the mean as an estimate from these images.
         subset_size: images of each set in a subset.
     """
 
     mean: float
     std: float
-    standard_error: float | None
+    standard_error: float
     subset_size: int
 
 
@@ -41,11 +41,10 @@ def kernel_distance(
 ) -> KernelDistance:
     """Kernel distance between features [n, d] and [m, d].
 
-    The subsets overlap, so their spread over √100 would be far too small an error. Subsets of k out of n
-    images spread like samples of k, less what they share: the error of n images is std * √(k / (n - k))
-    (Politis and Romano 1994, with the correction for drawing without replacement), and the mean over S
-    subsets adds std / √S. Where the sets are nearly alike, a part of the spread shrinks faster than that and
-    the error is too large.
+    The subsets overlap, so their spread over √100 would be far too small an error. It is that of the first
+    order (the delta method): twice each image's part in the distance spreads over the n and the m images, and
+    the mean over S subsets adds std / √S. Where the sets are nearly alike it is too large: an image's part is
+    known from a subset alone.
 
     Args:
         a, b: features of the generated and of the real images; the order decides the subsets, not the sign.
@@ -67,30 +66,36 @@ def kernel_distance(
     if a.shape[1] != b.shape[1]:
         raise VugenError(f"features of dimensions {a.shape[1]} and {b.shape[1]} cannot be compared.")
     rng = np.random.RandomState(SEED)
-    values = np.empty(subsets)
+    values, variances = np.empty(subsets), np.empty(subsets)
     for i in range(subsets):
         x = a[rng.choice(len(a), subset_size, replace=False)]
         y = b[rng.choice(len(b), subset_size, replace=False)]
-        values[i] = mmd2(x, y)
+        of_x, of_y = _parts(x, y)
+        values[i] = of_x.mean() + of_y.mean()
+        variances[i] = np.var(of_x, ddof=1) / len(a) + np.var(of_y, ddof=1) / len(b)
     std = float(values.std())
-    rest = smaller - subset_size
     return KernelDistance(
         mean=float(values.mean()),
         std=std,
-        standard_error=std * (subset_size / rest + 1 / subsets) ** 0.5 if rest else None,
+        standard_error=float(4 * variances.mean() + std**2 / subsets) ** 0.5,
         subset_size=subset_size,
     )
 
 
 def mmd2(x: np.ndarray, y: np.ndarray) -> float:
     """Unbiased squared maximum mean discrepancy of [k, d] and [k, d] under (x·y / d + 1)³, in float64."""
+    of_x, of_y = _parts(x, y)
+    return float(of_x.mean() + of_y.mean())
+
+
+def _parts(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each image's part in the distance, [k] twice: its kernel with its own set less that with the other."""
     x, y = x.astype(np.float64), y.astype(np.float64)
-    k = len(x)
-    within = 0.0
-    for rows in (x, y):
+    between, parts = _cubic(x, y), []
+    for rows, beside in ((x, between.mean(1)), (y, between.mean(0))):
         kernel = _cubic(rows, rows)
-        within += (kernel.sum() - np.trace(kernel)) / (k * (k - 1))
-    return float(within - 2 * _cubic(x, y).mean())
+        parts.append((kernel.sum(1) - kernel.diagonal()) / (len(rows) - 1) - beside)
+    return parts[0], parts[1]
 
 
 def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:

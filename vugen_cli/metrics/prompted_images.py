@@ -92,7 +92,9 @@ class PromptedImages:
         self.images.merge()
         if not self.images.count:
             bad = self.images.bad
-            raise VugenError(f"{self.images.path} has no readable image: the first is {bad[0]}.")
+            raise VugenError(
+                f"{self.images.path} has no readable image{f': the first is {bad[0]}' if bad else ''}."
+            )
         return [row for rows in in_order(found) for row in rows]
 
     def _parts(self, name: str, pixels: np.ndarray) -> list[Prompted]:

@@ -117,6 +117,7 @@ class Side:
                 moments.n,
                 self.extractor.label,
                 dict(self.extractor.identity),
+                self.extractor.resize,
             )
         return self.statistics[output]
 
@@ -317,6 +318,8 @@ def statistics_fit(path: Path, statistics: Statistics, extractor: Extractor, has
         found = f"'{statistics.label}'"
     elif statistics.identity != extractor.identity:
         found = f"the same network with other weights ({statistics.identity})"
+    elif statistics.resize not in (None, extractor.resize):
+        found = f"'{statistics.label}' with another preprocessing ({statistics.resize})"
     else:
         return True
     if has_images:
@@ -403,9 +406,8 @@ def _kernel(ours: Side, theirs: Side, metric: "Metric") -> list[Score]:
         parameters=parameters,
         warning=warning,
     )
-    if distance.standard_error is not None:
-        how = "subsampling, from the subsets' spread"
-        _add_normal_interval(score, distance.mean, distance.standard_error, how)
+    how = "delta method, over the images of each set, and the spread of the subsets"
+    _add_normal_interval(score, distance.mean, distance.standard_error, how)
     return [score]
 
 

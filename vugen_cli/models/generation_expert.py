@@ -83,6 +83,10 @@ class LayerPrefix:
             torch.cat([self.values.to(value_states.dtype), value_states], 2),
         )
 
+    def get_seq_length(self, *_: Any) -> int:
+        """Tokens of the prefix, padding included: Llama 4's layers ask."""
+        return self.keys.shape[2]
+
 
 class GenerationExpert(nn.Module):
     """The velocity field v(z̃_t, t | prompt).

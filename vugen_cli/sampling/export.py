@@ -8,11 +8,12 @@ import torch
 from pydantic import ValidationError
 
 from vugen_cli.errors import VugenError, first_line
-from vugen_cli.files import whole_file
+from vugen_cli.files import refuse_foreign, whole_file
 from vugen_cli.metrics.report import Report
 from vugen_cli.pictures import save_grid
 from vugen_cli.sampling.pipeline import VugenPipeline
 from vugen_cli.sampling.sampler import Sampler
+from vugen_cli.vlm.prompts import refuse_places
 
 PICTURES = "pictures.png"
 EACH = 4  # pictures of a prompt
@@ -38,6 +39,9 @@ def export(
     readme = out / "README.md"
     if readme.exists() and METHOD not in readme.read_text(encoding="utf-8", errors="replace"):
         raise VugenError(f"{readme} is of something else: choose another --out, or move it away")
+    refuse_places(prompts, "leave it out")
+    if prompts:
+        refuse_foreign(out / PICTURES, out / "pipeline.py")
     reports = [_report(path) for path in scores]
     images = sampler.sample(prompts, EACH)  # which says at once if a prompt cannot be drawn
     earlier = (out / "pipeline.py").exists()  # `save_pretrained` refuses one of something else

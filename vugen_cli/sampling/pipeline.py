@@ -77,7 +77,7 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
         ours = folder / "pipeline.py"
         if ours.exists() and "vugen_cli" not in ours.read_text(encoding="utf-8", errors="replace"):
             raise VugenError(f"{ours} is of something else: choose another folder, or move it away")
-        for part in (VLM, WEIGHTS):
+        for part in (VLM, WEIGHTS, self.config_name, "sampler"):
             refuse_foreign(folder / part, ours)
         try:
             (folder / self.config_name).unlink(missing_ok=True)
@@ -173,12 +173,13 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         given: Any = [] if image is None else image if isinstance(image, list | tuple) else [image]
         card = self.sampler.card
-        size = height or card.image_size, width or card.image_size
+        rows, columns = (card.image_size if side is None else side for side in (height, width))
+        size = rows, columns
         pictures = tuple(open_picture(each, picture_shape(card, size)) for each in given)
         if not prompts or not (pictures or all(text.strip() for text in prompts)):
             raise VugenError("a prompt is empty: say what to draw")
         if not pictures:
-            refuse_places(prompts, "image=...")
+            refuse_places(prompts, "add image=...")
         if output_type not in ("pil", "np", "pt"):
             raise VugenError(f"output_type {output_type}: give pil, np or pt")
         if num_images_per_prompt < 1:
@@ -190,6 +191,8 @@ class VugenPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is no
         if seed is None:
             where = generator.device if generator else torch.device("cpu")
             seed = int(torch.randint(2**63 - 1, (), generator=generator, device=where))
+        if not isinstance(seed, int) or seed < 0:
+            raise VugenError(f"seed {seed}: give a whole number, 0 or more")
         asked = [Prompt(text.strip(), pictures) for text in prompts]
         drawn = {}
         with self.progress_bar(total=len(asked) * num_images_per_prompt) as progress:

@@ -212,11 +212,13 @@ class Sampler:
             prompt's images in order.
 
         Raises:
-            VugenError: at once, a prompt is too long, the VLM does not read pictures in a prompt, or the size
-                is none that it can draw.
+            VugenError: at once, a prompt is too long, the VLM does not read pictures in a prompt, the size is
+                none that it can draw, or there is an image guidance and no picture.
         """
         settings = self.settings(steps, guidance, solver, image_guidance)
         asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        if image_guidance is not None and not any(prompt.pictures for prompt in asked):
+            raise VugenError("image guidance is by a prompt's pictures, and none is given: leave it out")
         kinds = [self.kind(prompt) for prompt in asked]
         self.grid(size)
 

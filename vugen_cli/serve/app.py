@@ -154,7 +154,7 @@ class Service:
         prompt = Prompt(asked.prompt, tuple(pictures))
         try:
             if not pictures:
-                refuse_places([asked.prompt], "one (/v1/images/edits)")
+                refuse_places([asked.prompt], "add one (/v1/images/edits)")
             with _refused():
                 return self.drawer.submit(prompt, asked.n, seed, settings, size)
         except VugenError as error:

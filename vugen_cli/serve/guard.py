@@ -82,6 +82,9 @@ class Guard:
                 self.in_work -= place
         except Refusal as refusal:
             await JSONResponse(refusal.body(), refusal.status, refusal.headers)(scope, receive, answer)
+        except Exception:
+            status = 500  # which the server around answers
+            raise
         finally:
             self.count(scope["path"], status, time.monotonic() - began)
 
@@ -127,7 +130,10 @@ class _Body:
         headers = Headers(scope=scope)
         self._receive, self.whole, self._bytes = receive, False, 0
         self._uploads = scope["path"] == "/v1/images/edits"
-        self._limit = MAX_UPLOAD + MAX_BODY if self._uploads else MAX_BODY
+        most = (
+            0 if OPEN.fullmatch(scope["path"]) else MAX_BODY
+        )  # the open ones take none, and ask nobody's token
+        self._limit = MAX_UPLOAD + MAX_BODY if self._uploads else most
         self._announced = headers.get("content-length", "0")
         self._asks_first = "100-continue" in headers.get("expect", "").lower()
         self._until = time.monotonic() + BODY_SECONDS

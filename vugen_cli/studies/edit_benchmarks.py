@@ -30,7 +30,8 @@ from vugen_cli.vlm.prompts import Prompt
 
 ANSWER = 256  # tokens of a judge's answer, at most
 CASES = ("singleturn.json", "basic_edit.json")  # ImgEdit's annotations, as released and in its repository
-JUDGE_PROMPTS = "judge_prompt.json"  # ImgEdit's questions by kind of edit, with `<edit_prompt>` in them
+# ImgEdit's questions by kind of edit, with `<edit_prompt>` in them, as released and in its repository.
+JUDGE_PROMPTS = ("judge_prompt.json", "prompts.json")
 
 FOLLOWED = (
     "The second picture was made from the first by this instruction: {instruction}\nHow well does it do what "
@@ -123,7 +124,8 @@ def read_benchmark(path: Path, language: str = "en") -> Benchmark:
 
 
 def _imgedit(path: Path) -> list[Case]:
-    questions = path.with_name(JUDGE_PROMPTS)
+    beside = [path.with_name(name) for name in JUDGE_PROMPTS]
+    questions = next((each for each in beside if each.is_file()), beside[0])
     asked = _read_object(questions, "ImgEdit's questions by kind of edit") if questions.is_file() else {}
     cases = []
     for key, case in _read_object(path, "ImgEdit's annotations").items():
@@ -275,7 +277,8 @@ def _mean(benchmark: Benchmark, kind: str, found: list[float | None], judge: str
     given = [score for case, score in zip(benchmark.cases, found, strict=True) if kind in ("all", case.kind)]
     values = np.array([score for score in given if score is not None])
     without, weights = len(given) - len(values), np.ones(len(values))
-    if kind == "all" and benchmark.name == "gedit":  # whose average is that of its kinds, however large
+    own = sum(case.question is not None for case in benchmark.cases if kind in ("all", case.kind))
+    if kind == "all":  # both average their kinds, however large
         kinds = [case.kind for case, score in zip(benchmark.cases, found, strict=True) if score is not None]
         weights = np.array([1 / kinds.count(each) for each in kinds])
     return score_of(
@@ -283,6 +286,6 @@ def _mean(benchmark: Benchmark, kind: str, found: list[float | None], judge: str
         f"{benchmark.name}, {kind}, {benchmark.low} to {benchmark.high}",
         float(np.average(values, weights=weights)) if len(values) else None,
         resampled_means(values * weights, weights) if len(values) else None,
-        parameters={"judge": judge, "edits": len(given), "without_a_number": without},
+        parameters={"judge": judge, "edits": len(given), "without_a_number": without, "own_questions": own},
         warning=f"the judge gave no number for {without} of {len(given)}." if without else None,
     )

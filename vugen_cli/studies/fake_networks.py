@@ -78,11 +78,12 @@ class FakeNetworks:
         latents = LatentsCard(channels=autoencoder.reducer.channels, grid=grid, width=self.z[2])
         self.latents = [*grid, latents.channels]
         self.shift = recipe.flow.shift_of(grid, latents.channels)
-        width = self.vlm.encode(self.images(1)).shape[-1]
         with torch.device("meta"):
             expert = new_expert(meta, latents, recipe.expert)
-            if recipe.train_sampler.repa:
-                expert.alignment = Alignment(expert.width, width)
+        if recipe.train_sampler.repa:
+            z = self.vlm.encode(self.images(1))
+            with torch.device("meta"):
+                expert.alignment = Alignment(expert.width, z.shape[-1])
         if not gpu and isinstance(expert, GenerationExpert):
             expert.decoder.set_attn_implementation("eager")
         self.expert: GenerationExpert | DiTExpert = faked(expert)

@@ -31,6 +31,7 @@ class Point(Record):
     metric: str = Field(description="as in a score")
     name: str = Field(description="as in a score")
     value: float = Field(description="the score")
+    warning: str | None = Field(None, description="as in a score")
 
 
 class OverTraining(Record):
@@ -94,7 +95,8 @@ def score_over_training(
         for path in checkpoints:
             card = read_card(path)
             data = reference or Path(card.data.path)
-            asked = [read_manifest(data).sha256, count, SEED, extractor.label, extractor.identity]
+            seen_by = [extractor.label, extractor.identity, extractor.resize]
+            asked = [read_manifest(data).sha256, count, SEED, *seen_by]
             digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
             digest.update(path.read_bytes())
             key = digest.hexdigest()
@@ -102,7 +104,7 @@ def score_over_training(
                 samples = run / "over-training" / path.stem
                 _draw(path, device, _captions(data, count), samples)
                 report = score_sets(samples, data, extractor, ("fid",), count=count, cache=cache)
-                score = broadcast(report.scores[0] if is_first() else None)
+                score, warning = broadcast((report.scores[0], report.warning) if is_first() else (None, None))
                 known[key] = Point(
                     key=key,
                     step=card.step,
@@ -110,6 +112,7 @@ def score_over_training(
                     metric=score.metric,
                     name=score.name,
                     value=score.value,
+                    warning=" ".join(filter(None, (score.warning, warning))) or None,
                 )
                 if is_first():
                     write_json(listing, [point.written() for point in known.values()])

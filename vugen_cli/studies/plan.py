@@ -385,7 +385,7 @@ def call_times(steps: int, solver: Solver, shift: float = 1.0) -> list[float]:
 
 
 def parameters(networks: FakeNetworks) -> dict[str, int]:
-    """Of each part, exactly; each weight once in a part."""
+    """Of each part, exactly; each weight once in a part. REPA's heads, which only train, are left out."""
     vlm, autoencoder = networks.vlm, networks.autoencoder
     parts: dict[str, nn.Module | None] = {
         "VLM": vlm.model,
@@ -396,7 +396,11 @@ def parameters(networks: FakeNetworks) -> dict[str, int]:
         "decoder": autoencoder.decoder,
         "expert": networks.expert,
     }
-    return {name: count(part.parameters()) for name, part in parts.items() if part is not None}
+    kept = {name: part.named_parameters() for name, part in parts.items() if part is not None}
+    return {
+        part: count(weight for name, weight in named if not name.startswith("alignment."))
+        for part, named in kept.items()
+    }
 
 
 class Data(NamedTuple):

@@ -38,7 +38,9 @@ ORIGINAL, REDUCED, FULL = "original", "z reduced", "z in full"  # the grid's row
 class Fidelity(Record):
     """How near reconstructions are to their originals."""
 
-    psnr: float = Field(description="mean peak signal-to-noise ratio, in dB")
+    psnr: float | None = Field(
+        description="mean peak signal-to-noise ratio, in dB, of pictures that differ; null if none does"
+    )
     ssim: float = Field(description="mean structural similarity")
     lpips: float | None = Field(None, description="mean LPIPS, where its weights are at hand")
     frechet: float | None = Field(description="Fréchet distance of the two sets; null for a single image")
@@ -224,7 +226,10 @@ class Seen:
     def figures(self, originals: "Seen") -> dict[str, Any]:
         """The means of what was compared, and `frechet`; in the set's order, so that they round alike."""
         rows = [self.quality[index] for index in sorted(self.quality)]
-        means = {measure: float(np.mean([row[measure] for row in rows])) for measure in rows[0]}
+        means: dict[str, float | None] = {}
+        for measure in rows[0]:
+            finite = [row[measure] for row in rows if np.isfinite(row[measure])]  # JSON has no infinity
+            means[measure] = float(np.mean(finite)) if finite else None
         distance = frechet_distance(self.moments, originals.moments) if len(rows) > 1 else None
         return {**means, "frechet": distance}
 

@@ -108,8 +108,10 @@ def layer_inputs(decoder: Any, numbers: Iterable[int]) -> Iterator[dict[int, Ten
         seen[number] = one_stream(args[0] if args else kwargs["hidden_states"], decoder.config)
 
     # Not `output_hidden_states`, whose hooks transformers leaves on the model, and so on a copy of it.
+    # An image encoder in the decoder (GIT) may have as many layers; what runs last is seen.
     hooks = [
-        stacks[0][number].register_forward_pre_hook(partial(keep, number), with_kwargs=True)
+        stack[number].register_forward_pre_hook(partial(keep, number), with_kwargs=True)
+        for stack in stacks
         for number in set(numbers)
     ]
     try:

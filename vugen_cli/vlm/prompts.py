@@ -64,14 +64,14 @@ def refuse_places(prompts: Sequence[str], advice: str) -> None:
 
     Args:
         prompts: texts.
-        advice: how a picture is given.
+        advice: what to do.
 
     Raises:
         VugenError: one has `{image}` in it.
     """
     for text in prompts:
         if PICTURE in text:
-            raise VugenError(f"a prompt says {PICTURE}, and no picture is given: add {advice} ({text[:40]})")
+            raise VugenError(f"a prompt says {PICTURE}, and no picture is given: {advice} ({text[:40]})")
 
 
 def pictures_of(prompt: str | list[int] | Prompt) -> tuple[Tensor, ...]:
