@@ -68,7 +68,6 @@ def main() -> None:
     options = parser.parse_args()
     device = pick_device(options.device)
     for arm in options.arm:
-        write_latents(arm, options.data, latents_of(arm, options), device, options.vlm)
         reference(arm, options, device)
     for steps in options.steps:  # all seeds of a short budget before a longer one
         for seed in options.seeds:
@@ -78,9 +77,11 @@ def main() -> None:
                     print(table(options.out), flush=True)
 
 
-def latents_of(arm: Path, options: argparse.Namespace) -> Path:
-    """Where an arm's latents are kept."""
-    return Path(options.out) / f"{arm.stem}-latents"
+def latents_of(arm: Path, options: argparse.Namespace, device: torch.device) -> Path:
+    """An arm's latents, made where they are not there yet."""
+    kept: Path = options.out / f"{arm.stem}-latents"
+    write_latents(arm, options.data, kept, device, options.vlm)
+    return kept
 
 
 def run(
@@ -107,7 +108,9 @@ def run(
     rates = {"lr": rate * training.lr, "muon_lr": rate * muon}
     recipe = recipe.model_copy(update={"train_sampler": training.model_copy(update=rates)})
     if not path.is_file():
-        train_sampler(recipe, arm, latents_of(arm, options), path, device)
+        # REPA reads z, which latents do not tell.
+        data = options.data if training.repa else latents_of(arm, options, device)
+        train_sampler(recipe, arm, data, path, device)
     prompts = [sample.captions[0] for sample in held_out(options.count)]
     decoded: torch.Tensor | None = None
     for guidance in options.guidance:
