@@ -1,5 +1,5 @@
 #!/bin/sh
-# ImageNet at 256 px with class names as prompts: one VLM, both stages, 50,000 samples and their FID.
+# ImageNet at 256 px with class names as prompts: one VLM, both stages, 49,900 samples and their FID.
 # Days of eight GPUs; sizes and schedules are in recipes/imagenet-256.yaml.
 #
 #     IMAGENET_DIR=/data/ILSVRC2012 VLM=facebook/Perception-LM-1B sh runs/imagenet-256.sh
@@ -12,7 +12,7 @@ set -eu
 OUT=${OUT:-out/imagenet-256}      # everything is written here
 SIZE=${SIZE:-256}                 # pixels a side; others want EXTRA="--set decoder.image_size=..." too
 MERGE=${MERGE:-2}                 # 2 x 2 of the VLM's places are one: 256 tokens of 1,024; 1 if it has 256
-PER_CLASS=${PER_CLASS:-50}        # samples of each class
+PER_CLASS=${PER_CLASS:-50}        # samples of each first name: two classes share theirs with another
 FEATURES=${FEATURES:-inception}   # what sees the images; only Inception's distance is FID
 VUGEN=${VUGEN:-vugen}             # how the tool is started
 EXTRA=${EXTRA:-}                  # added to both training commands, as in EXTRA="--set decoder.preset=B"

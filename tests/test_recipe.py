@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import make_card
 
+from vugen_cli.commands.options import on_vlm
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Flow, Recipe, find_recipe, load_recipe, parse_recipe
 
@@ -31,6 +32,8 @@ def test_a_recipe_survives_its_own_card() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("engine.shard_vlm=true", "engine.shard_vlm is for shares of weights: set engine.strategy=fsdp"),
+        ("train_sampler.prompt_dropout=0.95", "together leave no whole prompt"),
         (
             "train_sampler.learning_rat=1",
             r"unknown recipe key `train_sampler.learning_rat`; did you mean `train_sampler\.",
@@ -67,6 +70,34 @@ def test_a_recipe_survives_its_own_card() -> None:
 def test_a_wrong_override_is_explained(override: str, message: str) -> None:
     with pytest.raises(VugenError, match=message):
         load_recipe(None, [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train_sampler.steps=yes", "sampling.guidance=off", "vlm_size=true", "train_vlm.lr=on", "seed=no"],
+)
+def test_truth_is_no_number(override: str) -> None:
+    with pytest.raises(VugenError, match="yes, no, on, off, true and false are no numbers"):
+        load_recipe(None, [override])
+
+
+def test_where_truth_is_asked_for_yaml_words_do() -> None:
+    recipe = load_recipe(None, ["data.flip=yes", "expert.reference=on", "engine.compile=off"])
+    assert (recipe.data.flip, recipe.expert.reference, recipe.engine.compile) == (True, True, False)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_sizes_of_other_overrides_stay_beside_a_preset_in_any_order(order: int) -> None:
+    overrides = ["decoder.heads=8", "decoder.preset=B"]
+    decoder = load_recipe(None, overrides[:: -1 if order else 1]).decoder
+    assert decoder.heads == 8 and decoder.channels == load_recipe(None, ["decoder.preset=B"]).decoder.channels
+
+
+def test_an_empty_name_is_not_taken_for_nano() -> None:
+    with pytest.raises(VugenError, match="no recipe at"):
+        load_recipe("")
+    with pytest.raises(VugenError, match="--vlm is empty"):
+        on_vlm(" ", Recipe())
 
 
 def test_a_key_that_a_file_says_twice_is_refused_with_its_line(tmp_path: Path) -> None:

@@ -496,6 +496,10 @@ def test_command_refuses_bad_input(tmp_path, monkeypatch, tiny):
         run("--psnr", "--images", images, "--reference", images, "--save-stats", "stats.npz")
     with pytest.raises(VugenError, match="--reference: the Inception Score is of the images alone"):
         run("--is", "--images", images, "--reference", images)
+    with pytest.raises(VugenError, match="--features: pairs are compared by"):
+        run("--psnr", "--images", images, "--reference", images, "--features", "vlm")
+    with pytest.raises(VugenError, match="--vlm answers --vqa-score"):
+        run("prompts", "--clip-score", "--clip", "x:y", "--images", images, "--vlm", "nano")
     for unread in ("clip", "detector"):
         with pytest.raises(VugenError, match=f"--{unread} is for --"):
             run("prompts", "--vqa-score", "--images", images, f"--{unread}", "x")

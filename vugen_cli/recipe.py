@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -38,6 +39,16 @@ class Section(BaseModel):
     """A part of the recipe; unknown keys are refused, and numbers that are none."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = str(
+            cls.model_fields[str(info.field_name)].annotation
+        )  # YAML reads `off` as false, pydantic as 0
+        if isinstance(value, bool) and "bool" not in kinds and ("int" in kinds or "float" in kinds):
+            raise ValueError("yes, no, on, off, true and false are no numbers")
+        return value
 
 
 class MixtureSource(Section):
@@ -368,6 +379,14 @@ class SamplerTraining(Training):
         "first 60% of the steps; reads images, not a latent cache",
     )
 
+    @model_validator(mode="after")
+    def _some_prompts_are_whole(self) -> "SamplerTraining":
+        if self.prompt_dropout + self.text_dropout + self.picture_dropout >= 1:
+            raise ValueError(
+                "prompt_dropout, text_dropout and picture_dropout together leave no whole prompt"
+            )
+        return self
+
 
 class Captioning(Section):
     """What `vugen caption` asks the VLM for: a caption by each instruction, of several lengths."""
@@ -429,9 +448,12 @@ class Engine(Section):
     )
 
     @model_validator(mode="after")
-    def _mesh_is_of_shards(self) -> "Engine":
-        if self.mesh and self.strategy != "fsdp":
-            raise ValueError("engine.mesh shares out weights: set engine.strategy=fsdp, or leave it out")
+    def _only_fsdp_has_shards(self) -> "Engine":
+        given = [key for key in ("mesh", "shard_vlm", "offload") if getattr(self, key)]
+        if given and self.strategy != "fsdp":
+            raise ValueError(
+                f"engine.{given[0]} is for shares of weights: set engine.strategy=fsdp, or leave it out"
+            )
         return self
 
 
@@ -501,7 +523,7 @@ def load_recipe(path: str | Path | None = None, overrides: list[str] | None = No
         VugenError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a
             value does not fit.
     """
-    file = find_recipe(path or "nano")
+    file = find_recipe("nano" if path is None else path)
     return parse_recipe(_read_yaml(file), str(file), overrides)
 
 
@@ -543,7 +565,7 @@ class ResolvedRecipe(BaseModel):
 
 def resolve_recipe(path: str | Path | None = None, overrides: list[str] | None = None) -> ResolvedRecipe:
     """As `load_recipe`, with where each value comes from."""
-    file = find_recipe(path or "nano")
+    file = find_recipe("nano" if path is None else path)
     given = _read_yaml(file)
     recipe = parse_recipe(given, str(file), overrides)  # adds the overrides to `given`
     said, shipped = {key for key, _ in leaves(given)}, file.parent == RECIPES
@@ -581,6 +603,7 @@ def find_recipe(path: str | Path) -> Path:
 
 def parse_recipe(values: dict[str, Any], where: str, overrides: list[str] | None = None) -> Recipe:
     """Validate plain values (from YAML or from a checkpoint's card) after applying `a.b=v` overrides."""
+    said = {override.partition("=")[0].strip() for override in overrides or []}
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -599,9 +622,10 @@ def parse_recipe(values: dict[str, Any], where: str, overrides: list[str] | None
             raise VugenError(f"--set {override:.80}: the value is not YAML; put text in quotes") from error
         if (
             key.strip() == "decoder.preset"
-        ):  # replaces the sizes that the file gives; later overrides may follow
+        ):  # replaces the sizes that the file gives, not those of other overrides
             for size in PRESETS["nano"]:
-                section.pop(size, None)
+                if f"decoder.{size}" not in said:
+                    section.pop(size, None)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -127,7 +127,7 @@ def recipe_from_card(
 
     stored = card.recipe
     own = {**stored, stage: {**stored.get(stage, {}), **(training or {})}}
-    values = load_recipe(recipe).model_dump() if recipe else own
+    values = own if recipe is None else load_recipe(recipe).model_dump()
     fixed = {key: stored[key] for key in (*kept, "vlm", "latents", "vlm_size") if key in stored}
     given = _overrides(stage, steps, batch_size, overrides, log)
     unchanged = parse_recipe({**values, **fixed}, str(reducer))
@@ -232,11 +232,15 @@ def _overrides(
 
 def on_vlm(vlm: str | None, recipe: "Recipe") -> "Recipe":
     """A recipe with the VLM of the command line, if that names one: as it is typed, not as YAML reads it."""
-    return recipe.model_copy(update={"vlm": vlm}) if vlm else recipe
+    if vlm is not None and not vlm.strip():
+        raise VugenError("--vlm is empty: give nano, a Hugging Face directory or a hub id")
+    return recipe if vlm is None else recipe.model_copy(update={"vlm": vlm})
 
 
 def require_safetensors(out: Path) -> None:
-    """Refuse an output name that would not say what the file is."""
+    """Refuse an output name that would not say what the file is, or that a folder has."""
+    if out.is_dir():
+        raise VugenError(f"--out {out} is a folder: give the name of a file")
     if out.suffix != ".safetensors":
         raise VugenError(
             f"--out {out}: checkpoints are safetensors files; give a name that ends in .safetensors"

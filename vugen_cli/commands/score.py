@@ -104,6 +104,8 @@ def score(
 
     if reference and not (pair_metrics or set(metrics) - {"is"}):
         raise VugenError("--reference: the Inception Score is of the images alone; leave it out.")
+    if not metrics and features != ["inception"]:
+        raise VugenError("--features: pairs are compared by their pixels and LPIPS; leave it out.")
     where = join(pick_device(device))
     ours = open_image_set(pick_images(images), count)
     theirs = _reference(ours, reference, count) if pair_metrics or metrics != ["is"] else None
@@ -188,6 +190,10 @@ def prompts(
         raise VugenError("no metric was asked for: `vugen score prompts --help` lists them.")
     if detector and not geneval:
         raise VugenError("--detector is for --geneval: ask for that, or leave it out.")
+    if vlm and not (vqa_score or dpg_bench or geneval2):
+        raise VugenError(
+            "--vlm answers --vqa-score, --dpg-bench and --geneval2: ask for one, or leave it out."
+        )
     if clip and not (clip_score or geneval):
         raise VugenError("--clip is for --clip-score and --geneval: ask for one, or leave it out.")
     from vugen_cli.engine.device import pick_device

@@ -104,4 +104,4 @@ def train_reducer(
         typer.echo(f'wrote {out}; next: vugen sample "a prompt" --sampler SAMPLER --decoder {out}')
     else:
         typer.echo(f"wrote {out}; next: vugen train-sampler --reducer {out}")
-    return Trained(out=str(out), run=str(out.with_suffix(".run")), steps=resolved.train_reducer.steps)
+    return Trained(out=str(out), run=str(out.with_suffix(".run")), steps=read_card(out).step)

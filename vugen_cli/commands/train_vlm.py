@@ -46,7 +46,7 @@ def train_vlm(
     \b
     Examples:
       vugen train-vlm --data data/openmoji --out nano-vlm
-      vugen train-vlm --data data/mine --out my-vlm --steps 2000 --set nano_vlm.width=384
+      vugen train-vlm --data data/mine --out my-vlm --set nano_vlm.width=384 --set nano_vlm.vision_steps=1000
       vugen train-vlm --init nano --data data/openmoji --out better --steps 4000
     """
     from vugen_cli.commands.answers import Trained
@@ -60,6 +60,8 @@ def train_vlm(
     options = RunOptions(profile, change_recipe)
     scores = nano.train_vlm(resolved, data, out, join(pick_device(device)), options, init)
     typer.echo(f"wrote {out}")
+    if init is None and resolved.nano_vlm.vision_steps >= resolved.train_vlm.steps:
+        typer.echo(f"its language side is untrained (nano_vlm.vision_steps): go on with --init {out}")
     for name, value in scores.items():
         typer.echo(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
     return Trained(out=str(out), run=f"{out}.run", steps=resolved.train_vlm.steps, scores=scores)
