@@ -5,7 +5,6 @@
 
 import typing
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def _row(parameter: Any, kind: Any) -> str:
     else:
         names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
     meaning = " ".join((parameter.help or "").split()).replace("|", "\\|")
-    default = getattr(parameter.default, "value", parameter.default)
+    default = parameter.default
     if isinstance(default, (int, float, str, Path)) and not isinstance(default, bool):
         meaning += f" [default: {default}]"
     elif isinstance(shown := getattr(parameter, "show_default", None), str):
@@ -67,11 +66,11 @@ def _row(parameter: Any, kind: Any) -> str:
 
 def _value(kind: Any) -> str:
     """What an option of this type takes; nothing for a switch."""
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
     inner = [k for k in typing.get_args(kind) if k is not type(None)]
     if inner:  # Optional or list
         return _value(inner[0])
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return ", ".join(f"`{member.value}`" for member in kind)
     return {int: "integer", float: "number", str: "text", Path: "path"}.get(kind, "")
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_prepare_sources import jpeg, put, tar_of
 
-from vugen_cli.commands.prepare import Dataset, open_source
+from vugen_cli.commands.prepare import open_source
 from vugen_cli.data.edits import open_edits
 from vugen_cli.data.loader import ShardedImages, TrainingStream, batches
 from vugen_cli.data.manifest import read_skipped
@@ -59,7 +59,7 @@ def test_a_table_of_paths_may_have_several_sources_and_instructions(tmp_path: Pa
         {"source": "p/0.jpg", "target": "p/1.jpg", "instruction": "make it red"},
         {"input": ["p/2.jpg", "p/4.jpg"], "output": "p/3.jpg", "edit": ["add a hat", "put a hat on"]},
     ]))})  # fmt: skip
-    assert said(open_source(Dataset.edits, tmp_path / "pairs.jsonl", "train", 64, None, 0)) == TWO
+    assert said(open_source("edits", tmp_path / "pairs.jsonl", "train", 64, None, 0)) == TWO
     assert said(open_edits(tmp_path)) == TWO
     put(tmp_path, {"one/p/0.jpg": jpeg(0), "one/p/1.jpg": jpeg(1)})
     put(tmp_path, {"one/pairs.csv": "source,target,instruction\np/0.jpg,p/1.jpg,make it red\n"})

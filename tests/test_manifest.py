@@ -16,7 +16,6 @@ from vugen_cli.data.manifest import (
     Manifest,
     Shard,
     Split,
-    dataset_card,
     read_manifest,
     write_manifest,
 )
@@ -89,9 +88,10 @@ def test_workers_are_sent_little(tmp_path: Path) -> None:
 
 def test_cards_tell_data_sets_of_equal_counts_apart(scenes: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(scenes, tmp_path / "copy"))
-    first = dataset_card(scenes)
-    assert dataset_card(copy) == first.model_copy(update={"path": str(copy)})
-    other = dataset_card(write_other(tmp_path / "other"))
+    first = read_manifest(scenes).card(scenes)
+    assert read_manifest(copy).card(copy) == first.model_copy(update={"path": str(copy)})
+    moved = write_other(tmp_path / "other")
+    other = read_manifest(moved).card(moved)
     assert other.sha256 != first.sha256
     assert other == first.model_copy(update={"path": other.path, "sha256": other.sha256})
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vugen_cli.commands.prepare import Dataset, Split, prepare
+from vugen_cli.commands.prepare import prepare
 from vugen_cli.data import writer
 from vugen_cli.data.manifest import Manifest, Skipped, read_manifest, read_skipped
 from vugen_cli.data.sample import Sample
@@ -454,21 +454,21 @@ def test_bad_numbers(tmp_path, bad):
 
 def test_openmoji_through_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    prepare(Dataset.openmoji, count=12, workers=1, shard_size=5)
-    prepare(Dataset.openmoji, count=4, workers=1, split=Split.val)
+    prepare("openmoji", count=12, workers=1, shard_size=5)
+    prepare("openmoji", count=4, workers=1, split="val")
     assert "12 images of 64 px in 3 shards" in capsys.readouterr().out
     manifest = json.loads(Path("data/openmoji/dataset.json").read_text())
     assert manifest["size"] == 64 and manifest["splits"]["val"]["count"] == 4
     assert all("png" in members for members in samples_of(Path("data/openmoji")).values())
     with pytest.raises(VugenError, match="leave --source out"):
-        prepare(Dataset.openmoji, source=tmp_path)
-    prepare(Dataset.openmoji, count=6, workers=1, pairs=1.0, out=Path("pairs"))
+        prepare("openmoji", source=tmp_path)
+    prepare("openmoji", count=6, workers=1, pairs=1.0, out=Path("pairs"))
     scenes = [json.loads(members["json"])["scene"] for members in samples_of(Path("pairs")).values()]
     assert {scene["kind"] for scene in scenes} == {"pair"}
     with pytest.raises(VugenError, match="--pairs and --counts go with"):
-        prepare(Dataset.folder, source=tmp_path, pairs=0.5)
+        prepare("folder", source=tmp_path, pairs=0.5)
     with pytest.raises(VugenError, match="--counts 0.2 and --pairs 0.9 are more than all scenes"):
-        prepare(Dataset.openmoji, pairs=0.9, counts=0.2, out=Path("none"))
+        prepare("openmoji", pairs=0.9, counts=0.2, out=Path("none"))
     assert not Path("none").exists()
 
 
@@ -480,5 +480,5 @@ def test_ctrl_c_through_the_command(monkeypatch, tmp_path):
 
     monkeypatch.setattr(writer, "write_dataset", interrupt)
     with pytest.raises(typer.Exit) as caught:
-        prepare(Dataset.openmoji, out=tmp_path)
+        prepare("openmoji", out=tmp_path)
     assert caught.value.exit_code == 130

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vugen_cli.commands.prepare import Dataset, open_source, prepare
+from vugen_cli.commands.prepare import open_source, prepare
 from vugen_cli.data import hf, shards
 from vugen_cli.data.captions import CaptionedImages
 from vugen_cli.data.coco import CocoCaptions
@@ -210,8 +210,8 @@ def test_a_tar_cut_after_it_was_listed_costs_only_what_is_lost(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "variable", "words"),
     [
-        (Dataset.imagenet, "IMAGENET_DIR", r"ILSVRC2012_img_train\.tar.*\$IMAGENET_DIR"),
-        (Dataset.coco, "COCO_DIR", r"annotations_trainval2017\.zip.*\$COCO_DIR"),
+        ("imagenet", "IMAGENET_DIR", r"ILSVRC2012_img_train\.tar.*\$IMAGENET_DIR"),
+        ("coco", "COCO_DIR", r"annotations_trainval2017\.zip.*\$COCO_DIR"),
     ],
 )
 def test_without_a_source_it_says_what_to_get(monkeypatch, tmp_path, dataset, variable, words):
@@ -223,7 +223,7 @@ def test_without_a_source_it_says_what_to_get(monkeypatch, tmp_path, dataset, va
         open_source(dataset, None, "train", 64, None, 0)
 
 
-@pytest.mark.parametrize("dataset", [Dataset.folder, Dataset.captions, Dataset.webdataset, Dataset.hf])
+@pytest.mark.parametrize("dataset", ["folder", "captions", "webdataset", "hf"])
 def test_sources_that_must_be_named_and_exist(tmp_path, dataset):
     with pytest.raises(VugenError, match="needs --source"):
         open_source(dataset, None, "train", 64, None, 0)
@@ -668,7 +668,7 @@ def test_resharding_into_the_source_is_refused(tmp_path):
     put(tmp_path, {"train-000000.tar": tar_of({"x.jpg": jpeg(), "x.txt": b"x"})})
     before = (tmp_path / "train-000000.tar").read_bytes()
     with pytest.raises(VugenError, match="another --out"):
-        prepare(Dataset.webdataset, source=tmp_path, out=tmp_path, workers=1)
+        prepare("webdataset", source=tmp_path, out=tmp_path, workers=1)
     assert (tmp_path / "train-000000.tar").read_bytes() == before
 
 

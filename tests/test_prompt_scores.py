@@ -22,7 +22,15 @@ from vugen_cli.metrics.clip_score import clip_scores, seed_variance
 from vugen_cli.metrics.detectors import Found, _instances, load_detector
 from vugen_cli.metrics.dpg_bench import Item, Question, count_answers, dpg_bench_scores, read_dpg_bench
 from vugen_cli.metrics.encoders import load_clip
-from vugen_cli.metrics.geneval import color_namer, failure, geneval_scores, keep_objects, read_geneval, sides
+from vugen_cli.metrics.geneval import (
+    Asked,
+    color_namer,
+    failure,
+    geneval_scores,
+    keep_objects,
+    read_geneval,
+    sides,
+)
 from vugen_cli.metrics.geneval2 import answers_of, geneval2_scores, read_geneval2
 from vugen_cli.metrics.image_sets import open_image_set
 from vugen_cli.metrics.prompt_scores import score_prompts
@@ -609,7 +617,9 @@ CASES = [  # task, what is detected, colours by class, why it fails
 
 @pytest.mark.parametrize(("task", "detected", "colors", "reason"), CASES)
 def test_genevals_six_tasks(task, detected, colors, reason):
-    said = failure(ASKED[task], keep_objects(detected, task), lambda _, name: colors[name])
+    said = failure(
+        Asked(tag=task, prompt="x", **ASKED[task]), keep_objects(detected, task), lambda _, name: colors[name]
+    )
     if reason is None:
         assert said is None
     else:
@@ -685,10 +695,10 @@ def test_geneval_is_the_mean_over_its_tasks(tmp_path, clip, monkeypatch):
     ("line", "problem"),
     [
         ({"tag": "colour"}, "tag 'colour' is none of single_object"),
-        ({"prompt": ""}, "no prompt"),
-        ({"include": []}, "include is no list"),
-        ({"include": [{"count": 1}]}, "has no class"),
-        ({"include": [{"class": "dog"}]}, "dog has no count"),
+        ({"prompt": ""}, "prompt: String should match"),
+        ({"include": []}, "include: List should have at least 1 item"),
+        ({"include": [{"count": 1}]}, "include.0.class: Field required"),
+        ({"include": [{"class": "dog"}]}, "include.0.count: Field required"),
         ({"include": [{"class": "dog", "count": 1, "color": "mauve"}]}, "'mauve' is none of its colors"),
         ({"include": [{"class": "dog", "count": 1, "position": ["left of", 0]}]}, "position"),
     ],

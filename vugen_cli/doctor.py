@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,9 @@ from vugen_cli.files import bundle, user_cache
 from vugen_cli.hub import hub_problem
 from vugen_cli.metrics.report import Record
 from vugen_cli.version import __version__
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 State = Literal["good", "advice", "bad"]
 HUB_SECONDS = 4.0
@@ -116,14 +119,10 @@ def checks(device: str | None) -> dict[str, Callable[[], Found]]:
 
 def _packages() -> Found:
     """What the package says it needs, against what is installed."""
-    from packaging.requirements import Requirement
-
-    try:
-        lines = importlib.metadata.requires("vugen-cli") or []
-    except importlib.metadata.PackageNotFoundError:
+    needed = [each for each in requirements() if "extra ==" not in str(each.marker)]
+    if not needed:
         yield "advice", "vugen-cli runs from a folder that is not installed", "pip install -e ."
         return
-    needed = [Requirement(line) for line in lines if "extra ==" not in line]
     installed = versions_of([each.name for each in needed])
     wrong = [each for each in needed if not each.specifier.contains(installed[each.name], prereleases=True)]
     for each in wrong:
@@ -294,13 +293,9 @@ def _lpips() -> Found:
 
 def _extras() -> Found:
     """Optional packages, from what the package says of itself."""
-    from packaging.requirements import Requirement
-
-    try:
-        about = importlib.metadata.metadata("vugen-cli")
-    except importlib.metadata.PackageNotFoundError:
+    if not (needed := requirements()):
         return
-    needed = [Requirement(line) for line in about.get_all("Requires-Dist") or []]
+    about = importlib.metadata.metadata("vugen-cli")
     here, missing = list[str](), list[str]()
     for extra in about.get_all("Provides-Extra") or []:
         names = [each.name for each in needed if each.marker and each.marker.evaluate({"extra": extra})]
@@ -358,6 +353,15 @@ def within(seconds: float, ask: Callable[[], str]) -> str:
     return answers[0] if answers else f"no answer in {seconds:.0f} s"
 
 
+def requirements() -> list["Requirement"]:
+    """What the package says it needs, with its extras; nothing where it is not installed."""
+    from packaging.requirements import Requirement
+
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return [Requirement(line) for line in importlib.metadata.requires("vugen-cli") or []]
+    return []
+
+
 def versions_of(names: list[str]) -> dict[str, str]:
     """The installed versions of packages; empty for those that are missing."""
     found = {}
@@ -371,18 +375,10 @@ def versions_of(names: list[str]) -> dict[str, str]:
 
 def about_system() -> dict[str, str]:
     """Platform, packages and settings, for a bug report."""
-    from packaging.requirements import Requirement
-
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        lines = importlib.metadata.requires("vugen-cli") or []
-        packages = versions_of([Requirement(line).name for line in lines])
-        settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
-        return {
-            "platform": platform.platform(),
-            **{name: version for name, version in packages.items() if version},
-            **settings,
-        }
-    return {"platform": platform.platform()}
+    packages = versions_of([each.name for each in requirements()])
+    installed = {name: version for name, version in packages.items() if version}
+    settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
+    return {"platform": platform.platform(), **installed, **settings}
 
 
 def without_names(text: str) -> str:

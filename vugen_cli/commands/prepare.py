@@ -1,10 +1,9 @@
 """`vugen prepare`: turn images and captions into shards."""
 
 from collections import Counter
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,25 +16,10 @@ if TYPE_CHECKING:
     from vugen_cli.data.sample import Source
 
 
-class Dataset(StrEnum):
-    """What `--source` holds."""
-
-    openmoji = "openmoji"
-    imagenet = "imagenet"
-    coco = "coco"
-    folder = "folder"
-    captions = "captions"
-    webdataset = "webdataset"
-    edits = "edits"
-    openmoji_edits = "openmoji-edits"
-    hf = "hf"
-
-
-class Split(StrEnum):
-    """Which part of the data set to prepare."""
-
-    train = "train"
-    val = "val"
+Dataset = Literal[
+    "openmoji", "imagenet", "coco", "folder", "captions", "webdataset", "edits", "openmoji-edits", "hf"
+]
+DRAWN = ("openmoji", "openmoji-edits")
 
 
 SourceOption = Annotated[
@@ -96,7 +80,7 @@ def prepare(
     dataset: Annotated[Dataset | None, typer.Option(help="What kind of data to prepare.")] = None,
     source: SourceOption = None,
     out: OutOption = None,
-    split: Annotated[Split, typer.Option(help="Which split to prepare.")] = Split.train,
+    split: Annotated[Literal["train", "val"], typer.Option(help="Which split to prepare.")] = "train",
     size: SizeOption = None,
     shapes: ShapesOption = None,
     count: CountOption = None,
@@ -144,9 +128,9 @@ def prepare(
         raise VugenError("give --dataset (images to prepare) or --latents (a checkpoint), one of the two")
     if latents is None and (data or flip is not None or vlm or device):
         raise VugenError("--data, --flip, --vlm and --device go with --latents")
-    if (pairs is not None or counts is not None) and dataset is not Dataset.openmoji:
+    if (pairs is not None or counts is not None) and dataset != "openmoji":
         raise VugenError("--pairs and --counts go with --dataset openmoji")
-    laid = split is not Split.train or seed or shard_size != SHARD_SIZE
+    laid = split != "train" or seed or shard_size != SHARD_SIZE
     if dataset is None and (source or count or strict or size or shapes is not None or laid):
         raise VugenError(
             "--source, --split, --size, --shapes, --count, --shard-size, --seed and --strict go with "
@@ -157,15 +141,15 @@ def prepare(
     assert dataset is not None
     if shapes is not None:
         check_shapes(dataset, size)
-    out = out or Path("data") / dataset.value
-    size = size or (64 if dataset in (Dataset.openmoji, Dataset.openmoji_edits) else 256)
-    opened = partial(open_source, dataset, source, split.value, size, count, seed, pairs, counts)
-    return prepare_images(opened, out, split.value, size, shapes, shard_size, workers, seed, count, strict)
+    out = out or Path("data") / dataset
+    size = size or (64 if dataset in DRAWN else 256)
+    opened = partial(open_source, dataset, source, split, size, count, seed, pairs, counts)
+    return prepare_images(opened, out, split, size, shapes, shard_size, workers, seed, count, strict)
 
 
 def check_shapes(dataset: Dataset, size: int | None) -> None:
     """Refuse what does not go with `--shapes`."""
-    if size or dataset in (Dataset.openmoji, Dataset.openmoji_edits):
+    if size or dataset in DRAWN:
         raise VugenError("--shapes goes without --size, and with pictures of your own: drawn ones are square")
 
 
@@ -267,7 +251,7 @@ def open_source(
         VugenError: nothing there, or not in a layout that is known.
     """
 
-    if dataset is Dataset.openmoji:
+    if dataset == "openmoji":
         from vugen_cli.nano.scenes import PAIRS, OpenMojiScenes
 
         if source is not None:
@@ -277,35 +261,35 @@ def open_source(
         if counts is not None and counts > 1 - pairs:
             raise VugenError(f"--counts {counts:g} and --pairs {pairs:g} are more than all scenes together")
         return OpenMojiScenes(count, split, size, seed, pairs, counts)
-    if dataset is Dataset.openmoji_edits:
+    if dataset == "openmoji-edits":
         from vugen_cli.nano.edits import OpenMojiEdits
 
         if source is not None:
             raise VugenError("--dataset openmoji-edits draws its own pictures: leave --source out")
         return OpenMojiEdits(count or {"train": 40_000, "val": 2_000}[split], split, size, seed)
-    if dataset is Dataset.imagenet:
+    if dataset == "imagenet":
         from vugen_cli.data.imagenet import ImageNet, find_imagenet
 
         return ImageNet(find_imagenet(source), split)
-    if dataset is Dataset.coco:
+    if dataset == "coco":
         from vugen_cli.data.coco import CocoCaptions, find_coco
 
         return CocoCaptions(find_coco(source), split)
     if source is None:
-        raise VugenError(f"--dataset {dataset.value} needs --source: where the data is")
-    if dataset is Dataset.folder:
+        raise VugenError(f"--dataset {dataset} needs --source: where the data is")
+    if dataset == "folder":
         from vugen_cli.data.folder import ImageFolder
 
         return ImageFolder(source, split)
-    if dataset is Dataset.captions:
+    if dataset == "captions":
         from vugen_cli.data.captions import CaptionedImages
 
         return CaptionedImages(source, split)
-    if dataset is Dataset.webdataset:
+    if dataset == "webdataset":
         from vugen_cli.data.shards import WebDatasetShards
 
         return WebDatasetShards(source, split)
-    if dataset is Dataset.edits:
+    if dataset == "edits":
         from vugen_cli.data.edits import open_edits
 
         return open_edits(source, split)

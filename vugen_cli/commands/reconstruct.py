@@ -76,9 +76,9 @@ def reconstruct(
 
 def scenes_judge(images: Path) -> "OfReconstructions | None":
     """What judges reconstructions of prepared OpenMoji scenes; None for other images."""
-    from vugen_cli.data.manifest import dataset_card
+    from vugen_cli.data.manifest import read_manifest
 
-    if not (images / "dataset.json").is_file() or dataset_card(images).dataset != "openmoji":
+    if not (images / "dataset.json").is_file() or read_manifest(images).dataset != "openmoji":
         return None
     from vugen_cli.nano.judges import reconstruction_judge
 

@@ -1,9 +1,8 @@
 """`vugen sample`."""
 
 import gc
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,20 +11,6 @@ from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption
 if TYPE_CHECKING:
     from vugen_cli.data.shapes import Shape
     from vugen_cli.sampling.sampler import Sampler
-
-
-class SolverName(StrEnum):
-    """ODE solvers; see flow.py."""
-
-    euler = "euler"
-    heun = "heun"
-    midpoint = "midpoint"
-
-
-class Bits(StrEnum):
-    """What weights are kept in while drawing."""
-
-    int8 = "int8"
 
 
 PromptsArgument = Annotated[
@@ -73,8 +58,11 @@ SizeOption = Annotated[
     str | None,
     typer.Option(help="WIDTHxHEIGHT in pixels, as 48x80. [default: the square that the checkpoint draws]"),
 ]
+SolverOption = Annotated[
+    Literal["euler", "heun", "midpoint"] | None, typer.Option(help="ODE solver. [default: the checkpoint's]")
+]
 QuantizeOption = Annotated[
-    Bits | None,
+    Literal["int8"] | None,
     typer.Option(help="Keep the weights of expert and VLM in 8 bits: less memory, other pictures."),
 ]
 
@@ -92,7 +80,7 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="ODE steps. [default: the checkpoint's]")] = None,
     guidance: GuidanceOption = None,
     image_guidance: ImageGuidanceOption = None,
-    solver: Annotated[SolverName | None, typer.Option(help="ODE solver. [default: the checkpoint's]")] = None,
+    solver: SolverOption = None,
     seed: SeedOption = 0,
     size: SizeOption = None,
     allow_vlm_mismatch: AllowMismatchOption = False,
@@ -146,9 +134,7 @@ def sample(
         say_if_new(loaded, shape, bool(image))
     pictures = tuple(open_picture(path, picture_shape(loaded.card, shape)) for path in image or [])
     asked = [Prompt(text, pictures) for text in texts]
-    folder = draw(
-        loaded, asked, n, out, seed, steps, guidance, solver.value if solver else None, image_guidance, shape
-    )
+    folder = draw(loaded, asked, n, out, seed, steps, guidance, solver, image_guidance, shape)
     typer.echo(f"wrote {len(texts) * n} pictures, grid.png and samples.jsonl to {folder}/")
     return Drawn(out=str(folder), images=read_samples(folder), unknown_words=unknown) if is_first() else None
 

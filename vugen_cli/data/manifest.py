@@ -214,11 +214,6 @@ def _shard(found: dict[str, Any]) -> Any:
     return Shard(**found) if found.keys() - {"shape"} == SHARD_KEYS else found
 
 
-def dataset_card(path: str | Path) -> DataCard:
-    """What checkpoints remember of a data set: where it is and what it holds. See `card.DataCard`."""
-    return read_manifest(path).card(path)
-
-
 def write_manifest(out: Path, manifest: Manifest) -> None:
     """Write `dataset.json`, whole or not at all."""
     write_json(out / "dataset.json", manifest.plain())

@@ -86,7 +86,7 @@ class MixedImages(ShardedImages):
 
     def card(self) -> DataCard:
         """As of one set, with the first one's path for scores to compare with, and `mixture`."""
-        cards = [images.manifest.card(images.directory) for images in self.parts]
+        cards = [images.card() for images in self.parts]
         hashes = [card.sha256 for card in cards]
         return DataCard(
             path=cards[0].path,

@@ -8,14 +8,8 @@ RESAMPLES = 1000
 SEED = 2020
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = SEED) -> tuple[float, float]:
-    """95% percentile interval of the mean of values [n] over 1000 resamplings of the images.
-
-    What else a value hangs on (the other set, the balls around its images) stays as it was given.
-    """
-    rng = np.random.default_rng(seed)
-    values = np.asarray(values, dtype=np.float64)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
+def interval(means: np.ndarray) -> tuple[float, float]:
+    """95% percentile interval of the means of some resamplings, from `resampled_means`."""
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
@@ -27,15 +21,17 @@ def by_prompt(prompts: list[str], values: Sequence[float]) -> tuple[np.ndarray, 
     return np.bincount(index, values), np.bincount(index)
 
 
-def resampled_means(totals: np.ndarray, counts: np.ndarray, seed: int = SEED) -> np.ndarray:
-    """The mean of all values in each of 1000 resamplings of the prompts [R].
+def resampled_means(totals: np.ndarray, counts: np.ndarray | None = None, seed: int = SEED) -> np.ndarray:
+    """The mean of all values in each of 1000 resamplings of the images or prompts [R].
 
-    Images of one prompt are no independent draws, so prompts are drawn, each with all its images.
+    Images of one prompt are no independent draws, so prompts are drawn, each with all its images. What else a
+    value hangs on (the other set, the balls around its images) stays as it was given.
 
     Args:
-        totals, counts: of each prompt [P], the sum and the number of its values.
+        totals, counts: of each prompt [P], the sum and the number of its values; None: one value each.
         seed: of the resamplings.
     """
+    counts = np.ones(len(totals)) if counts is None else counts
     rng = np.random.default_rng(seed)
     means = np.empty(RESAMPLES)
     for r in range(RESAMPLES):

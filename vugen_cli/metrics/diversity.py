@@ -96,7 +96,7 @@ def score_diversity(
                 f"{metric}_{extractor.name}",
                 f"{name} of one prompt's images, {extractor.name} features{beside}",
                 float(values.mean()),
-                resampled_means(values, np.ones(len(values))),
+                resampled_means(values),
                 parameters={
                     "features": extractor.label,
                     **extractor.identity,

@@ -8,8 +8,6 @@ import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.bootstrap import by_prompt, resampled_means
 from vugen_cli.metrics.prompted_images import Prompted, PromptedImages, score_of
@@ -189,7 +187,7 @@ def dpg_bench_scores(
         "dpg_bench",
         f"DPG-Bench, judged by {judge.name}",
         100 * float(means.mean()),
-        100 * resampled_means(means, np.ones(len(means))),
+        100 * resampled_means(means),
         parameters=parameters,
         warning=" ".join(warnings),
     )

@@ -7,13 +7,13 @@ Ghosh et al. (2023), "GenEval: An Object-Focused Framework for Evaluating Text-t
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
 
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import read_jsonl
 from vugen_cli.metrics.bootstrap import SEED, by_prompt, resampled_means
 from vugen_cli.metrics.detectors import Detector, Found
@@ -48,20 +48,37 @@ SPELLINGS = {
     "remote": "tv remote",
 }
 
-# An object that a prompt asks for: `position` is its side of the object at that place of the list.
-Clause = TypedDict(
-    "Clause",
-    {"class": str, "count": int, "color": NotRequired[str], "position": NotRequired[tuple[str, int]]},
-)
+
+class Clause(BaseModel):
+    """An object that a prompt asks for; `position` is its side of the object at that place of the list."""
+
+    name: str = Field(alias="class")
+    count: PositiveInt
+    color: str | None = None
+    position: tuple[str, int] | None = None
 
 
-class Asked(TypedDict):
+class Asked(BaseModel):
     """A line of `evaluation_metadata.jsonl`: what one prompt asks for."""
 
     tag: str
-    prompt: str
-    include: list[Clause]
-    exclude: NotRequired[list[Clause]]
+    prompt: str = Field(pattern=r"\S")
+    include: list[Clause] = Field(min_length=1)
+    exclude: list[Clause] = []
+
+    @model_validator(mode="after")
+    def _is_of_the_benchmark(self) -> "Asked":
+        if self.tag not in TASKS:
+            raise ValueError(f"tag {self.tag!r} is none of {', '.join(TASKS)}")
+        for place, clause in enumerate([*self.include, *self.exclude]):
+            if clause.color not in (None, *COLORS):
+                raise ValueError(f"{clause.color!r} is none of its colors")
+            side, other = clause.position or (POSITIONS[0], -1)
+            if clause.position and (side not in POSITIONS or other not in range(place)):
+                raise ValueError(
+                    f"position {clause.position} is not a side and the place of an earlier object"
+                )
+        return self
 
 
 Objects = dict[str, list[Found]]
@@ -81,42 +98,17 @@ def read_geneval(path: Path) -> dict[str, Asked]:
         )
     asked = {}
     for number, row in enumerate(read_jsonl(path), start=1):
-        if problem := _problem(row):
+        try:
+            line = Asked.model_validate(row)
+        except ValidationError as error:
             raise VugenError(
-                f"{path} object {number} is not as GenEval's evaluation_metadata.jsonl has them: {problem}."
-            )
-        asked[" ".join(row["prompt"].split())] = cast(Asked, row)
+                f"{path} object {number} is not as GenEval's evaluation_metadata.jsonl has them: "
+                f"{first_line(error)}."
+            ) from error
+        asked[" ".join(line.prompt.split())] = line
     if not asked:
         raise VugenError(f"{path} is empty: give GenEval's prompts/evaluation_metadata.jsonl.")
     return asked
-
-
-def _problem(row: dict[str, Any]) -> str | None:
-    """What is wrong with a line, or None."""
-    if row.get("tag") not in TASKS:
-        return f"tag {row.get('tag')!r} is none of {', '.join(TASKS)}"
-    if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        return "it has no prompt"
-    include, exclude = row.get("include"), row.get("exclude", [])
-    if not isinstance(include, list) or not include or not isinstance(exclude, list):
-        return "include is no list of objects"
-    for place, clause in enumerate([*include, *exclude]):
-        if not isinstance(clause, dict) or not isinstance(clause.get("class"), str):
-            return "an object has no class"
-        if not isinstance(clause.get("count"), int) or clause["count"] < 1:
-            return f"{clause['class']} has no count"
-        if clause.get("color", COLORS[0]) not in COLORS:
-            return f"{clause['color']!r} is none of its colors"
-        if "position" in clause:
-            position = clause["position"]
-            if not (
-                isinstance(position, list)
-                and len(position) == 2
-                and position[0] in POSITIONS
-                and position[1] in range(place)
-            ):
-                return f"position {position!r} is not a side and the place of an earlier object"
-    return None
 
 
 def keep_objects(found: Sequence[Found], tag: str) -> Objects:
@@ -164,16 +156,16 @@ def failure(asked: Asked, objects: Objects, colors: Colors) -> str | None:
     """
     reasons: list[str] = []
     groups: list[list[Found] | None] = []  # what was found for each clause, None if it fails
-    for clause in asked["include"]:
-        name, count = clause["class"], clause["count"]
+    for clause in asked.include:
+        name, count = clause.name, clause.count
         found = objects.get(name, [])[:count]
         reason = None
         if len(found) < count:
             reason = f"expected {name}>={count}, found {len(found)}"
-        elif "color" in clause and (seen := colors(found, name)).count(clause["color"]) < count:
-            reason = f"expected {clause['color']} {name}>={count}, found {', '.join(seen)}"
-        elif "position" in clause:
-            side, target = clause["position"]
+        elif clause.color and (seen := colors(found, name)).count(clause.color) < count:
+            reason = f"expected {clause.color} {name}>={count}, found {', '.join(seen)}"
+        elif clause.position:
+            side, target = clause.position
             others = groups[target]
             if others is None:
                 reason = f"no target for {name} to be {side}"
@@ -183,8 +175,8 @@ def failure(asked: Asked, objects: Objects, colors: Colors) -> str | None:
         groups.append(found if reason is None else None)
         if reason:
             reasons.append(reason)
-    for clause in asked.get("exclude", []):
-        name, count = clause["class"], clause["count"]
+    for clause in asked.exclude:
+        name, count = clause.name, clause.count
         if (n := len(objects.get(name, []))) >= count:
             reasons.append(f"expected {name}<{count}, found {n}")
     return "; ".join(reasons) or None
@@ -231,10 +223,10 @@ def check_geneval(asked: dict[str, Asked], pairs: PromptedImages, path: Path, de
     pairs.refuse_others(asked, path, str(path.with_name("generation_prompts.txt")))
     known = {SPELLINGS.get(label, label) for label in detector.labels}
     for prompt in pairs.prompts.values():
-        for clause in (*asked[prompt]["include"], *asked[prompt].get("exclude", [])):
-            if clause["class"] not in known:
+        for clause in (*asked[prompt].include, *asked[prompt].exclude):
+            if clause.name not in known:
                 raise VugenError(
-                    f"--detector {detector.name} knows no {clause['class']}, which {path} asks for: give one "
+                    f"--detector {detector.name} knows no {clause.name}, which {path} asks for: give one "
                     "that was trained on COCO."
                 )
 
@@ -267,16 +259,16 @@ def geneval_scores(
     def find_fault(batch: list[Prompted]) -> list[str | None]:
         rows = [(asked[prompt], image) for _, prompt, image in batch]
         return [
-            failure(row, keep_objects(detector.find(image), row["tag"]), partial(name_colors, image))
+            failure(row, keep_objects(detector.find(image), row.tag), partial(name_colors, image))
             for row, image in rows
         ]
 
     for name, prompt, reason in pairs.judged(find_fault, "GenEval"):
         row = asked[prompt]
-        prompts.setdefault(row["tag"], []).append(prompt)
-        correct.setdefault(row["tag"], []).append(float(reason is None))
+        prompts.setdefault(row.tag, []).append(prompt)
+        correct.setdefault(row.tag, []).append(float(reason is None))
         if reason:
-            failures.append({"image": name, "tag": row["tag"], "reason": reason})
+            failures.append({"image": name, "tag": row.tag, "reason": reason})
     tasks, shares, resampled = [], [], []
     for place, task in enumerate(task for task in TASKS if task in correct):
         totals, counts = by_prompt(prompts[task], correct[task])

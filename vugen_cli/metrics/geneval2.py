@@ -132,7 +132,7 @@ def _overall(
         f"geneval2_{key}",
         f"GenEval 2 Soft-TIFA {name}",
         100 * float(means.mean()),
-        100 * resampled_means(means, np.ones(len(means))),
+        100 * resampled_means(means),
         parameters={
             **judge.describe(),
             "question": "{question}" + WORDS,

@@ -82,12 +82,6 @@ def kernel_distance(
     )
 
 
-def mmd2(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy of [k, d] and [k, d] under (x·y / d + 1)³, in float64."""
-    of_x, of_y = _parts(x, y)
-    return float(of_x.mean() + of_y.mean())
-
-
 def _parts(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each image's part in the distance, [k] twice: its kernel with its own set less that with the other."""
     x, y = x.astype(np.float64), y.astype(np.float64)

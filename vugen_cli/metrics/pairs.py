@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vugen_cli.errors import VugenError
-from vugen_cli.metrics.bootstrap import RESAMPLES, SEED, bootstrap_interval
+from vugen_cli.metrics.bootstrap import RESAMPLES, SEED, interval, resampled_means
 from vugen_cli.metrics.features import full_float32
 from vugen_cli.metrics.image_sets import ImageSet, Read
 from vugen_cli.metrics.report import Report, Score, versions
@@ -144,7 +144,7 @@ def _mean_of_pairs(metric: str, values: np.ndarray) -> Score:
         metric=metric,
         name={"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS (VGG16)"}[metric],
         value=float(finite.mean()) if len(finite) else None,  # JSON has no infinity
-        interval=bootstrap_interval(finite) if len(finite) > 1 else None,
+        interval=interval(resampled_means(finite)) if len(finite) > 1 else None,
         interval_method="bootstrap of the pairs",
         parameters={"pairs": len(values), "resamples": RESAMPLES, "seed": SEED},
         warning=f"{same} of {len(values)} pairs are equal: their infinite PSNR is left out."

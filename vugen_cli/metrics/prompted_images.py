@@ -12,7 +12,7 @@ import torch
 from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError
 from vugen_cli.files import read_jsonl
-from vugen_cli.metrics.bootstrap import RESAMPLES, SEED
+from vugen_cli.metrics.bootstrap import RESAMPLES, SEED, interval
 from vugen_cli.metrics.features import full_float32
 from vugen_cli.metrics.image_sets import ImageSet, is_image
 from vugen_cli.metrics.report import PromptsRecord, Score
@@ -214,8 +214,7 @@ def score_of(
     """
     score = Score(metric=metric, name=name, value=value, parameters=parameters, warning=warning)
     if resampled is not None and value is not None and np.ptp(resampled) > 0:
-        low, high = np.quantile(resampled, (0.025, 0.975))
-        score.interval = float(low), float(high)
+        score.interval = interval(resampled)
         score.interval_method = "bootstrap of the prompts, each with all its images"
         score.parameters = {**parameters, "resamples": RESAMPLES, "seed": SEED}
     return score

@@ -9,7 +9,7 @@ import torch
 
 from vugen_cli.errors import TooFewImages, VugenError
 from vugen_cli.metrics import inception_score, kid, mjhq, prdc
-from vugen_cli.metrics.bootstrap import RESAMPLES, SEED, bootstrap_interval
+from vugen_cli.metrics.bootstrap import RESAMPLES, SEED, interval, resampled_means
 from vugen_cli.metrics.encoders import load_extractor
 from vugen_cli.metrics.features import Extractor, extract
 from vugen_cli.metrics.frechet import (
@@ -464,7 +464,7 @@ def _means(k: int, **values: np.ndarray) -> list[Score]:
             metric=name,
             name=name,
             value=float(each.mean(dtype=np.float64)),
-            interval=bootstrap_interval(each),
+            interval=interval(resampled_means(each)),
             interval_method="bootstrap of the images counted, the other set's manifold fixed",
             parameters={"k": k, "resamples": RESAMPLES, "seed": SEED},
             warning=None,

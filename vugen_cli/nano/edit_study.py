@@ -251,7 +251,7 @@ def _shares(
                     f"{'change made' if what == 'changed' else 'rest kept'}, {kind}, by {judge} "
                     f"(source as it is: {source.mean():.1f}, real target: {real.mean():.1f})",
                     float(ours.mean()),
-                    resampled_means(ours, np.ones(len(rows))),
+                    resampled_means(ours),
                     parameters={
                         **about,
                         "judge": judge,
@@ -289,6 +289,6 @@ def _pixels_kept(
         "edits_pixels_outside",
         f"levels of 255 moved outside the change (real target, decoded: {floor.mean():.1f})",
         float(moved.mean()),
-        resampled_means(moved, np.ones(len(moved))),
+        resampled_means(moved),
         parameters={**about, "edits": len(moved), "real_target_decoded": float(floor.mean())},
     )

@@ -74,7 +74,7 @@ def shares(
                         f"{name}_{who}_{group}_{what}",
                         f"{what} right {SAID[who]}, {spoken} (real scenes: {best.mean():.1f})",
                         float(right.mean()) if len(right) else None,
-                        resampled_means(right, np.ones(len(right))) if len(right) else None,
+                        resampled_means(right) if len(right) else None,
                         parameters={
                             **parameters,
                             "judge": who,

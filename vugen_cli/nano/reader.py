@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vugen_cli.checkpoint import save_tensors
+from vugen_cli.checkpoint import load_tensors, save_tensors
 from vugen_cli.errors import VugenError
 from vugen_cli.files import bundle
 from vugen_cli.nano.vocabulary import COLORS, NUMBERS, SETTING_NAMES, SUBJECT_NAMES, Scene
@@ -142,16 +142,13 @@ def load_reader(path: str | Path) -> SceneReader:
     Raises:
         VugenError: there is no such file, or it holds something else.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file = bundle(f"judge-{path}.safetensors") if path in JUDGES else Path(path)
     if not file.is_file():
         raise VugenError(f"no judge at {file}: make one with `vugen train-judge`")
     reader = SceneReader()
     try:
-        reader.load_state_dict({name: weight.float() for name, weight in load_file(file).items()})
-    except (SafetensorError, RuntimeError) as error:
+        reader.load_state_dict({name: weight.float() for name, weight in load_tensors(file).items()})
+    except (VugenError, RuntimeError) as error:
         raise VugenError(f"{file} is no judge of this version: make one with `vugen train-judge`") from error
     return reader.eval()
 

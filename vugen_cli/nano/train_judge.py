@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vugen_cli.data.loader import Batch, ShardedImages, held_out_images, training_batches
-from vugen_cli.data.manifest import dataset_card
 from vugen_cli.engine.loop import train
 from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.errors import VugenError
@@ -192,7 +191,7 @@ def train_judge(
     stream = training_batches(images, recipe, recipe.train_judge.batch_size, flip=False)
     resolved = {
         "recipe": recipe.model_dump(mode="json", include={"seed", "train_judge"}),
-        "data": dataset_card(data).model_dump(mode="json"),
+        "data": images.card().model_dump(mode="json"),
         "reducer": reducer.name if reducer else "",
         "init": init or "",
     }

@@ -25,7 +25,6 @@ from torch.nn import functional
 
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.loader import Batch, ShardedImages, held_out_images, training_batches
-from vugen_cli.data.manifest import dataset_card
 from vugen_cli.engine.distributed import weight_of
 from vugen_cli.engine.loop import train
 from vugen_cli.engine.stage import RunOptions, Stage
@@ -205,7 +204,7 @@ def train_vlm(
     stream = training_batches(images, recipe, recipe.train_vlm.batch_size, flip=False)
     resolved = begun | {
         "recipe": recipe.model_dump(mode="json", include={"seed", "nano_vlm", "train_vlm"}),
-        "data": dataset_card(data).model_dump(mode="json"),
+        "data": images.card().model_dump(mode="json"),
     }
     stage = Stage("vlm", training, training.loss, preview, resolved, partial=True)
     train(stage, stream, recipe.train_vlm, recipe, run, device, options)

@@ -25,7 +25,6 @@ from vugen_cli.data.manifest import (
     Manifest,
     Record,
     Skipped,
-    dataset_card,
     read_manifest,
     write_manifest,
     write_skipped,
@@ -149,7 +148,7 @@ def write_latents(
         "format": source.format if source.shapes else FORMAT,
         **source.model_dump(include={"dataset", "size", "licence", "classes"}),
         **({"shapes": source.shapes} if source.shapes else {}),
-        "data": dataset_card(data).model_dump(mode="json"),
+        "data": source.card(data).model_dump(mode="json"),
         "latents": {
             **latent_facts(autoencoder, frozen, frozen.recipe, card),
             "dtype": "float16",

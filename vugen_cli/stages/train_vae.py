@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from vugen_cli.data.loader import Batch, ShardedImages, held_out_images, stored_images, training_batches
-from vugen_cli.data.manifest import dataset_card
 from vugen_cli.engine.loop import train
 from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.errors import VugenError
@@ -113,7 +112,7 @@ def train_vae(
     resolved = {
         "recipe": recipe.model_dump(mode="json", include={"seed", "data", "vae", "train_vae"}),
         **({"vlm": vlm.card().model_dump(mode="json")} if vlm else {}),
-        "data": dataset_card(data).model_dump(mode="json"),
+        "data": images.card().model_dump(mode="json"),
     }
     settings = recipe.train_vae
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip)

@@ -96,7 +96,7 @@ class FakeNetworks:
 
     def reducer_cost(self) -> Cost:
         """A step of stage 1."""
-        pictures = self._picture_losses(self.recipe.decoder.losses)
+        pictures = self.picture_losses(self.recipe.decoder.losses)
 
         def step(count: int) -> Tensor:
             images = self.images(count)
@@ -201,7 +201,7 @@ class FakeNetworks:
         module.train()
         return cost(step, module, in_bfloat16(settings), self.gpu)
 
-    def _picture_losses(self, weights: PictureLosses) -> dict[str, tuple[float, PictureLoss]]:
+    def picture_losses(self, weights: PictureLosses) -> dict[str, tuple[float, PictureLoss]]:
         """As `stages.losses.picture_losses`, without LPIPS's weights and without trying the processor."""
         losses: dict[str, tuple[float, PictureLoss]] = {}
         if weights.perceptual:

@@ -252,10 +252,13 @@ def stages(recipe: Recipe, networks: FakeNetworks, sources: int = 0, edits: floa
     vlm, expert = networks.vlm.model, networks.expert
     vae = [networks.vae.model] if networks.vae else []
     if is_vae_to_train(recipe):
+        pictures = networks.picture_losses(recipe.vae.losses)
+        sees = "perceptual" in pictures
         with torch.device("meta"):
-            training = VAETraining(recipe.vae)
+            training = VAETraining(recipe.vae, pictures, networks.vlm if sees else None)
         training = faked(training)
-        yield Work("train-vae", recipe.train_vae, training, None, [], networks.vae_cost(training))
+        cost = networks.vae_cost(training)
+        yield Work("train-vae", recipe.train_vae, training, vlm if sees else None, [], cost)
     if recipe.reducer.kind != "vae":
         cost = networks.reducer_cost()
         yield Work("train-reducer", recipe.train_reducer, networks.autoencoder, vlm, vae, cost)

@@ -1,16 +1,14 @@
 """A VLM from its config alone, on the `meta` device: its layers and sizes without one of its weights."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from vugen_cli.errors import VugenError, first_line
-from vugen_cli.files import bundle
-from vugen_cli.hub import CONFIGS, PREFIX, downloaded, may_be_id, reach_hub
+from vugen_cli.hub import CONFIGS, may_be_id, reach_hub
 from vugen_cli.recipe import Recipe
-from vugen_cli.vlm.frozen import FrozenVLM
+from vugen_cli.vlm.frozen import FrozenVLM, local_path
 
 
 def configured_vlm(name: str, recipe: Recipe) -> FrozenVLM:
@@ -27,10 +25,7 @@ def configured_vlm(name: str, recipe: Recipe) -> FrozenVLM:
     Raises:
         VugenError: there is no such config, the hub cannot be reached, or it is of no vision-language model.
     """
-    if name.startswith(PREFIX):
-        path = downloaded(name, "the VLM", CONFIGS)
-    else:
-        path = bundle("vlm") if name == "nano" else Path(name)
+    path = local_path(name, CONFIGS)
     if not path.exists() and not may_be_id(name):
         raise VugenError(
             f"no VLM at {path}: give a Hugging Face directory, its config.json, a hub id (owner/name) or "

@@ -20,7 +20,7 @@ from vugen_cli.checkpoint import combined_digest, weight_digests
 from vugen_cli.data.shapes import Shape
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import bundle
-from vugen_cli.hub import PREFIX, downloaded, may_be_id, reach_hub
+from vugen_cli.hub import FILES, PREFIX, downloaded, may_be_id, reach_hub
 from vugen_cli.recipe import Layers, Recipe, parse_recipe
 from vugen_cli.vlm.latents import (
     Tap,
@@ -471,14 +471,15 @@ def load_model(
     return model.to(device or "cpu"), processor
 
 
-def local_path(name: str) -> Path:
-    """Where a VLM is, or would be: the bundled one, what `hf:owner/name[@revision]` is downloaded to, a path.
+def local_path(name: str, files: tuple[str, ...] = FILES) -> Path:
+    """Where a VLM is, or would be: the bundled one, what `hf:owner/name[@revision]` is downloaded to (some of
+    its files), a path.
 
     Raises:
         VugenError: it cannot be had from the hub.
     """
     if name.startswith(PREFIX):
-        return downloaded(name, "the VLM")
+        return downloaded(name, "the VLM", files)
     return bundle("vlm") if name == "nano" else Path(name)
 
 
