@@ -1,6 +1,6 @@
 #!/bin/sh
 # The bundled model from nothing: the scenes, the small VLM, the latent space and its decoder, the sampler, the judges.
-# About sixteen hours on two CPU cores; the numbers are in recipes/nano.yaml and below.
+# About twenty hours on two CPU cores; the numbers are in recipes/nano.yaml and below.
 #
 #     sh runs/nano.sh             # everything, into out/nano
 #     VLM=nano sh runs/nano.sh    # with the VLM that ships
@@ -55,14 +55,14 @@ vugen prepare --latents reducer.safetensors --data data/openmoji-edits --out lat
 # Stage 2: the velocity field in z̃, of texts and of edits, whose pictures the expert reads as z̃.
 
 SCENES="{path: latents, weight: 0.2}, {path: latents-pairs, weight: 0.45}, {path: latents-edits, weight: 0.35}"
-train sampler sampler.safetensors --reducer reducer.safetensors --steps 72000 --set "data.mixture=[$SCENES]" \
+train sampler sampler.safetensors --reducer reducer.safetensors --steps 95000 --set "data.mixture=[$SCENES]" \
     --set expert.adaptive_norms=true --set expert.reference=only --set train_sampler.cooldown=0.9
 
 # -----------------------------------------------------------------------------
 # The decoder, further. It needs the reducer only: on a second machine it can run beside stage 2.
 
-train reducer decoder.safetensors --reducer reducer.safetensors --steps 4000 --batch-size 64 \
-    --set decoder.losses.gradient=0.1
+train reducer decoder.safetensors --reducer reducer.safetensors --steps 7800 --batch-size 64 \
+    --set decoder.losses.gradient=2 --set decoder.shift=8
 
 # -----------------------------------------------------------------------------
 # The judges: scenes of their own, that nothing else learns from; the lenient one looks at reconstructions too.
