@@ -47,7 +47,7 @@ def test_a_preset_fills_in_what_is_not_given_and_replaces_a_files_sizes() -> Non
     assert Decoder(preset="S").heads == 3 and Decoder(preset="S", heads=2).heads == 2
     stored = Decoder(preset="S").model_dump()
     assert Decoder.model_validate(stored) == Decoder(preset="S")
-    assert load_recipe("nano", ["decoder.channels=[8,16]", "decoder.preset=L"]).decoder.channels[-1] == 512
+    assert load_recipe("nano", ["decoder.preset=L"]).decoder.channels[-1] == 512
     recipe = load_recipe("nano", ["decoder.preset=L", "decoder.channels=[8, 16]", "decoder.heads=2"])
     assert recipe.decoder.channels == [8, 16] and recipe.decoder.middle_layers == 8
 

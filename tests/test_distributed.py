@@ -107,7 +107,7 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
         [*score, "--fid", "--kid", "--pr", "--images", tar, "--reference", str(scenes), "--out", "sets.json"],
         [*cached, "--images", tar, "--reference", str(scenes), "--out", "first.json"],
         [*cached, "--images", tar, "--reference", str(scenes), "--out", "cached.json"],
-        [*score, "--psnr", "--images", tar, "--reference", other, "--out", "pairs.json"],
+        ["score", "--psnr", "--images", tar, "--reference", other, "--out", "pairs.json"],
         ["score", "prompts", "--vqa-score", "--images", tar, "--vlm", "nano", "--count", "9",
          "--out", "prompts.json"],
         ["study", "diversity", *vlm, "--images", "samples", "--out", "diversity.json"],

@@ -393,7 +393,7 @@ def test_an_expert_reads_reference_latents_alone_as_in_a_batch(
             torch.testing.assert_close(together[i:], expert(x[i:], t[i:], parts), atol=1e-5, rtol=1e-5)
         kinds = by_pictures(prompts)
         assert kinds == [[1], [0, 2, 3]]
-        apart = velocity_of(expert, kinds, [read([prompts[i] for i in rows]) for rows in kinds], x, t)
+        apart = velocity_of(expert, kinds, [read([prompts[i] for i in rows]) for rows in kinds], x, t, [])
         torch.testing.assert_close(apart, together, atol=1e-5, rtol=1e-5)
         prefix = read(prompts)
         assert prefix.references is not None

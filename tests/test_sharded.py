@@ -316,7 +316,7 @@ def test_a_mesh_for_another_number_of_processes_is_refused(mesh: tuple[int, int]
 
 
 def test_a_mesh_without_fsdp_is_refused() -> None:
-    with pytest.raises(VugenError, match="engine.mesh shares out weights: set engine.strategy=fsdp"):
+    with pytest.raises(VugenError, match="engine.mesh is for shares of weights: set engine.strategy=fsdp"):
         load_recipe(None, ["engine.mesh=[2,2]"])
 
 
