@@ -102,13 +102,14 @@ def score(
     from vugen_cli.metrics.samples import pick_images
     from vugen_cli.metrics.scores import compare_over
 
-    if reference and not (pair_metrics or set(metrics) - {"is"}):
+    compared = bool(pair_metrics) or metrics != ["is"]
+    if reference and not compared:
         raise VugenError("--reference: the Inception Score is of the images alone; leave it out.")
     if not metrics and features != ["inception"]:
         raise VugenError("--features: pairs are compared by their pixels and LPIPS; leave it out.")
     where = join(pick_device(device))
     ours = open_image_set(pick_images(images), count)
-    theirs = _reference(ours, reference, count) if pair_metrics or metrics != ["is"] else None
+    theirs = _reference(ours, reference, count) if compared else None
     reports = []
     if pair_metrics and theirs:  # first: sets that do not pair up show at once
         reports.append(score_pairs(ours, theirs, pair_metrics, device=where))

@@ -61,9 +61,11 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             a side below `MIN_SIDE`, or an aspect ratio above `MAX_ASPECT`. The message is short enough for a
             list.
     """
-    if is_jpeg(data) and data.count(b"\xff\xda") > MAX_SCANS:
+    if not is_jpeg(data):
+        return _decode_with_pillow(data, max_pixels)
+    if data.count(b"\xff\xda") > MAX_SCANS:
         raise ValueError(f"a JPEG of more than {MAX_SCANS} scans")
-    pixels = _decode_plain_jpeg(data, max_pixels) if is_jpeg(data) else None
+    pixels = _decode_plain_jpeg(data, max_pixels)
     return _decode_with_pillow(data, max_pixels) if pixels is None else pixels
 
 

@@ -91,8 +91,9 @@ def extract(
     missing = broadcast([name for name in wanted if name not in found])
     if missing:
         found |= _extract(images, extractor, missing, batch_size or extractor.batch_size, role)
-        for name in files.keys() & (set() if images.unsure else missing):
-            _write_cached(files[name], name, found[name], images)
+        if not images.unsure:
+            for name in files.keys() & missing:
+                _write_cached(files[name], name, found[name], images)
     else:  # only the first has read the cache
         images.count, images.left_out = broadcast((images.count, images.left_out))
     return found, images.describe().model_copy(update={"cached": not missing})

@@ -130,10 +130,9 @@ class _Body:
         headers = Headers(scope=scope)
         self._receive, self.whole, self._bytes = receive, False, 0
         self._uploads = scope["path"] == "/v1/images/edits"
-        most = (
-            0 if OPEN.fullmatch(scope["path"]) else MAX_BODY
-        )  # the open ones take none, and ask nobody's token
-        self._limit = MAX_UPLOAD + MAX_BODY if self._uploads else most
+        self._limit = MAX_UPLOAD + MAX_BODY if self._uploads else MAX_BODY
+        if OPEN.fullmatch(scope["path"]):
+            self._limit = 0  # they ask for no token, and take no body
         self._announced = headers.get("content-length", "0")
         self._asks_first = "100-continue" in headers.get("expect", "").lower()
         self._until = time.monotonic() + BODY_SECONDS
