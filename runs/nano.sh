@@ -52,11 +52,16 @@ vugen prepare --latents reducer.safetensors --data data/pairs --out latents-pair
 vugen prepare --latents reducer.safetensors --data data/openmoji-edits --out latents-edits
 
 # -----------------------------------------------------------------------------
-# Stage 2: the velocity field in z̃, of texts and of edits, whose pictures the expert reads as z̃.
+# Stage 2: the velocity field in z̃, of texts and of edits, whose pictures the expert reads as z̃. Between its two parts
+# a short one, of two subjects at times near the noise: who stands on the left, which nothing teaches by the way.
 
 SCENES="{path: latents, weight: 0.2}, {path: latents-pairs, weight: 0.45}, {path: latents-edits, weight: 0.35}"
-train sampler sampler.safetensors --reducer reducer.safetensors --steps 95000 --set "data.mixture=[$SCENES]" \
+train sampler sampler-1.safetensors --reducer reducer.safetensors --steps 60000 --set "data.mixture=[$SCENES]" \
     --set expert.adaptive_norms=true --set expert.reference=only --set train_sampler.cooldown=0.9
+train sampler sampler-2.safetensors --init sampler-1.safetensors --data latents-pairs --steps 400 --batch-size 128 \
+    --set flow.shift=6 --set train_sampler.opposites=2 --set train_sampler.ema=0.98 --set train_sampler.cooldown=0.2
+train sampler sampler.safetensors --init sampler-2.safetensors --steps 35000 --set "data.mixture=[$SCENES]" \
+    --set flow.shift=1 --set train_sampler.opposites=1 --set train_sampler.ema=0.999 --set train_sampler.cooldown=0.9
 
 # -----------------------------------------------------------------------------
 # The decoder, further. It needs the reducer only: on a second machine it can run beside stage 2.

@@ -73,7 +73,8 @@ def commands(scenes: Path, vlm_path: Path) -> list[list[str]]:
     small = ["--data", str(scenes), "--steps", "6", "--batch-size", "8"]
     sizes = [f"nano_vlm.{name}={value}" for name, value in {**TINY.model_dump(), "vision_steps": 2}.items()]
     wide = ["engine.strategy=fsdp", "engine.shard_vlm=true", "engine.recompute=true", "engine.accumulate=2"]
-    wide += ["engine.compile=true", "engine.offload=true", "train_sampler.repa=0.5"]
+    wide += ["engine.compile=true", "engine.offload=true"]
+    wide += ["train_sampler.repa=0.5", "train_sampler.opposites=1"]
     often, fsdp = "train_sampler.checkpoint_every=3", "engine.strategy=fsdp"
     half = ["engine.strategy=fsdp", "train_sampler.precision=bfloat16"]
     vlm = ["--features", f"vlm:{vlm_path}", "--batch-size", "8"]

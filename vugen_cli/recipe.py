@@ -378,6 +378,12 @@ class SamplerTraining(Training):
         description="1 - cosine between z and what half of the expert's layers tell of it (REPA), over the "
         "first 60% of the steps; reads images, not a latent cache",
     )
+    opposites: float = Field(
+        0.0,
+        ge=0,
+        description="by how much captions that say left, right, above or below should fit better than with "
+        "the opposite word: what binds subjects to their sides",
+    )
 
     @model_validator(mode="after")
     def _some_prompts_are_whole(self) -> "SamplerTraining":

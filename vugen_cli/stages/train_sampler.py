@@ -40,6 +40,7 @@ from vugen_cli.sampling.trained import load_autoencoder, load_expert, load_weigh
 from vugen_cli.seeds import random_rows
 from vugen_cli.stages.latent_cache import check_cache, check_size, latent_facts
 from vugen_cli.stages.losses import Alignment, misalignment
+from vugen_cli.stages.opposites import contrast, early, opposite
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 from vugen_cli.vlm.latents import resized
 from vugen_cli.vlm.prefix import Prefix
@@ -112,33 +113,7 @@ def train_sampler(
         expert.alignment = new_alignment(expert.width, vlm, images, recipe.seed)
     layers = engine_layers(expert, vlm, recipe, device)
 
-    def loss(batch: Batch, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        host = getattr(generator, "host", generator)
-        chances = random_rows(torch.rand, (len(batch.captions),), host)
-        prompts = prompts_of(batch, chances, settings, vlm.prompts)
-        multiple = ALIGNED if device.type == "cuda" else 1
-        read = partial(read_prompts, vlm, expert, autoencoder, multiple=multiple)
-        # Sharded, every process must go through the layers as often as the others; recomputed layers read
-        # what the last pass left in their norms.
-        once = shards(recipe.engine) or recipe.engine.recompute
-        kinds = [list(range(len(prompts)))] if once else by_pictures(prompts)
-        prefixes = [read([prompts[row] for row in rows]) for rows in kinds]
-        with torch.no_grad():
-            z = batch.images.float() if images.latents else autoencoder.z(vlm, batch.images)
-            target = z if images.latents else autoencoder.reducer(z)
-            if expert.alignment and recipe.reducer.kind == "vae":
-                z = vlm.encode(batch.images)  # the VLM's, not the VAE's
-        mark("frozen VLM")
-        t = draw_times(len(target), recipe.flow.time, shift, generator)
-        told: list[Tensor] = []
-        velocity = partial(velocity_of, expert, kinds, prefixes, told=told)
-        flow = flow_matching_loss(velocity, target, t, generator)
-        if not told:
-            return flow, {}
-        repa = misalignment(told[0], z)
-        weight = settings.repa if step < REPA_UNTIL * settings.steps else 0.0
-        return flow + weight * repa, {"flow": flow, "repa": repa}
-
+    loss = partial(sampler_loss, recipe=recipe, vlm=vlm, expert=expert, autoencoder=autoencoder)
     card = reducer_card.model_copy(
         update={
             "stage": "sampler",
@@ -184,6 +159,68 @@ def train_sampler(
     train(stage, stream, settings, recipe, run, device, options)
     save(out, settings.steps)
     return out
+
+
+def sampler_loss(
+    batch: Batch,
+    generator: torch.Generator,
+    step: int,
+    recipe: Recipe,
+    vlm: FrozenVLM,
+    expert: GenerationExpert | DiTExpert,
+    autoencoder: Autoencoder,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Flow matching of z̃ given prompts, and the recipe's other terms; the total, and each by name.
+
+    Args:
+        batch: images, or of a latent cache their z̃.
+        generator: draws what prompts leave out, times and noise.
+        step: of the run.
+        recipe: its weights; `flow.shift` is a number.
+        vlm, expert, autoencoder: the expert learns.
+    """
+    settings, cached = recipe.train_sampler, batch.images.is_floating_point()
+    host = getattr(generator, "host", generator)
+    chances = random_rows(torch.rand, (len(batch.captions),), host)
+    prompts = prompts_of(batch, chances, settings, vlm.prompts)
+    assert isinstance(recipe.flow.shift, float)
+    t = draw_times(len(prompts), recipe.flow.time, recipe.flow.shift, generator)
+    opposites = opposites_of(batch, prompts, t, vlm.prompts) if settings.opposites else {}
+    prompts += opposites.values()
+    multiple = ALIGNED if vlm.device.type == "cuda" else 1
+    read = partial(read_prompts, vlm, expert, autoencoder, multiple=multiple)
+    # Sharded, every process must go through the layers as often as the others; recomputed layers read what
+    # the last pass left in their norms.
+    once = shards(recipe.engine) or recipe.engine.recompute
+    kinds = [list(range(len(prompts)))] if once else by_pictures(prompts)
+    prefixes = [read([prompts[row] for row in rows]) for rows in kinds]
+    with torch.no_grad():
+        z = batch.images.float() if cached else autoencoder.z(vlm, batch.images)
+        target = z if cached else autoencoder.reducer(z)
+        if expert.alignment and recipe.reducer.kind == "vae":
+            z = vlm.encode(batch.images)  # the VLM's, not the VAE's
+    mark("frozen VLM")
+    told: list[Tensor] = []
+    values: dict[str, Tensor] = {}
+
+    def velocity(noised: Tensor, t: Tensor) -> Tensor:
+        if not opposites:
+            return velocity_of(expert, kinds, prefixes, noised, t, told)
+        rows = list(opposites)
+        both = torch.cat([noised, noised[rows]]), torch.cat([t, t[rows]])
+        v, opposed = velocity_of(expert, kinds, prefixes, *both, told).split([len(t), len(rows)])
+        true = (target - noised)[rows] / (1 - t[rows]).view(-1, 1, 1, 1)  # x - ε
+        values["opposites"] = contrast(v[rows], opposed, true).sum() / len(t)
+        return v
+
+    total = flow = flow_matching_loss(velocity, target, t, generator)
+    if told:
+        values["repa"] = misalignment(told[0][: len(t)], z)
+        total = total + (settings.repa if step < REPA_UNTIL * settings.steps else 0.0) * values["repa"]
+    if settings.opposites:
+        values.setdefault("opposites", flow.new_zeros(()))
+        total = total + settings.opposites * values["opposites"]
+    return total, {"flow": flow} | values if values else {}
 
 
 def checked_vlm(
@@ -370,6 +407,29 @@ def prompts_of(
         else:
             asked.append(cut_prompt(batch.captions[row], pictures, prompts))
     return asked
+
+
+def opposites_of(
+    batch: Batch, asked: Sequence[str | list[int] | Prompt], t: Tensor, prompts: Prompts
+) -> dict[int, str | list[int] | Prompt]:
+    """Prompts of the opposite captions, by the rows of the batch that have one and an early time.
+
+    Args:
+        batch: captioned.
+        asked: what it is trained on, from `prompts_of`; rows that were left without their text have none.
+        t: times of the rows.
+        prompts: cuts the text.
+    """
+    found: dict[int, str | list[int] | Prompt] = {}
+    for row in early(t):
+        prompt, other = asked[row], opposite(batch.captions[row])
+        if not other or not (prompt.text if isinstance(prompt, Prompt) else prompt):
+            continue
+        if isinstance(prompt, Prompt):
+            found[row] = cut_prompt(other, prompt.pictures, prompts)
+        else:
+            found[row] = prompts.caption_tokens(other.replace(PICTURE, "") if batch.sources else other)[0]
+    return found
 
 
 def cut_prompt(caption: str, pictures: tuple[Tensor, ...], prompts: Prompts) -> Prompt:
