@@ -14,6 +14,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /
 
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE constraints.txt ./
+COPY recipes recipes
 COPY vugen_cli vugen_cli
 RUN PIP_BREAK_SYSTEM_PACKAGES=1 python -m pip install --no-cache-dir -c "$CONSTRAINTS" ".$EXTRAS" && rm -rf /src/*
 

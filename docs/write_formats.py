@@ -134,6 +134,10 @@ def _value(kind: Any) -> str:
     parts = typing.get_args(kind)
     if isinstance(kind, types.UnionType):
         return " or ".join("null" if part is type(None) else _value(part) for part in parts)
+    if typing.get_origin(kind) is typing.Annotated:
+        return _value(parts[0])
+    if typing.get_origin(kind) is typing.Literal:
+        return "text"
     if typing.get_origin(kind) is list:
         return f"list: {_value(parts[0])}"
     if typing.get_origin(kind) is tuple:

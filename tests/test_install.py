@@ -22,7 +22,8 @@ def test_the_container_is_given_all_that_the_package_is_built_from() -> None:
     ]
     let_through = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
     assert sorted(copied) == sorted(let_through) and all((ROOT / name).exists() for name in copied)
-    built_from = {PROJECT["readme"], *PROJECT["license-files"], "pyproject.toml", "vugen_cli"}
+    links = {file.resolve().relative_to(ROOT).parts[0] for file in (ROOT / "vugen_cli").iterdir()}  # recipes
+    built_from = {PROJECT["readme"], *PROJECT["license-files"], "pyproject.toml", "recipes", *links}
     assert built_from <= set(copied)
 
 

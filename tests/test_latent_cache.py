@@ -160,6 +160,10 @@ def test_a_cache_is_refused_where_it_does_not_belong(
         train_sampler(with_flip(tiny_recipe), reducer, tmp_path / "plain", out, CPU)
     with pytest.raises(VugenError, match=r"prepared otherwise \(latents\)"):
         write_latents(reducer, scenes, cache, CPU, flip=False)
+    there = scenes.parent / "." / ".." / scenes.parent.name / scenes.name  # the same data, spelled otherwise
+    write_latents(reducer, there, tmp_path / "plain", CPU, flip=False)
+    told = vugen_here("prepare", "--latents", reducer, "--data", "https://host/set", cwd=tmp_path)
+    assert told.returncode == 1 and "latents are made of a data set on disk" in told.stderr
     manifest["splits"].pop("val")
     (other / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(VugenError, match="holds latents, made from another data set: choose another --out"):

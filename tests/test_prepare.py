@@ -20,7 +20,7 @@ from PIL import Image
 
 from vugen_cli.commands.prepare import prepare
 from vugen_cli.data import writer
-from vugen_cli.data.manifest import Manifest, Skipped, read_manifest, read_skipped
+from vugen_cli.data.manifest import Manifest, Plan, Skipped, read_manifest, read_skipped, this_tool
 from vugen_cli.data.sample import Sample
 from vugen_cli.data.shuffle import Shuffled
 from vugen_cli.data.writer import write_dataset
@@ -32,8 +32,8 @@ class Drawn:
 
     name, origin, licence, classes = "drawn", "nowhere", "CC0", ("even", "odd")
 
-    def __init__(self, count: int = 25, bad: int = 0, pause: float = 0.0):
-        self.count, self.bad, self.pause = count, bad, pause
+    def __init__(self, count: int = 25, bad: int = 0, pause: float = 0.0, turned: bool = False):
+        self.count, self.bad, self.pause, self.turned = count, bad, pause, turned
 
     def __len__(self) -> int:
         return self.count
@@ -42,7 +42,7 @@ class Drawn:
         time.sleep(self.pause)
         pixels = np.random.default_rng(index).integers(0, 256, (40, 50, 3), dtype=np.uint8)
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG")
+        Image.fromarray(pixels[::-1] if self.turned else pixels).save(file, "JPEG")
         broken = self.bad and index % self.bad == 0
         return Sample(
             key=f"picture {index}",
@@ -281,6 +281,32 @@ def test_a_finished_split_is_left_alone_and_lost_shards_come_back(tmp_path, caps
     assert write(tmp_path) == manifest
     assert "1 lost shards written again" in capsys.readouterr().err
     assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("shapes", [None, "16x16,20x16"])
+def test_a_shard_that_comes_back_otherwise_is_not_put_among_the_others(tmp_path, shapes):
+    write(tmp_path, shapes=shapes)
+    lost = min(path for path in tmp_path.glob("train-000001*.tar"))
+    lost.unlink()
+    before = files_of(tmp_path)
+    for _ in range(2):  # the second time it is not taken for what was lost
+        with pytest.raises(VugenError, match="gave other bytes than dataset.json notes"):
+            write(tmp_path, source=Drawn(turned=True), shapes=shapes)
+        assert files_of(tmp_path) == before
+
+
+def test_processes_of_a_job_prepare_the_same_or_say_so(tmp_path, monkeypatch):
+    source = Drawn()
+    plan = Plan(dataset="drawn", size=32, seed=0, shard_size=10, items=25, listing=writer._listing(source))
+    note = tmp_path / ".progress" / "train.json"
+    note.parent.mkdir()
+    note.write_text(plan.model_copy(update={"tool": this_tool()}).model_dump_json())
+    monkeypatch.setattr(writer, "is_first", lambda: False)
+    monkeypatch.setattr(writer, "barrier", lambda _: None)
+    for other, size in ((Drawn(24), 32), (source, 40)):
+        with pytest.raises(VugenError, match="the processes of this job do not prepare the same"):
+            write_dataset(other, tmp_path, size=size, shard_size=10)
+    assert not list(tmp_path.glob("*.tar"))
 
 
 def test_splits_share_a_folder_in_either_order(tmp_path):

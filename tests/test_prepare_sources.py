@@ -145,6 +145,10 @@ def test_flat_val_with_labels_beside_it(tmp_path):
             source = ImageNet(path, "val")
             assert [source[i].meta["wnid"] for i in range(2)] == [FISH, TENCH]
             beside.unlink()
+    # As Kaggle's archive unpacks.
+    kaggle = {f"ILSVRC/Data/CLS-LOC/val/{name}": data for name, data in flat.items()}
+    unpacked = put(tmp_path / "kaggle", {**kaggle, "LOC_val_solution.csv": solution})
+    assert len(ImageNet(unpacked, "val")) == 2
 
 
 @pytest.mark.parametrize(
@@ -304,6 +308,7 @@ def test_class_folders(tmp_path):
             "train/big_cat/1.jpg": jpeg(1),
             "train/big_cat/more/2.PNG": jpeg(2, "PNG"),
             "train/dog/1.webp": jpeg(3, "WEBP"),
+            "train/dog/2.jfif": jpeg(4),
         },
     )
     put(
@@ -316,7 +321,7 @@ def test_class_folders(tmp_path):
         },
     )
     source = ImageFolder(tmp_path)
-    assert list(content(source)) == ["big_cat/1.jpg", "big_cat/more/2.PNG", "dog/1.webp"]
+    assert list(content(source)) == ["big_cat/1.jpg", "big_cat/more/2.PNG", "dog/1.webp", "dog/2.jfif"]
     assert source[0].captions == ["big cat"] and source[0].meta == {"class": "big cat", "label": 0}
     assert list(content(ImageFolder(tmp_path, "val"))) == ["dog/9.jpg"]
     assert content(ImageFolder(tmp_path / "train")) == content(source)
@@ -446,7 +451,7 @@ def test_captions_are_utf_8_or_16_or_cost_their_sample(tmp_path):
         out = tmp_path / f"out{number}"
         assert write_dataset(source, out, size=16).splits["train"].count == 3
         (skipped,) = read_skipped(out, "train")
-        assert skipped.reason == "the caption is no UTF-8"
+        assert skipped.reason == "the caption is no UTF-8" and skipped.key in ("c.jpg", "0.tar/c")
 
 
 @pytest.mark.parametrize(
@@ -486,6 +491,10 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, path, kind):
     ("files", "words"),
     [
         ({"t.csv": "a,b\n1,2\n"}, "line 2: expected a column named path.*found a, b"),
+        ({"t.csv": "path,caption\nx.jpg,a\n,b\n"}, "line 3 names no image: remove the line"),
+        ({"t.jsonl": '{"path": null, "caption": "a"}'}, "line 1 names no image"),
+        ({"t.jsonl": '{"path": "x.jpg", "caption": 5}'}, "line 1: its caption is no text but 5"),
+        ({"train/1.jpg": b"", "train/1.txt": "a", "car/2.jpg": b""}, r"train/ beside car: rename it"),
         ({"t.csv": "path,caption\n"}, "no lines below"),
         ({"t.csv": "path,caption\nx.jpg\n"}, "line 2 ends before its caption"),
         ({"t.csv": "path,caption\nx.jpg,a dog, running\n"}, "line 2: more values than columns: quote a"),

@@ -25,6 +25,9 @@ RecipeOption = Annotated[
         "[default: that of the reducer or sampler to start from, else nano]"
     ),
 ]
+FirstRecipeOption = Annotated[
+    str | None, typer.Option(help="Recipe: a YAML file or the name of a shipped one. [default: nano]")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a recipe value, as in train_sampler.lr=1e-4. Repeatable."),

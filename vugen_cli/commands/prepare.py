@@ -1,5 +1,6 @@
 """`vugen prepare`: turn images and captions into shards."""
 
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -221,6 +222,10 @@ def prepare_latents(
     if data is None:
         refuse_address(known.path)
         data = Path(known.path)
+    elif re.match(r"[a-z][a-z0-9+.-]+:/", str(data)):
+        raise VugenError(
+            f"--data {data}: latents are made of a data set on disk; training reads addresses too"
+        )
     out = out or beside(data, "latents")
     with going_on(out):
         manifest = write_latents(checkpoint, data, out, pick_device(device), vlm, flip, workers or cores())

@@ -10,9 +10,9 @@ from vugen_cli.commands.options import (
     ChangeOption,
     DataOption,
     DeviceOption,
+    FirstRecipeOption,
     LogOption,
     ProfileOption,
-    RecipeOption,
     SetOption,
     StepImagesOption,
     StepsOption,
@@ -33,7 +33,7 @@ def train_judge(
     init: Annotated[
         str | None, typer.Option(help="A judge to start from: a file, or the bundled `strict` or `lenient`.")
     ] = None,
-    recipe: RecipeOption = None,
+    recipe: FirstRecipeOption = None,
     steps: StepsOption = None,
     batch_size: StepImagesOption = None,
     set_: SetOption = None,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vugen_cli.data.folder import image_paths, split_folder
+from vugen_cli.data.folder import image_paths, refuse_class, split_folder
 from vugen_cli.data.listing import Listing, by_first
 from vugen_cli.data.sample import Sample, decoded, texts_of
 from vugen_cli.errors import VugenError
@@ -52,6 +52,8 @@ class CaptionedImages:
                     f"{folder} has images with a .txt beside them and {tables[0].name} too: point --source "
                     f"at {tables[0]}, or move it elsewhere"
                 )
+            if any("/" not in name for name, _ in beside):
+                refuse_class(folder, path, split)
             if captioned:  # then those without are missing theirs: they are skipped, and listed
                 self.folder, self.rows = folder, beside
             elif len(tables) == 1:
@@ -82,7 +84,7 @@ class CaptionedImages:
         path = rows[0][0]
         file = self.folder / path
         if isinstance(rows[0][1], int):  # the size of the .txt beside the image
-            captions = decoded(_beside(file).read_bytes()).splitlines()
+            captions = decoded(_beside(file).read_bytes(), path).splitlines()
         else:
             captions = [caption for _, found in rows for caption in found]
         return Sample(key=path, image=file.read_bytes(), captions=captions)
@@ -152,7 +154,12 @@ def _row(table: Path, number: int, row: dict[str, Any]) -> tuple[str, list[str]]
     null = caption is None and column and table.suffix.lower() == ".jsonl"
     if path and column and caption is None and not null:
         raise VugenError(f"{table} line {number} ends before its {column}")
-    if not isinstance(path, str) or not path or not (null or isinstance(caption, str | list)):
+    for found, kind, what in ((path, str, "path"), (caption, str | list, "caption")):
+        if found and not isinstance(found, kind):
+            raise VugenError(f"{table} line {number}: its {what} is no text but {found!r}")
+    if path in ("", None) and set(PATH_COLUMNS) & row.keys() and column:
+        raise VugenError(f"{table} line {number} names no image: remove the line")
+    if not isinstance(path, str) or not (null or isinstance(caption, str | list)):
         raise VugenError(
             f"{table} line {number}: expected a column named {', '.join(PATH_COLUMNS[:4])} and one named "
             f"{', '.join(CAPTION_COLUMNS[:3])}; found {', '.join(row) or 'none'}"

@@ -203,7 +203,7 @@ class EditShards:
         if not sources or not target:
             raise OSError(0, f"no {'target' if sources else 'source'} picture in the sample", key)
         meta: Meta = {}
-        texts = decoded(read_at(shard, *text)).splitlines() if text else []
+        texts = decoded(read_at(shard, *text), key).splitlines() if text else []
         try:
             if facts:
                 meta = facts_of(read_at(shard, *facts))

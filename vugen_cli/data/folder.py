@@ -13,6 +13,8 @@ IMAGE_SUFFIXES = frozenset(
     (
         ".jpg",
         ".jpeg",
+        ".jpe",
+        ".jfif",
         ".png",
         ".webp",
         ".gif",
@@ -149,11 +151,8 @@ class ImageFolder:
                 f"{self.folder} has images both in class folders and beside them ({flat}): move those "
                 f"into a class folder or out"
             )
-        if flat and self.folder != Path(path) and (beside := _class_folders(Path(path))):
-            raise VugenError(
-                f"{path} has {self.folder.name}/ beside {', '.join(beside[:3])}: rename it if it is a class "
-                f"too, or point --source at {self.folder} if it is the {split} split"
-            )
+        if flat:
+            refuse_class(self.folder, Path(path), split)
         self.classes = sorted({name.replace("_", " ") for name in folders})
         self.labels = {name: label for label, name in enumerate(self.classes)}
         if flat and not any(map(_words, self.paths)):
@@ -177,11 +176,25 @@ class ImageFolder:
         )
 
 
-def _class_folders(path: Path) -> list[str]:
-    """Folders with images in them that are no split."""
+def refuse_class(folder: Path, path: Path, split: str) -> None:
+    """A flat folder that is named as a split may be a class (trains) beside others, which would be left out.
+
+    Args:
+        folder: from `split_folder`, with images right in it.
+        path: what was given.
+        split: the one asked for.
+
+    Raises:
+        VugenError: there are other folders with images beside it.
+    """
     splits = {name for names in SPLIT_NAMES.values() for name in names}
     folders = (entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return sorted(name for name in folders if name not in splits and any(image_paths(path, f"{name}/")))
+    beside = sorted(name for name in folders if name not in splits and any(image_paths(path, f"{name}/")))
+    if folder != path and beside:
+        raise VugenError(
+            f"{path} has {folder.name}/ beside {', '.join(beside[:3])}: rename it if it is a class "
+            f"too, or point --source at {folder} if it is the {split} split"
+        )
 
 
 def _words(file: str) -> str:

@@ -150,7 +150,7 @@ def _find(path: Path, split: str, files: list[str]) -> list[_Entry]:
         if (official := f"ILSVRC2012_img_{split}.tar") in names:
             return _in_tar(folder / official, split, files)
         if split == "val" and (flat := [name for name in names if name.startswith("ILSVRC2012_val_")]):
-            labels = _val_labels(folder)
+            labels = _val_labels(folder, path)
             files.append(str(folder))
             return [(name, _label_of(name, labels, folder), len(files) - 1, -1, -1) for name in flat]
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
@@ -195,7 +195,7 @@ def _in_tar(path: Path, split: str, files: list[str]) -> list[_Entry]:
         elif base.startswith("ILSVRC2012_val_"):
             flat.append((base, offset, size))
     if not entries and flat and split == "val":
-        labels = _val_labels(path.parent)
+        labels = _val_labels(path.parent, path.parent.parent)
         return [(name, _label_of(name, labels, path), number, offset, size) for name, offset, size in flat]
     if not entries:
         found = (
@@ -213,14 +213,20 @@ def _is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _val_labels(folder: Path) -> dict[str, str]:
-    """The classes of the flat val pictures: file name without its ending -> wnid."""
+def _val_labels(folder: Path, above: Path) -> dict[str, str]:
+    """The classes of the flat val pictures: file name without its ending -> wnid.
+
+    Args:
+        folder: of the pictures.
+        above: another that the list may lie in: Kaggle's lies in the folder that its archive was unpacked to.
+    """
     wnids = sorted(class_names())
-    for file in (folder / "LOC_val_solution.csv", folder.parent / "LOC_val_solution.csv"):
+    places = (folder, folder.parent, above)
+    for file in (place / "LOC_val_solution.csv" for place in places):
         if file.exists():
             rows = [line.split(",") for line in file.read_text(encoding="utf-8-sig").splitlines()[1:]]
             return {row[0]: row[1][:9] for row in rows if len(row) == 2}
-    for file in (folder / "val.txt", folder.parent / "val.txt"):
+    for file in (place / "val.txt" for place in places):
         if file.exists():
             try:
                 pairs = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines()]

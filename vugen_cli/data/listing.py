@@ -43,7 +43,7 @@ class Listing:
         digest, end = hashlib.sha256(), 0
         try:
             with suppress(OSError):  # a file system without locks
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(held, fcntl.LOCK_EX)  # at once, but for another's look at it
             with open(self.folder / "values", "wb") as file, open(self.folder / "ends", "wb") as ends:
                 for value in values:
                     line = json.dumps(value).encode() + b"\n"

@@ -82,17 +82,17 @@ def facts_of(data: bytes) -> Meta:
     return facts if isinstance(facts, dict) else {}
 
 
-def decoded(text: bytes) -> str:
+def decoded(text: bytes, key: str) -> str:
     """A text file's text: UTF-8, or UTF-16 that says so at its start.
 
     Raises:
-        ValueError: it is neither.
+        OSError: it is neither; names the key.
     """
     utf_16 = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return text.decode("utf-16" if utf_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError("the caption is no UTF-8") from error
+        raise OSError(0, "the caption is no UTF-8", key) from error
 
 
 def encodable(text: str) -> str:

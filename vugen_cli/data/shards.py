@@ -163,7 +163,7 @@ class WebDatasetShards:
         meta: Meta = {}
         captions: list[str] = []
         if places[2] >= 0:
-            captions = decoded(read_at(shard, *places[2:4])).splitlines()
+            captions = decoded(read_at(shard, *places[2:4]), key).splitlines()
         try:
             if places[4] >= 0:
                 meta = facts_of(read_at(shard, *places[4:6]))

@@ -15,6 +15,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tarfile
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def write_dataset(
     )
     job = _Job(source, out, split, size, cuts, shard_size, order, strict, [])
     if not is_first():
-        return _help(job, workers)
+        return _help(job, plan, workers)
     with held(out):
         manifest = read_written(out)
         job.labels = _labels(source, manifest)
@@ -194,10 +195,21 @@ def write_dataset(
     return manifest
 
 
-def _help(job: _Job, workers: int) -> Manifest:
-    """Write this process's share of a plan that the first process of the job has laid; its manifest."""
+def _help(job: _Job, plan: Plan, workers: int) -> Manifest:
+    """Write this process's share of a plan that the first process of the job has laid; its manifest.
+
+    Raises:
+        VugenError: the first process laid another: they do not see the same source, or were asked otherwise.
+    """
     barrier("planned")
-    if (job.out / ".progress" / f"{job.split}.json").exists():  # else the split was there already
+    note = job.out / ".progress" / f"{job.split}.json"
+    if note.exists():  # else the split was there already
+        laid = Plan.model_validate_json(note.read_bytes()).model_dump()
+        if different := _different(laid, plan, "for the first process", "here"):
+            raise VugenError(
+                f"the processes of this job do not prepare the same ({different}): they must be given one "
+                "--source and the same options"
+            )
         job.labels = _labels(job.source, read_written(job.out))
         _write_shards(job, workers)
     barrier("written")
@@ -252,16 +264,21 @@ def _of_all(manifest: Manifest) -> dict[str, object]:
     return {"dataset": manifest.dataset, "size": manifest.size, "shapes": shapes}
 
 
-def _check_plan(out: Path, found: Mapping[str, object], plan: Plan, what: str) -> None:
-    words = {"listing": "source files", "items": "--count or number of pictures"}
+def _different(found: Mapping[str, object], plan: Plan, theirs: str = "there", ours: str = "now") -> str:
+    """In what a plan differs from what was found, in words."""
+    words = {"listing": "source files", "items": "--count or number of pictures", "tool": "version"}
     different = []
     for key, value in plan.model_dump(exclude_unset=True).items():
         if key in found and found[key] != value:
             name = words.get(key, "--" + key.replace("_", "-"))
-            different.append(name if key == "listing" else f"{name} {found[key]} there, {value} now")
-    if different:
+            different.append(name if key == "listing" else f"{name} {found[key]} {theirs}, {value} {ours}")
+    return "; ".join(different)
+
+
+def _check_plan(out: Path, found: Mapping[str, object], plan: Plan, what: str) -> None:
+    if different := _different(found, plan):
         raise VugenError(
-            f"{out} holds a {what} prepared otherwise ({'; '.join(different)}): choose another --out, or "
+            f"{out} holds a {what} prepared otherwise ({different}): choose another --out, or "
             f"delete {out} to start over"
         )
 
@@ -330,6 +347,7 @@ def finished_shard(out: Path, note: Path) -> Record | None:
 
 def _forget_progress(out: Path, split: str) -> None:
     folder = out / ".progress"
+    shutil.rmtree(folder / "again", ignore_errors=True)  # of a repair that was killed
     # The plan's note goes last: killed in between, the rest is still known as ours.
     for note in [*folder.glob(f"{split}-*.json"), folder / f"{split}.json"]:
         note.unlink(missing_ok=True)
@@ -347,16 +365,22 @@ def _repair(job: _Job, plan: Plan, manifest: Manifest) -> Manifest:
             f"{first.key}: {first.reason} (--strict; the split in {job.out} was prepared without it)"
         )
     lost = 0
+    again = replace(job, out=job.out / ".progress" / "again")  # aside, until the bytes are known to be those
     for listed in entry.shards:
         path = job.out / listed.name
         if path.is_file() and path.stat().st_size == listed.bytes:
             continue
-        records = _write_shard(job, int(path.stem.removeprefix(f"{job.split}-").partition("-")[0]))
-        if listed.sha256 not in [record.sha256 for record in records]:
-            raise VugenError(
-                f"{path} was lost, and writing it again gave other bytes than dataset.json notes (changed "
-                f"pictures or libraries): delete {job.out} and prepare again"
-            )
+        try:
+            records = _write_shard(again, int(path.stem.removeprefix(f"{job.split}-").partition("-")[0]))
+            if listed.sha256 not in [record.sha256 for record in records]:
+                raise VugenError(
+                    f"{path} was lost, and writing it again gave other bytes than dataset.json notes "
+                    f"(changed pictures or libraries): delete {job.out} and prepare again"
+                )
+            for file in (index_path(path), path):
+                os.replace(again.out / file.name, file)
+        finally:
+            shutil.rmtree(again.out, ignore_errors=True)
         lost += 1
     did = f"{lost} lost shards written again" if lost else "nothing to do"
     print(f"{job.out} already holds this {job.split} split: {did}", file=sys.stderr)
