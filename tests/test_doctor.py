@@ -123,3 +123,11 @@ def test_a_folder_that_cannot_be_written_is_bad(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("os.access", lambda *_: False)
     check = found("disk", monkeypatch)
     assert check.state == "bad" and "--out" in check.do
+
+
+def test_an_extra_is_here_with_all_that_the_extras_of_its_packages_ask_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "versions_of", lambda names: {n: "" if n == "s3fs" else "1" for n in names})
+    here, missing = found("extras", monkeypatch).found.split("; not here")
+    assert "remote" not in here and missing.endswith(": remote") and "serve" in here

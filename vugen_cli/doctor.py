@@ -293,12 +293,14 @@ def _lpips() -> Found:
 
 def _extras() -> Found:
     """Optional packages, from what the package says of itself."""
-    if not (needed := requirements()):
+    if not requirements():
         return
     about = importlib.metadata.metadata("vugen-cli")
     here, missing = list[str](), list[str]()
     for extra in about.get_all("Provides-Extra") or []:
-        names = [each.name for each in needed if each.marker and each.marker.evaluate({"extra": extra})]
+        asked = _of_extra("vugen-cli", extra)
+        below = [each for one in asked for theirs in one.extras for each in _of_extra(one.name, theirs)]
+        names = [each.name for each in asked + below]  # of fsspec[s3] what its s3 needs too
         if extra not in ("dev", "docs"):
             (here if all(versions_of(names).values()) else missing).append(extra)
     lacking = f'; not here, and each is `pip install "vugen-cli[NAME]"`: {", ".join(missing)}'
@@ -353,13 +355,18 @@ def within(seconds: float, ask: Callable[[], str]) -> str:
     return answers[0] if answers else f"no answer in {seconds:.0f} s"
 
 
-def requirements() -> list["Requirement"]:
-    """What the package says it needs, with its extras; nothing where it is not installed."""
+def requirements(package: str = "vugen-cli") -> list["Requirement"]:
+    """What a package says it needs, with its extras; nothing where it is not installed."""
     from packaging.requirements import Requirement
 
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return [Requirement(line) for line in importlib.metadata.requires("vugen-cli") or []]
+        return [Requirement(line) for line in importlib.metadata.requires(package) or []]
     return []
+
+
+def _of_extra(package: str, extra: str) -> list["Requirement"]:
+    """What an extra of a package asks for."""
+    return [each for each in requirements(package) if each.marker and each.marker.evaluate({"extra": extra})]
 
 
 def versions_of(names: list[str]) -> dict[str, str]:
