@@ -8,6 +8,7 @@ from test_pictured import noise
 from test_training import changed, metrics
 
 from vugen_cli.data.loader import Batch
+from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe
 from vugen_cli.sampling.trained import load_sampler
 from vugen_cli.stages.opposites import EARLY, MARGIN, contrast, early, opposite
@@ -23,12 +24,13 @@ CPU = torch.device("cpu")
     [
         ("a bear to the left of a car", "a bear to the right of a car"),
         ("Above a tree, to the RIGHT", "below a tree, to the left"),
-        ("the left one is left of the right one", "the right one is right of the left one"),
-        ("a bright leftover next to a bear", None),
+        ("the left one, above a tree", "the right one, below a tree"),
+        ("a bear right next to what is left of a cake, in broad daylight", None),
+        ("trees on the left and on the right of a door", None),
         ("", None),
     ],
 )
-def test_words_that_have_an_opposite_are_exchanged(caption: str, other: str | None) -> None:
+def test_sides_are_exchanged_for_their_opposites(caption: str, other: str | None) -> None:
     assert opposite(caption) == other
     assert not other or opposite(other) == caption.lower()
 
@@ -54,18 +56,31 @@ def test_its_slope_leads_to_the_true_velocity_with_the_caption_and_away_from_it_
 
 def test_rows_have_an_opposite_whose_time_is_early_and_whose_text_was_kept(vlm: FrozenVLM) -> None:
     pictures = tuple(noise(1))
-    left, right = "a bear left of a car", "a bear right of a car"
+    left, right = "a bear to the left of a car", "a bear to the right of a car"
+    place = "put {image} on the left"
     tokens = vlm.prompts.tokens
-    captions = [left, left, "a bear", left, "put {image} left", "put {image} left"]
+    captions = [left, left, "a bear", left, place, place]
     asked = [tokens(left), tokens(left), tokens("a bear"), ""]
-    asked += [Prompt("put {image} left", pictures), Prompt("", pictures)]
+    asked += [Prompt(place, pictures), Prompt("", pictures)]
     batch = Batch(torch.empty(6), captions, [], 0, None, 0, [[]] * 4 + [list(pictures)] * 2)
     t = torch.tensor([0.0, EARLY, 0.1, 0.1, 0.2, 0.2])
     found = opposites_of(batch, asked, t, vlm.prompts)
     assert early(t) == [0, 2, 3, 4, 5]
     assert list(found) == [0, 4] and found[0] == tokens(right)
     edit = found[4]
-    assert isinstance(edit, Prompt) and edit.text == "put {image} right" and edit.pictures == pictures
+    assert isinstance(edit, Prompt) and edit.text == "put {image} on the right" and edit.pictures == pictures
+
+
+def test_a_side_that_is_cut_off_makes_no_opposite(vlm: FrozenVLM) -> None:
+    caption = "very " * 300 + "to the left"
+    tokens = vlm.prompts.caption_tokens(caption)[0]
+    batch = Batch(torch.empty(1), [caption], [], 0)
+    assert not opposites_of(batch, [tokens], torch.zeros(1), vlm.prompts)
+
+
+def test_images_are_not_mirrored_where_sides_are_taught(tiny_recipe: Recipe) -> None:
+    with pytest.raises(VugenError, match="data.flip mirrors what train_sampler.opposites teaches"):
+        changed(tiny_recipe, "data.flip=true", "train_sampler.opposites=1")
 
 
 def test_a_run_logs_it_and_weighs_it_and_resumes_to_the_same_bytes(

@@ -515,6 +515,8 @@ class Recipe(Section):
             raise ValueError("decoder.vae is missing: name a VAE, or make one with `vugen train-vae`")
         if self.decoder.kind == "ldm" and any(self.decoder.losses.model_dump().values()):
             raise ValueError("decoder.losses see pixels: with decoder.kind=ldm set them to 0")
+        if self.data.flip and self.train_sampler.opposites:
+            raise ValueError("data.flip mirrors what train_sampler.opposites teaches: set one of them off")
         return self
 
 

@@ -16,13 +16,19 @@ OPPOSITES = {"left": "right", "right": "left", "above": "below", "below": "above
 EARLY = 0.35  # places are given out before this time; later the noised latents show them, whatever is said
 MARGIN = 0.2  # of the error: a sampler that knows its sides errs by a quarter more with the opposite
 
-_WORDS = re.compile(rf"\b({'|'.join(OPPOSITES)})\b", re.IGNORECASE)
+# "The left", since "right next to" and "what is left" say no side.
+_WORDS = re.compile(r"(?<=\bthe )(?:left|right)\b|\b(?:above|below)\b", re.IGNORECASE)
 
 
 def opposite(caption: str) -> str | None:
-    """The caption with every word that has an opposite exchanged for it; None if there is no such word."""
-    exchanged = _WORDS.sub(lambda found: OPPOSITES[found[0].lower()], caption)
-    return None if exchanged == caption else exchanged
+    """The caption with every side exchanged for its opposite; None if it names none, or both of two.
+
+    What has something on the left and on the right of it is the same when they are exchanged.
+    """
+    sides = {word.lower() for word in _WORDS.findall(caption)}
+    if not sides or any(OPPOSITES[side] in sides for side in sides):
+        return None
+    return _WORDS.sub(lambda found: OPPOSITES[found[0].lower()], caption)
 
 
 def contrast(told: Tensor, opposed: Tensor, target: Tensor) -> Tensor:

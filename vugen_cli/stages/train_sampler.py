@@ -201,7 +201,8 @@ def sampler_loss(
             z = vlm.encode(batch.images)  # the VLM's, not the VAE's
     mark("frozen VLM")
     told: list[Tensor] = []
-    values: dict[str, Tensor] = {}
+    # Every process names the same terms in the same order.
+    values: dict[str, Tensor] = {"opposites": target.new_zeros(())} if settings.opposites else {}
 
     def velocity(noised: Tensor, t: Tensor) -> Tensor:
         if not opposites:
@@ -218,7 +219,6 @@ def sampler_loss(
         values["repa"] = misalignment(told[0][: len(t)], z)
         total = total + (settings.repa if step < REPA_UNTIL * settings.steps else 0.0) * values["repa"]
     if settings.opposites:
-        values.setdefault("opposites", flow.new_zeros(()))
         total = total + settings.opposites * values["opposites"]
     return total, {"flow": flow} | values if values else {}
 
@@ -426,9 +426,11 @@ def opposites_of(
         if not other or not (prompt.text if isinstance(prompt, Prompt) else prompt):
             continue
         if isinstance(prompt, Prompt):
-            found[row] = cut_prompt(other, prompt.pictures, prompts)
+            opposed: list[int] | Prompt = cut_prompt(other, prompt.pictures, prompts)
         else:
-            found[row] = prompts.caption_tokens(other.replace(PICTURE, "") if batch.sources else other)[0]
+            opposed = prompts.caption_tokens(other.replace(PICTURE, "") if batch.sources else other)[0]
+        if opposed != prompt:  # the word was not cut off
+            found[row] = opposed
     return found
 
 
