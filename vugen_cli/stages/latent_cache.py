@@ -219,11 +219,8 @@ def claim(out: Path, plan: dict[str, Any], what: str) -> None:
         raise VugenError(f"{note} is damaged ({error}): delete {out} and prepare again") from error
     if found is None and any(out.glob("*.tar")):
         raise VugenError(f"{out} already holds shards without {what} of this tool: choose another --out")
-    if found:
-        found["data"] = {
-            **found.get("data", {}),
-            "path": plan["data"]["path"],
-        }  # spelled otherwise, the same data
+    if found and found.get("data") and plan.get("data"):
+        found["data"]["path"] = plan["data"]["path"]  # of the same shards, wherever they are seen
     if found not in (None, plan):
         different = ", ".join(key for key in plan if found.get(key) != plan[key])
         raise VugenError(
