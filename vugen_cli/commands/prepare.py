@@ -1,6 +1,5 @@
 """`vugen prepare`: turn images and captions into shards."""
 
-import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -65,7 +64,7 @@ LatentsOption = Annotated[
     typer.Option(help="Instead: write the latents that this checkpoint's reducer makes of a data set."),
 ]
 LatentDataOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(help="With --latents: the data set.  [default: the one the checkpoint was trained on]"),
 ]
 FlipOption = Annotated[
@@ -198,7 +197,7 @@ def prepare_images(
 
 def prepare_latents(
     checkpoint: Path,
-    data: Path | None,
+    data: str | None,
     out: Path | None,
     vlm: str | None,
     device: str | None,
@@ -208,6 +207,7 @@ def prepare_latents(
     """Write the latent cache of a data set."""
     from vugen_cli.checkpoint import read_card
     from vugen_cli.commands.answers import Prepared
+    from vugen_cli.data.remote import is_remote
     from vugen_cli.data.shards import cores
     from vugen_cli.engine.device import pick_device
     from vugen_cli.processes import meet
@@ -221,14 +221,14 @@ def prepare_latents(
         )
     if data is None:
         refuse_address(known.path)
-        data = Path(known.path)
-    elif re.match(r"[a-z][a-z0-9+.-]+:/", str(data)):
+    elif is_remote(data):
         raise VugenError(
             f"--data {data}: latents are made of a data set on disk; training reads addresses too"
         )
-    out = out or beside(data, "latents")
+    images = Path(known.path if data is None else data)
+    out = out or beside(images, "latents")
     with going_on(out):
-        manifest = write_latents(checkpoint, data, out, pick_device(device), vlm, flip, workers or cores())
+        manifest = write_latents(checkpoint, images, out, pick_device(device), vlm, flip, workers or cores())
     count = sum(entry.count for entry in manifest.splits.values())
     damaged = sum(entry.skipped_count for entry in manifest.splits.values())
     listed = f", {damaged} damaged (listed in skipped-SPLIT.jsonl)" if damaged else ""

@@ -52,7 +52,7 @@ class CaptionedImages:
                     f"{folder} has images with a .txt beside them and {tables[0].name} too: point --source "
                     f"at {tables[0]}, or move it elsewhere"
                 )
-            if any("/" not in name for name, _ in beside):
+            if folder != path and any("/" not in name for name, _ in beside):
                 refuse_class(folder, path, split)
             if captioned:  # then those without are missing theirs: they are skipped, and listed
                 self.folder, self.rows = folder, beside

@@ -187,10 +187,12 @@ def refuse_class(folder: Path, path: Path, split: str) -> None:
     Raises:
         VugenError: there are other folders with images beside it.
     """
+    if folder == path:
+        return
     splits = {name for names in SPLIT_NAMES.values() for name in names}
     folders = (entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     beside = sorted(name for name in folders if name not in splits and any(image_paths(path, f"{name}/")))
-    if folder != path and beside:
+    if beside:
         raise VugenError(
             f"{path} has {folder.name}/ beside {', '.join(beside[:3])}: rename it if it is a class "
             f"too, or point --source at {folder} if it is the {split} split"
