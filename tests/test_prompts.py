@@ -7,7 +7,7 @@ import pytest
 
 from vugen_cli.errors import VugenError
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
-from vugen_cli.vlm.prompts import Prompts
+from vugen_cli.vlm.prompts import Prompts, rendered
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,20 @@ def test_a_model_of_few_positions_keeps_half_of_them_for_the_image(nano: FrozenV
     prompts = Prompts(nano.processor.tokenizer, "nano", "{prompt}", 128, positions=40)
     ids, cut = prompts.caption_tokens("bear " * 100)
     assert cut and len(ids) <= 20
+
+
+def test_the_instruction_and_a_prompt_said_twice_keep_to_their_half(nano: FrozenVLM) -> None:
+    prompts = Prompts(nano.processor.tokenizer, "nano", "draw {prompt}: {prompt}", 128, positions=80)
+    ids, cut = prompts.caption_tokens("bear " * 100)
+    assert cut and 30 <= len(ids) <= 40
+
+
+@pytest.mark.parametrize("of", ["tokenizer", "processor"])
+def test_a_template_that_tells_the_date_says_the_same_on_every_day(nano: FrozenVLM, of: str) -> None:
+    processor = copy.deepcopy(nano.processor)
+    by = processor if of == "processor" else processor.tokenizer
+    by.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0]['content'][0]['text'] }}"
+    assert rendered(by, [{"type": "text", "text": "a bear"}]) == "26 Jul 2024: a bear"
 
 
 def test_prompts_go_to_a_worker_process(nano: FrozenVLM) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vugen_cli.errors import VugenError
 from vugen_cli.progress import progress_bar
+from vugen_cli.vlm.prompts import rendered
 
 CHAT_BATCH = 64  # images asked about together
 
@@ -71,9 +72,7 @@ def conversation(processor: Any, parts: Sequence[str | None]) -> str:
     """
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
-        message = [{"role": "user", "content": content}]
-        text: str = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return text
+        return rendered(processor, content)
     picture = str(getattr(processor, "image_token", "<image>"))
     if getattr(processor, "num_query_tokens", None):  # a Q-Former's: it places the picture itself
         picture = ""

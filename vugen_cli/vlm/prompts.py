@@ -4,8 +4,10 @@
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +15,9 @@ from torch import Tensor
 
 from vugen_cli.data.sample import PICTURE
 from vugen_cli.errors import VugenError
+
+A_DAY = datetime(2024, 7, 26)  # that Llama's template names where it knows no date
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +84,24 @@ def pictures_of(prompt: str | list[int] | Prompt) -> tuple[Tensor, ...]:
     return prompt.pictures if isinstance(prompt, Prompt) else ()
 
 
+def rendered(by: Any, content: Any) -> str:
+    """What a user says in the chat template of a tokenizer or a processor, the same on every day.
+
+    Many a template tells the model the date (`strftime_now`, Llama's and Mistral's among them), and prompts
+    that change at midnight would change what is trained and drawn.
+
+    Args:
+        by: has the template.
+        content: of the user's message, a text or parts.
+    """
+    template, day = by.chat_template, {}
+    if isinstance(template, str) and "strftime_now" in template:
+        day = {"chat_template": _TODAY.sub(lambda found: repr(A_DAY.strftime(found[2])), template)}
+    message = [{"role": "user", "content": content}]
+    text: str = by.apply_chat_template(message, add_generation_prompt=True, tokenize=False, **day)
+    return text
+
+
 class Prompts:
     """Turns prompts into the token ids that a VLM's decoder reads.
 
@@ -126,17 +149,19 @@ class Prompts:
 
     def _render(self, content: str, as_string: bool) -> str:
         parts: Any = content if as_string else [{"type": "text", "text": content}]
-        rendered: str = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
-        )
-        return rendered
+        return rendered(self.tokenizer, parts)
 
     @cached_property
     def limit(self) -> int:
-        """Tokens of its own text that a prompt may have; half of a model's positions are for the image."""
+        """Tokens of its own text that a prompt may have; half of a model's positions are for the image.
+
+        The other half holds the template, the instruction, and the prompt as often as that says it.
+        """
         if not self.positions:
             return self.longest
-        return max(1, min(self.longest, self.positions // 2 - len(self._ids(""))))
+        before, *rest = self.instruction.split("{prompt}")
+        around = len(self._ids("")) + len(self._own_ids(before + "".join(rest)))
+        return max(1, min(self.longest, (self.positions // 2 - around) // len(rest)))
 
     def tokens(self, prompt: str) -> list[int]:
         """Token ids of a prompt that is to be drawn as it is; never none.
