@@ -137,7 +137,7 @@ def _layout(scene: Scene, rng: random.Random) -> list[_Placement]:
         ]
     drop = rng.uniform(-0.08, 0.06)
     left, right = (0.02, 0.30 + drop, 0.49, 0.88 + drop), (0.51, 0.30 + drop, 0.98, 0.88 + drop)
-    first_left = relation == "to the left of" or (relation == "next to" and rng.random() < 0.5)
+    first_left = relation in ("to the left of", "next to")  # named as they are read, from left to right
     first, second = (left, right) if first_left else (right, left)
     placed = []
     if subjects[0]["count"] == 2:
