@@ -11,10 +11,15 @@ from pathlib import Path
 
 import torch
 
-from vugen_cli.checkpoint import load_checkpoint, save_checkpoint, with_prefix
+from vugen_cli.checkpoint import load_checkpoint, save_checkpoint
 from vugen_cli.files import bundle
 from vugen_cli.recipe import parse_recipe
-from vugen_cli.sampling.trained import load_autoencoder, load_decoder
+from vugen_cli.sampling.trained import DECODER, drawing_checkpoint
+
+
+def in_half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights, not latent statistics, as float16."""
+    return {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
 
 
 def main() -> None:
@@ -27,6 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--decoder", type=Path, help="checkpoint whose decoder takes the place of the sampler's"
     )
+    parser.add_argument("--large", type=Path, help="checkpoint whose decoder draws the pictures, of 128 px")
     parser.add_argument("--strict", type=Path, help="judges of `vugen train-judge`: of real scenes only, and")
     parser.add_argument("--lenient", type=Path, help="of reconstructions too")
     parser.add_argument("--set", action="append", default=[], help="change the card's recipe: a.b=value")
@@ -35,20 +41,20 @@ def main() -> None:
         shutil.rmtree(bundle("vlm"), ignore_errors=True)
         shutil.copytree(options.vlm, bundle("vlm"))
     if options.sampler:
-        tensors, card = load_checkpoint(options.sampler, "sampler")
-        if options.decoder:
-            autoencoder, _, _ = load_autoencoder(options.sampler, torch.device("cpu"))
-            other, facts = load_decoder(options.decoder, autoencoder, torch.device("cpu"))
-            tensors |= with_prefix(other.state_dict(), "autoencoder")
-            card.recipe["decoder"] = facts.recipe["decoder"]
+        tensors, card = drawing_checkpoint(options.sampler, options.decoder)
+        card.decoder = None
         card.recipe = parse_recipe(card.recipe, str(options.sampler), options.set).model_dump(mode="json")
         card.vlm.name = card.recipe["vlm"]  # for `--set vlm=nano`: in training it had another
         # Where users have scenes to compare it with and to train it further on; not where they lay here.
         # The name stays: the studies ask a sampler of what it has learned, of edits too.
         card.data = card.data.model_copy(update={"path": "data/openmoji", "mixture": None, "sha256": None})
         card.recipe["data"]["mixture"] = []
-        half = {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
-        save_checkpoint(bundle("sampler.safetensors"), half, card)
+        save_checkpoint(bundle("sampler.safetensors"), in_half(tensors), card)
+    if options.large:
+        tensors, card = load_checkpoint(options.large, "reducer")
+        card.vlm.name = "nano"
+        card.data = card.data.model_copy(update={"path": "data/openmoji-128", "sha256": None})
+        save_checkpoint(bundle(DECODER), in_half(tensors), card)
     for name, judge in (("strict", options.strict), ("lenient", options.lenient)):
         if judge:
             shutil.copyfile(judge, bundle(f"judge-{name}.safetensors"))

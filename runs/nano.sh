@@ -28,6 +28,7 @@ train() {
 
 vugen prepare --dataset openmoji --count "$COUNT"
 vugen prepare --dataset openmoji --count "$HELD_OUT" --split val
+vugen prepare --dataset openmoji --count "$COUNT" --size 128 --out data/openmoji-128
 vugen prepare --dataset openmoji --count "$COUNT" --pairs 0.7 --counts 0.2 --seed 1 --out data/pairs
 vugen prepare --dataset openmoji-edits --count "$COUNT"
 vugen prepare --dataset openmoji-edits --count "$HELD_OUT" --split val
@@ -64,10 +65,13 @@ train sampler sampler.safetensors --init sampler-2.safetensors --steps 35000 --s
     --set flow.shift=1 --set train_sampler.opposites=1 --set train_sampler.ema=0.999 --set train_sampler.cooldown=0.9
 
 # -----------------------------------------------------------------------------
-# The decoder, further. It needs the reducer only: on a second machine it can run beside stage 2.
+# The decoder, further; and one that paints the same latents at 128 px, for the work of the other, since its patches
+# are twice as large. They need the reducer only: on a second machine they can run beside stage 2.
 
 train reducer decoder.safetensors --reducer reducer.safetensors --steps 7800 --batch-size 64 \
     --set decoder.losses.gradient=2 --set decoder.shift=8
+train reducer decoder-128.safetensors --reducer reducer.safetensors --data data/openmoji-128 --steps 10000 \
+    --batch-size 64 --set decoder.patch=8 --set decoder.losses.gradient=2 --set decoder.shift=8
 
 # -----------------------------------------------------------------------------
 # The judges: scenes of their own, that nothing else learns from; the lenient one looks at reconstructions too.
@@ -82,7 +86,7 @@ train judge lenient.safetensors --data data/judged --init strict.safetensors --r
 # Look at it, and measure it. benchmarks/make_bundle.py puts these files into the package.
 
 vugen sample "a bear in a forest" "two apples next to a tree" -n 4 --sampler sampler.safetensors \
-    --decoder decoder.safetensors
+    --decoder decoder-128.safetensors
 vugen study composition --sampler sampler.safetensors --count "$JUDGED"
 vugen study edits --sampler sampler.safetensors --count "$JUDGED"
 vugen reconstruct --reducer decoder.safetensors --images data/openmoji --count 500

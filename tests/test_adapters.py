@@ -15,9 +15,9 @@ from vugen_cli.engine.sharded_state import Stored
 from vugen_cli.errors import VugenError
 from vugen_cli.files import bundle
 from vugen_cli.models.dit_expert import DiTExpert
-from vugen_cli.sampling.adapters import inject, merge, parse, with_adapters
+from vugen_cli.sampling.adapters import inject, parse, with_adapters
 from vugen_cli.sampling.sampler import Sampler
-from vugen_cli.sampling.trained import load_sampler
+from vugen_cli.sampling.trained import load_sampler, merge
 
 BUNDLED = bundle("sampler.safetensors")
 MATRIX = "expert.decoder.layers.0.self_attn.v_proj.weight"

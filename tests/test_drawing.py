@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from vugen_cli.errors import VugenError
 from vugen_cli.files import locked
@@ -108,3 +109,13 @@ def test_a_template_longer_than_the_padding_of_prompts_is_drawn(trained: Path) -
     )
     assert sampler.vlm.prompt_length("") > WIDTH
     assert next(sampler.sample(["a bear"]))[2].shape == (3, 64, 64)
+
+
+def test_the_bundled_decoder_of_128_px_draws_the_same_picture_twice_as_large() -> None:
+    small, large = load_sampler(), load_sampler(decoder="nano-128")
+    one, other = (next(s.sample(["a bear in a forest"], seed=1))[2] for s in (small, large))
+    assert one.shape == (3, 64, 64) and other.shape == (3, 128, 128)
+    reduced = functional.interpolate(other[None].float(), (64, 64), mode="area")[0]
+    assert (reduced - one.float()).abs().mean() < 12
+    assert (large.card.image_size, large.card.decoder) == (128, "nano-128")
+    assert large.card.data.path == "data/openmoji-128" and small.card.data.path == "data/openmoji"

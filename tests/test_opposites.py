@@ -12,7 +12,7 @@ from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Recipe
 from vugen_cli.sampling.trained import load_sampler
 from vugen_cli.stages.opposites import EARLY, MARGIN, contrast, early, opposite
-from vugen_cli.stages.train_sampler import opposites_of, train_sampler
+from vugen_cli.stages.train_sampler import cut_prompt, opposites_of, train_sampler
 from vugen_cli.vlm.frozen import FrozenVLM
 from vugen_cli.vlm.prompts import Prompt
 
@@ -74,8 +74,10 @@ def test_rows_have_an_opposite_whose_time_is_early_and_whose_text_was_kept(vlm: 
 def test_a_side_that_is_cut_off_makes_no_opposite(vlm: FrozenVLM) -> None:
     caption = "very " * 300 + "to the left"
     tokens = vlm.prompts.caption_tokens(caption)[0]
-    batch = Batch(torch.empty(1), [caption], [], 0)
-    assert not opposites_of(batch, [tokens], torch.zeros(1), vlm.prompts)
+    pictures = (torch.zeros(3, 64, 64, dtype=torch.uint8),)
+    edit = cut_prompt(caption, pictures, vlm.prompts)
+    batch = Batch(torch.empty(2), [caption] * 2, [], 0, None, 0, [[], list(pictures)])
+    assert not opposites_of(batch, [tokens, edit], torch.zeros(2), vlm.prompts)
 
 
 def test_images_are_not_mirrored_where_sides_are_taught(tiny_recipe: Recipe) -> None:

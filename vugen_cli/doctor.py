@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from vugen_cli.errors import VugenError, first_line
-from vugen_cli.files import bundle, user_cache
+from vugen_cli.files import is_bundled, user_cache
 from vugen_cli.hub import hub_problem
 from vugen_cli.metrics.report import Record
 from vugen_cli.version import __version__
@@ -318,7 +318,7 @@ def _sample(device: str | None) -> Found:
         path = pick_sampler(None)
         sampler = load_sampler(path, device=pick_device(device))
         _, _, image = next(iter(sampler.sample(["a bear"], 1, steps=1)))
-    name = "the bundled sampler" if path == bundle("sampler.safetensors") else str(path)
+    name = "the bundled sampler" if is_bundled(path) else str(path)
     seconds = time.perf_counter() - started
     yield "good", f"{name} drew {image.shape[-1]} px in {seconds:.1f} s, loading included", ""
 

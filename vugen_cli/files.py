@@ -201,3 +201,8 @@ def user_cache() -> Path:
 def bundle(name: str) -> Path:
     """Where a part of the bundled nano line lies in the installed package: `vlm`, `sampler.safetensors`."""
     return Path(__file__).parent / "bundles" / "nano" / name
+
+
+def is_bundled(path: str | Path) -> bool:
+    """Whether this is the bundled sampler, however its path is written."""
+    return Path(path).resolve() == bundle("sampler.safetensors").resolve()

@@ -24,8 +24,8 @@ def merge(
     """
     from vugen_cli.commands.answers import Written
     from vugen_cli.commands.options import require_safetensors
-    from vugen_cli.sampling.adapters import merge as run
     from vugen_cli.sampling.trained import located
+    from vugen_cli.sampling.trained import merge as run
 
     require_safetensors(out)
     file, vlm = located(sampler)

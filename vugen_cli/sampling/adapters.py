@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from vugen_cli.card import AdapterCard
 from vugen_cli.checkpoint import (
     fingerprint,
-    load_checkpoint,
     load_tensors,
     read_header,
-    save_checkpoint,
     select,
 )
 from vugen_cli.engine.distributed import blocks
 from vugen_cli.errors import VugenError
-from vugen_cli.files import bundle
+from vugen_cli.files import is_bundled
 
 
 def inject(expert: nn.Module, rank: int) -> None:
@@ -78,7 +76,7 @@ def adapter_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def base_name(path: str | Path) -> str:
     """What an adapter's card calls the sampler that it was trained on."""
-    return "nano" if Path(path) == bundle("sampler.safetensors") else str(path)
+    return "nano" if is_bundled(path) else str(path)
 
 
 def with_adapters(tensors: dict[str, Tensor], given: Sequence[str], path: str | Path) -> dict[str, Tensor]:
@@ -131,26 +129,3 @@ def parse(given: str) -> tuple[str, float]:
     if not math.isfinite(weight):
         raise VugenError(f"--adapter {given}: {number} is no weight")
     return file, weight
-
-
-def merge(sampler: Path, given: Sequence[str], out: Path, vlm: str | None = None) -> None:
-    """Write a sampler with adapters added for good; it draws what the two drew together.
-
-    Args:
-        sampler: its checkpoint.
-        given: see `with_adapters`.
-        out: the checkpoint to write.
-        vlm: where its VLM is, if not where its card says: the new card does.
-
-    Raises:
-        VugenError: as `load_checkpoint` and `with_adapters`, or `out` is one of what is merged.
-    """
-    merged = [str(sampler), *(name for name, _ in map(parse, given))]
-    if out.resolve() in {Path(name).resolve() for name in merged}:
-        raise VugenError(f"--out {out} is one of the files to merge: give the new one another name")
-    tensors, card = load_checkpoint(sampler, "sampler")
-    whole = with_adapters(tensors, given, sampler)
-    changes: dict[str, object] = {"adapters": [*(card.adapters or []), *given]}
-    if vlm:
-        changes["vlm"] = card.vlm.model_copy(update={"name": vlm})
-    save_checkpoint(out, whole, card.model_copy(update=changes))

@@ -19,12 +19,13 @@ from vugen_cli.models.embeddings import stretched
 from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import Expert, parse_recipe
-from vugen_cli.sampling.adapters import with_adapters
+from vugen_cli.sampling.adapters import parse, with_adapters
 from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.seeds import seeded_noise
 from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
 
 WEIGHTS, VLM = "sampler.safetensors", "vlm"  # in an exported folder
+DECODER, NANO_128 = "decoder-128.safetensors", "nano-128"  # in the bundle, and what it is asked for by
 
 
 def save_autoencoder(
@@ -53,40 +54,38 @@ def load_autoencoder(
         VugenError: as `load_checkpoint`, or the file is of neither stage.
     """
     tensors, card = load_checkpoint(path, stage)
+    return stored_autoencoder(tensors, card, path, device), tensors, card
+
+
+def stored_autoencoder(
+    tensors: dict[str, Tensor], card: Card, path: str | Path, device: torch.device
+) -> Autoencoder:
+    """Reducer and decoder among the tensors of a checkpoint, with its VAE if it has one.
+
+    Args:
+        tensors, card: of the checkpoint.
+        path: where they come from, for messages.
+        device: where to put the two networks.
+    """
     recipe = parse_recipe(card.recipe, str(path))
     vae = stored_vae(card.vae, select(tensors, "vae"), device) if card.vae else None
     module = Autoencoder(recipe, card.latents.width, vae)
     load_weights(module, select(tensors, "autoencoder"), path)
-    return module.to(device).eval().requires_grad_(False), tensors, card
+    return module.to(device).eval().requires_grad_(False)
 
 
-def load_decoder(
-    path: str | Path, autoencoder: Autoencoder, device: torch.device
-) -> tuple[Autoencoder, Card]:
-    """The autoencoder of another checkpoint, with its card, whose decoder suits the z̃ of this one.
-
-    Raises:
-        VugenError: as `load_autoencoder`, or its reducer is another one.
-    """
-    other, _, card = load_autoencoder(path, device)
-    if not same_reducer(autoencoder, other):
-        raise VugenError(
-            f"{path} decodes the latents of another reducer: give one that `vugen train-reducer --distill` "
-            "made from this sampler or from the reducer it was trained on"
-        )
-    return other, card
-
-
-def same_reducer(one: Autoencoder, other: Autoencoder) -> bool:
-    """Whether two on one device reduce z alike, to the bit: what draws z̃ of the one draws the other's."""
-    mine, theirs = one.reducer.state_dict(), other.reducer.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+def same_reducer(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two checkpoints' tensors reduce z alike, to the bit: what draws z̃ of one draws the other's."""
+    mine, theirs = (select(tensors, "autoencoder.reducer") for tensors in (one, other))
+    return mine.keys() == theirs.keys() and all(
+        torch.equal(mine[name].float(), theirs[name].float()) for name in mine
+    )
 
 
 def load_expert(
     path: Path,
     reducer: Path,
-    autoencoder: Autoencoder,
+    stored: dict[str, Tensor],
     vlm: FrozenVLM,
     latents: LatentsCard,
     allow_vlm_mismatch: bool = False,
@@ -98,7 +97,7 @@ def load_expert(
     Args:
         path: of the sampler.
         reducer: the checkpoint whose latents they are for, which has the sampler's reducer.
-        autoencoder: of that checkpoint.
+        stored: that checkpoint's tensors.
         vlm: of both.
         latents: of that checkpoint's card.
         allow_vlm_mismatch: see `FrozenVLM.check`.
@@ -106,8 +105,8 @@ def load_expert(
     Raises:
         VugenError: not a sampler, damaged, of another VLM, or of another reducer.
     """
-    own, tensors, card = load_autoencoder(path, autoencoder.reducer.mean.device, "sampler")
-    if not same_reducer(own, autoencoder):
+    tensors, card = load_checkpoint(path, "sampler")
+    if not same_reducer(tensors, stored):
         raise VugenError(
             f"{path} draws the latents of another reducer than {reducer} has: make one that keeps its own by "
             f"`vugen train-reducer --reducer {path}`"
@@ -184,7 +183,8 @@ def load_sampler(
         vlm: where the VLM is now, if not where the card says.
         device: where to sample.
         allow_vlm_mismatch: take a VLM of other weights than it was trained on.
-        decoder: a checkpoint whose decoder is to draw instead: a distilled one of the same reducer.
+        decoder: a checkpoint whose decoder is to draw instead, of the same reducer: a distilled one, or for
+            pictures of another size. `nano-128` is bundled, and draws latents of the bundled line at 128 px.
         adapters: added to the expert, each a file or `file:weight`; see `with_adapters`.
 
     Raises:
@@ -192,24 +192,55 @@ def load_sampler(
             another sampler's adapter.
     """
     path, vlm = located(path, vlm)
-    autoencoder, tensors, card = load_autoencoder(path, torch.device(device), "sampler")
-    if adapters:
-        tensors = with_adapters(tensors, adapters, path)
-        card = card.model_copy(update={"adapters": [*(card.adapters or []), *adapters]})
-    if decoder:
-        autoencoder, other = load_decoder(decoder, autoencoder, torch.device(device))
-        if other.latents.grid != card.latents.grid:
-            raise VugenError(
-                f"{decoder} is for pictures of {other.image_size} px, whose latents {path} did not learn: "
-                f"train it further by `vugen train-sampler --init {path} --reducer {decoder}`"
-            )
-        drawing = {"recipe": {**card.recipe, "decoder": other.recipe["decoder"]}, "decoder": str(decoder)}
-        card = card.model_copy(update={**drawing, "image_size": other.image_size})
+    tensors, card = drawing_checkpoint(path, decoder, adapters)
+    autoencoder = stored_autoencoder(tensors, card, path, torch.device(device))
     frozen = vlm_of(card, path, vlm, device, allow_vlm_mismatch)
     expert = new_expert(frozen, card.latents, frozen.recipe.expert, empty=True)
     load_weights(expert, select(tensors, "expert"), path, assign=True)
     expert = expert.to(frozen.device).eval().requires_grad_(False)
     return Sampler(frozen, expert, autoencoder, card, path)
+
+
+def drawing_checkpoint(
+    path: Path, decoder: str | Path | None = None, adapters: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], Card]:
+    """A sampler's tensors and card, with adapters added, and with the decoder that draws instead of its own.
+
+    Args:
+        path, decoder, adapters: see `load_sampler`.
+
+    Raises:
+        VugenError: as `load_sampler`.
+    """
+    tensors, card = load_checkpoint(path, "sampler")
+    if adapters:
+        tensors = with_adapters(tensors, adapters, path)
+        card = card.model_copy(update={"adapters": [*(card.adapters or []), *adapters]})
+    if decoder is None:
+        return tensors, card
+    theirs, other = load_checkpoint(bundle(DECODER) if str(decoder) == NANO_128 else decoder)
+    if not same_reducer(tensors, theirs):
+        raise VugenError(
+            f"{decoder} decodes the latents of another reducer: give one that `vugen train-reducer` made by "
+            "--reducer or --distill from this sampler or from the reducer it was trained on"
+        )
+    if other.latents.grid != card.latents.grid:
+        raise VugenError(
+            f"{decoder} is for pictures of {other.image_size} px, whose latents {path} did not learn: "
+            f"train it further by `vugen train-sampler --init {path} --reducer {decoder}`"
+        )
+    drawing: dict[str, object] = {
+        "recipe": {**card.recipe, "decoder": other.recipe["decoder"]},
+        "decoder": str(decoder),
+        "vae": other.vae,
+        "image_size": other.image_size,
+    }
+    if other.image_size != card.image_size:  # what is drawn is compared with pictures of its size
+        drawing["data"] = card.data.model_copy(update={"path": other.data.path})
+    parts = ("autoencoder.", "vae.")
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(parts)}
+    tensors |= {n: t for n, t in theirs.items() if n.startswith(parts)}
+    return tensors, card.model_copy(update=drawing)
 
 
 def located(path: str | Path | None, vlm: str | None = None) -> tuple[Path, str | None]:
@@ -225,6 +256,27 @@ def located(path: str | Path | None, vlm: str | None = None) -> tuple[Path, str 
         return given, vlm
     beside = str((given / VLM).absolute()) if (given / VLM).is_dir() else None
     return given / WEIGHTS, vlm or beside
+
+
+def merge(path: Path, adapters: Sequence[str], out: Path, vlm: str | None = None) -> None:
+    """Write a sampler with adapters added for good; it draws what the two drew together.
+
+    Args:
+        path: of the sampler.
+        adapters: see `with_adapters`.
+        out: the checkpoint to write.
+        vlm: where its VLM is, if not where its card says: the new card does.
+
+    Raises:
+        VugenError: as `load_sampler`, or `out` is one of what is merged.
+    """
+    merged = [str(path), *(name for name, _ in map(parse, adapters))]
+    if out.resolve() in {Path(name).resolve() for name in merged}:
+        raise VugenError(f"--out {out} is one of the files to merge: give the new one another name")
+    tensors, card = drawing_checkpoint(path, adapters=adapters)
+    if vlm:
+        card = card.model_copy(update={"vlm": card.vlm.model_copy(update={"name": vlm})})
+    save_checkpoint(out, tensors, card)
 
 
 def save_sampler(sampler: Sampler, path: Path) -> None:

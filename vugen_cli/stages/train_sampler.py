@@ -92,7 +92,7 @@ def train_sampler(
     if init == reducer:
         trained = select(stored, "expert")
     elif init:
-        trained = load_expert(init, reducer, autoencoder, vlm, latents, allow_vlm_mismatch)
+        trained = load_expert(init, reducer, stored, vlm, latents, allow_vlm_mismatch)
     expert = begin_expert(recipe, vlm, latents, device, trained, init, adapter=bool(rank))
     stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
     begun = {"expert": fingerprint(expert, "expert.")} if init else {}
@@ -426,11 +426,13 @@ def opposites_of(
         if not other or not (prompt.text if isinstance(prompt, Prompt) else prompt):
             continue
         if isinstance(prompt, Prompt):
-            opposed: list[int] | Prompt = cut_prompt(other, prompt.pictures, prompts)
+            edit = cut_prompt(other, prompt.pictures, prompts)
+            if edit.text != prompt.text:  # the word was not cut off
+                found[row] = edit
         else:
-            opposed = prompts.caption_tokens(other.replace(PICTURE, "") if batch.sources else other)[0]
-        if opposed != prompt:  # the word was not cut off
-            found[row] = opposed
+            tokens = prompts.caption_tokens(other.replace(PICTURE, "") if batch.sources else other)[0]
+            if tokens != prompt:
+                found[row] = tokens
     return found
 
 
