@@ -18,7 +18,7 @@ from vugen_cli.files import write_json
 from vugen_cli.metrics.report import Report, Score
 from vugen_cli.nano import demo, edit_study, train_judge, train_vlm
 from vugen_cli.recipe import Recipe
-from vugen_cli.sampling import adapters
+from vugen_cli.sampling import trained
 from vugen_cli.serve import run
 from vugen_cli.stages import caption, train_vae
 from vugen_cli.studies import edit_benchmarks, plan
@@ -97,7 +97,7 @@ INSTEAD: dict[str, tuple[Any, str, Any]] = {
     "study edits": (edit_study, "score_edits", fake_scores),
     "study edit-benchmark": (edit_benchmarks, "score_benchmark", fake_scores),
     "serve": (run, "run", lambda *_: None),
-    "merge": (adapters, "merge", lambda *_: None),
+    "merge": (trained, "merge", lambda *_: None),
     "train-judge": (train_judge, "train_judge", lambda *_: {"subjects": 0.5}),
     "train-vae": (train_vae, "train_vae", lambda *_: None),
 }

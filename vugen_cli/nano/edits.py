@@ -29,7 +29,7 @@ from vugen_cli.nano.vocabulary import (
 
 PAIRS = 0.5  # share of the described scenes with two subjects: adding, removing and moving need them
 NEAR = 80  # distance in RGB under which two paints have one name
-EDITING = 3  # to be raised with every change that gives some edit other pixels or words
+EDITING = 4  # to be raised with every change that gives some edit other pixels or words
 
 Change = tuple[Scene, Scene, list[str]]  # the scene, the changed scene, instructions
 
@@ -132,7 +132,8 @@ def _side(scene: Scene, rng: random.Random) -> Change | None:
     if scene["kind"] != "pair":
         return None
     sides = RELATIONS[1:3] if scene["subjects"][0]["count"] > 1 else RELATIONS[1:]  # two stand beside only
-    relation = rng.choice([side for side in sides if side != scene["relation"]])
+    now = "to the left of" if scene["relation"] == "next to" else scene["relation"]  # as it is drawn
+    relation = rng.choice([side for side in sides if side != now])
     first, second = (definite(subject) for subject in scene["subjects"])
     return (
         scene,
