@@ -253,8 +253,8 @@ def test_scores_do_not_depend_on_the_number_of_processes(
     )
     assert one["images"] == two["images"] and one["images"]["count"] == 20
     for key in ("psnr", "ssim", "frechet"):
-        # A pixel may be rounded otherwise in a batch of another size.
-        assert one[key] == pytest.approx(two[key], rel=1e-6)
+        # In a batch of another size a pixel may be rounded to the level beside it.
+        assert one[key] == pytest.approx(two[key], rel=1e-4)
     pictures = [(folder / "rec/reconstruction.png").read_bytes() for folder in (alone, together[0])]
     assert pictures[0] == pictures[1]
 
