@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_overrides
+from PIL import Image
 from test_training import metrics, wait_for
 
 from vugen_cli.checkpoint import load_checkpoint, load_tensors
@@ -255,8 +257,9 @@ def test_scores_do_not_depend_on_the_number_of_processes(
     for key in ("psnr", "ssim", "frechet"):
         # In a batch of another size a pixel may be rounded to the level beside it.
         assert one[key] == pytest.approx(two[key], rel=1e-4)
-    pictures = [(folder / "rec/reconstruction.png").read_bytes() for folder in (alone, together[0])]
-    assert pictures[0] == pictures[1]
+    grids = [folder / "rec/reconstruction.png" for folder in (alone, together[0])]
+    first, second = (np.asarray(Image.open(grid)).astype(int) for grid in grids)
+    assert first.shape == second.shape and np.abs(first - second).max() <= 1
 
 
 def test_only_the_first_process_speaks_and_a_failure_of_one_is_told_once(
