@@ -9,17 +9,10 @@ import argparse
 import shutil
 from pathlib import Path
 
-import torch
-
-from vugen_cli.checkpoint import load_checkpoint, save_checkpoint
+from vugen_cli.checkpoint import save_checkpoint
 from vugen_cli.files import bundle
 from vugen_cli.recipe import parse_recipe
-from vugen_cli.sampling.trained import DECODER, drawing_checkpoint
-
-
-def in_half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights, not latent statistics, as float16."""
-    return {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
+from vugen_cli.sampling.trained import drawing_checkpoint
 
 
 def main() -> None:
@@ -32,7 +25,6 @@ def main() -> None:
     parser.add_argument(
         "--decoder", type=Path, help="checkpoint whose decoder takes the place of the sampler's"
     )
-    parser.add_argument("--large", type=Path, help="checkpoint whose decoder draws the pictures, of 128 px")
     parser.add_argument("--strict", type=Path, help="judges of `vugen train-judge`: of real scenes only, and")
     parser.add_argument("--lenient", type=Path, help="of reconstructions too")
     parser.add_argument("--set", action="append", default=[], help="change the card's recipe: a.b=value")
@@ -49,12 +41,8 @@ def main() -> None:
         # The name stays: the studies ask a sampler of what it has learned, of edits too.
         card.data = card.data.model_copy(update={"path": "data/openmoji", "mixture": None, "sha256": None})
         card.recipe["data"]["mixture"] = []
-        save_checkpoint(bundle("sampler.safetensors"), in_half(tensors), card)
-    if options.large:
-        tensors, card = load_checkpoint(options.large, "reducer")
-        card.vlm.name = "nano"
-        card.data = card.data.model_copy(update={"path": "data/openmoji-128", "sha256": None})
-        save_checkpoint(bundle(DECODER), in_half(tensors), card)
+        half = {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
+        save_checkpoint(bundle("sampler.safetensors"), half, card)
     for name, judge in (("strict", options.strict), ("lenient", options.lenient)):
         if judge:
             shutil.copyfile(judge, bundle(f"judge-{name}.safetensors"))

@@ -49,8 +49,8 @@ ImageGuidanceOption = Annotated[
 DecoderOption = Annotated[
     Path | None,
     typer.Option(
-        help="Draw with the decoder of this checkpoint, made by `train-reducer --reducer` or `--distill`; "
-        "nano-128 is bundled: the bundled sampler's pictures at 128 px. [default: the sampler's own]"
+        help="Draw with the decoder of this checkpoint, made by `train-reducer --reducer` or `--distill`. "
+        "[default: the sampler's own]"
     ),
 ]
 AdapterOption = Annotated[

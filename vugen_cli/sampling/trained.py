@@ -25,7 +25,6 @@ from vugen_cli.seeds import seeded_noise
 from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
 
 WEIGHTS, VLM = "sampler.safetensors", "vlm"  # in an exported folder
-DECODER, NANO_128 = "decoder-128.safetensors", "nano-128"  # in the bundle, and what it is asked for by
 
 
 def save_autoencoder(
@@ -184,7 +183,7 @@ def load_sampler(
         device: where to sample.
         allow_vlm_mismatch: take a VLM of other weights than it was trained on.
         decoder: a checkpoint whose decoder is to draw instead, of the same reducer: a distilled one, or for
-            pictures of another size. `nano-128` is bundled, and draws latents of the bundled line at 128 px.
+            pictures of another size.
         adapters: added to the expert, each a file or `file:weight`; see `with_adapters`.
 
     Raises:
@@ -218,7 +217,7 @@ def drawing_checkpoint(
         card = card.model_copy(update={"adapters": [*(card.adapters or []), *adapters]})
     if decoder is None:
         return tensors, card
-    theirs, other = load_checkpoint(bundle(DECODER) if str(decoder) == NANO_128 else decoder)
+    theirs, other = load_checkpoint(decoder)
     if not same_reducer(tensors, theirs):
         raise VugenError(
             f"{decoder} decodes the latents of another reducer: give one that `vugen train-reducer` made by "
