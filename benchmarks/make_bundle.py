@@ -9,10 +9,17 @@ import argparse
 import shutil
 from pathlib import Path
 
-from vugen_cli.checkpoint import save_checkpoint
+import torch
+
+from vugen_cli.checkpoint import load_checkpoint, save_checkpoint
 from vugen_cli.files import bundle
 from vugen_cli.recipe import parse_recipe
 from vugen_cli.sampling.trained import drawing_checkpoint
+
+
+def in_half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights, not latent statistics, as float16."""
+    return {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
 
 
 def main() -> None:
@@ -24,6 +31,9 @@ def main() -> None:
     parser.add_argument("--sampler", type=Path)
     parser.add_argument(
         "--decoder", type=Path, help="checkpoint whose decoder takes the place of the sampler's"
+    )
+    parser.add_argument(
+        "--large", type=Path, help="reducer whose decoder draws at 128 px, trained with decoder.trained=outer"
     )
     parser.add_argument("--strict", type=Path, help="judges of `vugen train-judge`: of real scenes only, and")
     parser.add_argument("--lenient", type=Path, help="of reconstructions too")
@@ -41,8 +51,18 @@ def main() -> None:
         # The name stays: the studies ask a sampler of what it has learned, of edits too.
         card.data = card.data.model_copy(update={"path": "data/openmoji", "mixture": None, "sha256": None})
         card.recipe["data"]["mixture"] = []
-        half = {n: t if n.endswith((".mean", ".std")) else t.half() for n, t in tensors.items()}
-        save_checkpoint(bundle("sampler.safetensors"), half, card)
+        save_checkpoint(bundle("sampler.safetensors"), in_half(tensors), card)
+    if options.large:
+        tensors, card = load_checkpoint(options.large, "reducer")
+        card.vlm.name = "nano"
+        card.data = card.data.model_copy(update={"path": "data/openmoji-128", "sha256": None})
+        shared, _ = load_checkpoint(bundle("sampler.safetensors"))
+        own = {
+            name: tensor
+            for name, tensor in in_half(tensors).items()
+            if tensor.shape != shared[name].shape or not tensor.equal(shared[name])
+        }
+        save_checkpoint(bundle("decoder-128.safetensors"), own, card)
     for name, judge in (("strict", options.strict), ("lenient", options.lenient)):
         if judge:
             shutil.copyfile(judge, bundle(f"judge-{name}.safetensors"))

@@ -179,3 +179,9 @@ def test_eight_bits_keep_the_pictures_and_a_third_of_the_memory() -> None:
     assert 0 < error < 255**2 / 10**3.5  # over 35 dB
     linear = next(m for n, m in sampler.expert.named_modules() if n.endswith("q_proj"))
     assert linear.weight.qdata.dtype == torch.int8
+
+
+def test_nothing_to_merge_is_one_line(tmp_path: Path) -> None:
+    result = vugen_here("merge", BUNDLED, "--out", tmp_path / "merged.safetensors", cwd=tmp_path)
+    assert result.returncode == 1 and "nothing to merge: give --adapter FILE, or --decoder" in result.stderr
+    assert not list(tmp_path.iterdir())

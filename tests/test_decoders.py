@@ -13,7 +13,7 @@ from vugen_cli.checkpoint import load_checkpoint
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.lpips import unit_length
 from vugen_cli.models.autoencoder import Autoencoder
-from vugen_cli.models.pixel_decoder import PixelDecoder
+from vugen_cli.models.pixel_decoder import PixelDecoder, enlarged
 from vugen_cli.recipe import PRESETS, Decoder, DecoderLosses, Recipe, load_recipe
 from vugen_cli.sampling.trained import load_autoencoder
 from vugen_cli.stages.losses import (
@@ -241,6 +241,48 @@ def test_a_run_with_every_term_leaves_a_checkpoint_without_the_head(
     assert {"flow", "perceptual", "repa"} <= set(metrics(tmp_path / "r.run")[0])
     assert not any("alignment" in name for name in load_checkpoint(path)[0])
     load_autoencoder(path, CPU)
+
+
+# --- larger pictures ---
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_an_enlarged_decoder_paints_each_pixel_of_the_smaller_one_several_times(factor: int) -> None:
+    torch.manual_seed(0)
+    recipe = Decoder(patch=2, channels=[8, 16], blocks=1, middle_layers=1, heads=2)
+    small = wake(PixelDecoder(recipe, 4)).eval()
+    large = PixelDecoder(recipe.model_copy(update={"patch": 2 * factor}), 4).eval()
+    large.load_state_dict(enlarged(small.state_dict(), 2, factor))
+
+    def larger(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+
+    noised, t, latents = torch.randn(2, 3, 16, 16), torch.rand(2), torch.randn(2, 4, 4, 4)
+    expected = small(noised, t, latents)
+    assert expected.abs().max() > 0.1
+    assert torch.allclose(large(larger(noised), t, latents), larger(expected), atol=1e-4)
+
+
+def test_outer_layers_alone_are_trained_for_larger_pictures_and_the_others_stay_to_the_bit(
+    trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    kept = trained / "reducer.safetensors"
+    patch, outer = tiny_recipe.decoder.patch, ("decoder.trained=outer", "train_reducer.optimizer=adamw")
+    smaller = changed(tiny_recipe, f"decoder.patch={patch // 2}", *outer)
+    larger = changed(tiny_recipe, f"decoder.patch={2 * patch}", "decoder.image_size=128", *outer)
+    before, _ = load_checkpoint(kept)
+    after, _ = load_checkpoint(train_reducer(larger, scenes, tmp_path / "l.safetensors", CPU, kept))
+    differ = {name.split(".")[2] for name in before if not before[name].equal(after[name])}
+    assert differ == {"conv_in", "up", "norm_out", "conv_out"}
+    with pytest.raises(VugenError, match="give that too"):
+        train_reducer(larger, scenes, tmp_path / "x.safetensors", CPU)
+    with pytest.raises(VugenError, match=r"draws 128 px with decoder\.patch=\d+, and the images have 64"):
+        train_reducer(
+            changed(larger, "decoder.image_size=null"), scenes, tmp_path / "x.safetensors", CPU, kept
+        )
+    for other in (smaller, changed(larger, "decoder.channels=[8,24]")):
+        with pytest.raises(VugenError, match=r"reducer\.safetensors is no pdd, or differs in more"):
+            train_reducer(other, scenes, tmp_path / "x.safetensors", CPU, kept)
 
 
 # --- the weight of flow matching over time ---

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from vugen_cli.checkpoint import load_checkpoint, select
 from vugen_cli.errors import VugenError
@@ -24,7 +25,7 @@ from vugen_cli.recipe import parse_recipe
 from vugen_cli.sampling import sampler as module
 from vugen_cli.sampling.draw import collect_prompts, draw, file_stems, pick_sampler
 from vugen_cli.sampling.sampler import WIDTH, Sampler
-from vugen_cli.sampling.trained import load_sampler, save_autoencoder
+from vugen_cli.sampling.trained import load_sampler, merge, save_autoencoder
 
 
 def killed(*_: Any) -> Iterator[Any]:
@@ -126,3 +127,19 @@ def test_a_decoder_for_larger_pictures_draws_the_same_latents(trained: Path, tmp
     assert next(sampler.sample(["a bear"]))[2].shape == (3, 128, 128)
     assert (sampler.card.image_size, sampler.card.decoder) == (128, str(large))
     assert sampler.card.data.path == "data/large"
+    with pytest.raises(VugenError, match="is one of the files to merge"):
+        merge(trained / "sampler.safetensors", [], large, decoder=large)
+    merge(trained / "sampler.safetensors", [], tmp_path / "both.safetensors", decoder=large)
+    both = load_sampler(tmp_path / "both.safetensors")
+    one, other = (next(s.sample(["a bear"]))[2] for s in (sampler, both))
+    assert torch.equal(one, other) and both.card.image_size == 128
+
+
+def test_the_bundled_decoder_of_128_px_draws_the_same_picture_twice_as_large() -> None:
+    small, large = load_sampler(), load_sampler(decoder="nano-128")
+    one, other = (next(s.sample(["a bear in a forest"], seed=1))[2] for s in (small, large))
+    assert one.shape == (3, 64, 64) and other.shape == (3, 128, 128)
+    reduced = functional.interpolate(other[None].float(), (64, 64), mode="area")[0]
+    assert (reduced - one.float()).abs().mean() < 6
+    assert (large.card.image_size, large.card.decoder) == (128, "nano-128")
+    assert large.card.data.path == "data/openmoji-128" and small.card.data.path == "data/openmoji"

@@ -206,6 +206,11 @@ class Decoder(Section):
         0.1, ge=0, description="largest standard deviation of the noise added to z̃ in training"
     )
     losses: DecoderLosses = DecoderLosses()
+    trained: Literal["all", "outer"] = Field(
+        "all",
+        description="`outer`: the pdd's first and last layers alone, for larger pictures; the others are the "
+        "checkpoint's",
+    )
     image_size: PositiveInt | None = Field(None, description="pixels a side; default: that of the data set")
 
     @model_validator(mode="before")
@@ -410,7 +415,7 @@ class Captioning(Section):
 
 
 # What of `decoder` says nothing of its weights.
-DECODING = {"steps", "solver", "time", "shift", "weighting", "noise", "losses", "image_size"}
+DECODING = {"steps", "solver", "time", "shift", "weighting", "noise", "losses", "trained", "image_size"}
 
 # Instead of the sampler's own, where an adapter is trained on tens of pictures: minutes on two cores.
 ADAPTER_TRAINING = {

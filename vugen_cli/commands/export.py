@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import Answer, DeviceOption, VlmNowOption
+from vugen_cli.commands.options import Answer, DecoderOption, DeviceOption, VlmNowOption
 
 
 def export(
@@ -27,6 +27,7 @@ def export(
     adapter: Annotated[
         list[str] | None, typer.Option(help="Adapter to add for good, as FILE or FILE:WEIGHT. Repeatable.")
     ] = None,
+    decoder: DecoderOption = None,
     vlm: VlmNowOption = None,
     device: DeviceOption = None,
 ) -> Answer:
@@ -43,7 +44,8 @@ def export(
     from vugen_cli.sampling.export import export as run
     from vugen_cli.sampling.trained import load_sampler
 
-    loaded = load_sampler(pick_sampler(sampler), vlm, pick_device(device), adapters=adapter or ())
+    file = pick_sampler(sampler)
+    loaded = load_sampler(file, vlm, pick_device(device), decoder=decoder, adapters=adapter or ())
     run(loaded, out, prompt or [], scores or [], licence)
     typer.echo(f"wrote {out}/; draw with --sampler {out}, or share it: vugen push {out} USER/NAME --dry-run")
     return Written(out=str(out))

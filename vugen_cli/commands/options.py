@@ -57,6 +57,13 @@ VlmOption = Annotated[
         help="VLM: `nano` (bundled), a Hugging Face directory, or a hub id, also hf:owner/name@revision."
     ),
 ]
+DecoderOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Draw with the decoder of this checkpoint, made by `train-reducer --reducer` or `--distill`; "
+        "nano-128 is bundled: the bundled sampler's pictures at 128 px. [default: the sampler's own]"
+    ),
+]
 VlmNowOption = Annotated[
     str | None, typer.Option(help="Where the VLM is now, if not where the checkpoint says.")
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption, VlmNowOption
+from vugen_cli.commands.options import AllowMismatchOption, Answer, DecoderOption, DeviceOption, VlmNowOption
 
 if TYPE_CHECKING:
     from vugen_cli.data.shapes import Shape
@@ -45,13 +45,6 @@ GuidanceOption = Annotated[
 ImageGuidanceOption = Annotated[
     float | None,
     typer.Option(min=0, help="The same by the pictures of a prompt. [default: the checkpoint's]"),
-]
-DecoderOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Draw with the decoder of this checkpoint, made by `train-reducer --reducer` or `--distill`. "
-        "[default: the sampler's own]"
-    ),
 ]
 AdapterOption = Annotated[
     list[str] | None,

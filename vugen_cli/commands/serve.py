@@ -7,8 +7,15 @@ from typing import Annotated
 
 import typer
 
-from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption, SamplerOption, VlmNowOption
-from vugen_cli.commands.sample import AdapterOption, DecoderOption, QuantizeOption
+from vugen_cli.commands.options import (
+    AllowMismatchOption,
+    Answer,
+    DecoderOption,
+    DeviceOption,
+    SamplerOption,
+    VlmNowOption,
+)
+from vugen_cli.commands.sample import AdapterOption, QuantizeOption
 from vugen_cli.errors import VugenError
 
 TokenOption = Annotated[

@@ -70,6 +70,11 @@ class PixelDecoder(nn.Module):
         return to_pixels(images).contiguous(memory_format=torch.channels_last)
 
     @property
+    def outer(self) -> list[nn.Module]:
+        """The first layer and the last ones, which know how large a patch is, and how it looks."""
+        return [self.conv_in, self.up[-1], self.norm_out, self.conv_out]
+
+    @property
     def multiple(self) -> int:
         """Image sides must be a multiple of this: the pixels of one middle token."""
         return self.recipe.patch * 2 ** (len(self.recipe.channels) - 1)
@@ -147,6 +152,31 @@ class PixelDecoder(nn.Module):
         return to_uint8(
             self.integrate(latents, noise, steps or self.recipe.steps, solver or self.recipe.solver)
         )
+
+
+def enlarged(weights: dict[str, Tensor], patch: int, factor: int) -> dict[str, Tensor]:
+    """A decoder's weights for pictures `factor` times as high and wide, of as many tokens.
+
+    Each of its pixels becomes factor x factor alike ones: it reads their mean, and paints them all.
+
+    Args:
+        weights: of a `PixelDecoder`.
+        patch: of its recipe; the new one is `factor * patch`.
+        factor: at least 1.
+    """
+
+    def spread(weight: Tensor, dim: int) -> Tensor:  # 3 p² to 3 (p factor)²
+        pixels = weight.unflatten(dim, (3, patch, patch))
+        return (
+            pixels.repeat_interleave(factor, dim + 1).repeat_interleave(factor, dim + 2).flatten(dim, dim + 2)
+        )
+
+    pixels, beside = weights["conv_in.weight"].tensor_split([3 * patch**2], 1)
+    return weights | {
+        "conv_in.weight": torch.cat([spread(pixels, 1) / factor**2, beside], 1),
+        "conv_out.weight": spread(weights["conv_out.weight"], 0),
+        "conv_out.bias": spread(weights["conv_out.bias"], 0),
+    }
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from vugen_cli.seeds import seeded_noise
 from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
 
 WEIGHTS, VLM = "sampler.safetensors", "vlm"  # in an exported folder
+NANO_128 = "nano-128"  # the name of the bundled decoder of 128 px
 
 
 def save_autoencoder(
@@ -183,7 +184,7 @@ def load_sampler(
         device: where to sample.
         allow_vlm_mismatch: take a VLM of other weights than it was trained on.
         decoder: a checkpoint whose decoder is to draw instead, of the same reducer: a distilled one, or for
-            pictures of another size.
+            pictures of another size. `nano-128` is bundled, and draws latents of the bundled line at 128 px.
         adapters: added to the expert, each a file or `file:weight`; see `with_adapters`.
 
     Raises:
@@ -217,7 +218,7 @@ def drawing_checkpoint(
         card = card.model_copy(update={"adapters": [*(card.adapters or []), *adapters]})
     if decoder is None:
         return tensors, card
-    theirs, other = load_checkpoint(decoder)
+    theirs, other = decoder_checkpoint(decoder)
     if not same_reducer(tensors, theirs):
         raise VugenError(
             f"{decoder} decodes the latents of another reducer: give one that `vugen train-reducer` made by "
@@ -242,6 +243,18 @@ def drawing_checkpoint(
     return tensors, card.model_copy(update=drawing)
 
 
+def decoder_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Card]:
+    """A checkpoint whose decoder is to draw; `nano-128`, of which only what is its own is bundled, whole.
+
+    Raises:
+        VugenError: as `load_checkpoint`.
+    """
+    if str(path) != NANO_128:
+        return load_checkpoint(path)
+    own, card = load_checkpoint(bundle("decoder-128.safetensors"))
+    return load_checkpoint(bundle("sampler.safetensors"))[0] | own, card
+
+
 def located(path: str | Path | None, vlm: str | None = None) -> tuple[Path, str | None]:
     """The checkpoint that `load_sampler` is asked for, and where its VLM is, if that is beside it.
 
@@ -257,22 +270,29 @@ def located(path: str | Path | None, vlm: str | None = None) -> tuple[Path, str 
     return given / WEIGHTS, vlm or beside
 
 
-def merge(path: Path, adapters: Sequence[str], out: Path, vlm: str | None = None) -> None:
-    """Write a sampler with adapters added for good; it draws what the two drew together.
+def merge(
+    path: Path,
+    adapters: Sequence[str],
+    out: Path,
+    vlm: str | None = None,
+    decoder: str | Path | None = None,
+) -> None:
+    """Write a sampler with adapters added for good, or with another decoder: it draws what they drew as one.
 
     Args:
         path: of the sampler.
         adapters: see `with_adapters`.
         out: the checkpoint to write.
         vlm: where its VLM is, if not where its card says: the new card does.
+        decoder: see `load_sampler`.
 
     Raises:
         VugenError: as `load_sampler`, or `out` is one of what is merged.
     """
-    merged = [str(path), *(name for name, _ in map(parse, adapters))]
+    merged = [str(path), *(name for name, _ in map(parse, adapters)), *([str(decoder)] if decoder else [])]
     if out.resolve() in {Path(name).resolve() for name in merged}:
         raise VugenError(f"--out {out} is one of the files to merge: give the new one another name")
-    tensors, card = drawing_checkpoint(path, adapters=adapters)
+    tensors, card = drawing_checkpoint(path, decoder, adapters)
     if vlm:
         card = card.model_copy(update={"vlm": card.vlm.model_copy(update={"name": vlm})})
     save_checkpoint(out, tensors, card)

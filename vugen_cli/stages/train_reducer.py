@@ -18,6 +18,7 @@ from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.engine.state import differences
 from vugen_cli.errors import VugenError
 from vugen_cli.models.autoencoder import Autoencoder
+from vugen_cli.models.pixel_decoder import PixelDecoder, enlarged
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import barrier, is_first, world_size
 from vugen_cli.recipe import DECODING, USE_OF_VLM, Recipe
@@ -47,7 +48,8 @@ def train_reducer(
         out: the `.safetensors` file to write; the run is kept in `<out without suffix>.run`.
         device: where to train.
         reducer: a checkpoint whose reducer is kept as it is, so that samplers trained on it can draw with the
-            decoder that is trained here. The decoder goes on from the checkpoint's, if it has the same sizes.
+            decoder that is trained here. The decoder goes on from the checkpoint's, if it has the same sizes,
+            or patches that are larger by a whole factor.
         options: of the command line.
 
     Raises:
@@ -172,7 +174,9 @@ def new_autoencoder(
     if world_size() > 1:
         module.reducer.statistics = batch_statistics
     if reducer:
-        keep_reducer(module, reducer, vlm)
+        keep_reducer(module, reducer, vlm, size)
+    elif recipe.decoder.trained == "outer":
+        raise VugenError("decoder.trained=outer leaves the other layers as --reducer has them: give that too")
     if size % module.decoder.multiple:
         raise VugenError(
             f"images of {size} px: the decoder of this recipe needs a multiple of {module.decoder.multiple}"
@@ -199,11 +203,18 @@ def check_shapes(images: ShardedImages, module: Autoencoder, vlm: FrozenVLM, rec
             check_grid(vlm, shape)
 
 
-def keep_reducer(module: Autoencoder, path: Path, vlm: FrozenVLM) -> None:
+def keep_reducer(module: Autoencoder, path: Path, vlm: FrozenVLM, size: int) -> None:
     """Take the reducer of a checkpoint, for good, and its decoder's weights where they fit.
 
+    Args:
+        module: whose reducer and decoder they become.
+        path: of the checkpoint.
+        vlm: that it must have been trained on.
+        size: pixels a side of what is trained on.
+
     Raises:
-        VugenError: as `load_autoencoder`; it was trained on another VLM or has another reducer's settings.
+        VugenError: as `load_autoencoder`; it was trained on another VLM or has another reducer's settings, or
+            a decoder whose other layers do not fit, where the outer ones alone are to be trained.
     """
     kept, _, card = load_autoencoder(path, vlm.device)
     vlm.check(card, path)
@@ -212,6 +223,24 @@ def keep_reducer(module: Autoencoder, path: Path, vlm: FrozenVLM) -> None:
         raise VugenError(f"--reducer keeps the reducer of {path}: reducer.{changed[0]} is not possible")
     module.reducer.load_state_dict(kept.reducer.state_dict())
     module.reducer.requires_grad_(False)
-    mine, theirs = (a.decoder.recipe.model_dump(exclude=DECODING) for a in (module, kept))
-    if mine == theirs:
-        module.decoder.load_state_dict(kept.decoder.state_dict())
+    new, old = module.decoder.recipe, kept.decoder.recipe
+    sizes, earlier = (r.model_dump(exclude=DECODING | {"patch", "preset"}) for r in (new, old))
+    factor, rest = divmod(new.patch, old.patch)
+    weights = kept.decoder.state_dict()
+    painter = isinstance(module.decoder, PixelDecoder)  # the LDM has no patches
+    fits = sizes == earlier and not rest and (factor == 1 or painter)
+    if fits:
+        module.decoder.load_state_dict(enlarged(weights, old.patch, factor) if factor > 1 else weights)
+    if new.trained == "outer":
+        if not (fits and isinstance(module.decoder, PixelDecoder)):
+            raise VugenError(
+                f"decoder.trained=outer: the decoder of {path} is no pdd, or differs in more than its patch"
+            )
+        if size != factor * card.image_size:
+            raise VugenError(
+                f"decoder.trained=outer: the decoder of {path} draws {factor * card.image_size} px with "
+                f"decoder.patch={new.patch}, and the images have {size}"
+            )
+        module.decoder.requires_grad_(False)
+        for layer in module.decoder.outer:
+            layer.requires_grad_(True)
