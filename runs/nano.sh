@@ -70,9 +70,9 @@ train sampler sampler.safetensors --init sampler-2.safetensors --steps 35000 --s
 
 train reducer decoder.safetensors --reducer reducer.safetensors --steps 7800 --batch-size 64 \
     --set decoder.losses.gradient=2 --set decoder.shift=8
-train reducer decoder-128.safetensors --reducer decoder.safetensors --data data/openmoji-128 --steps 4000 \
+train reducer decoder-128.safetensors --reducer decoder.safetensors --data data/openmoji-128 --steps 1200 \
     --batch-size 64 --set decoder.patch=8 --set decoder.trained=outer --set train_reducer.optimizer=adamw \
-    --set train_reducer.lr=2e-3 --set decoder.losses.gradient=0.3 --set decoder.shift=8
+    --set train_reducer.lr=1e-3 --set train_reducer.cooldown=1 --set decoder.losses.gradient=0.3 --set decoder.shift=8
 
 # -----------------------------------------------------------------------------
 # The judges: scenes of their own, that nothing else learns from; the lenient one looks at reconstructions too.

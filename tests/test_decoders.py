@@ -13,7 +13,7 @@ from vugen_cli.checkpoint import load_checkpoint
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.lpips import unit_length
 from vugen_cli.models.autoencoder import Autoencoder
-from vugen_cli.models.pixel_decoder import PixelDecoder, enlarged
+from vugen_cli.models.pixel_decoder import PixelDecoder, enlarged, fit_last_layer
 from vugen_cli.recipe import PRESETS, Decoder, DecoderLosses, Recipe, load_recipe
 from vugen_cli.sampling.trained import load_autoencoder
 from vugen_cli.stages.losses import (
@@ -261,6 +261,24 @@ def test_an_enlarged_decoder_paints_each_pixel_of_the_smaller_one_several_times(
     expected = small(noised, t, latents)
     assert expected.abs().max() > 0.1
     assert torch.allclose(large(larger(noised), t, latents), larger(expected), atol=1e-4)
+
+
+def test_the_last_layer_is_fitted_to_the_pixels_that_one_such_layer_paints() -> None:
+    torch.manual_seed(0)
+    recipe = Decoder(patch=2, channels=[8, 16], blocks=1, middle_layers=1, heads=2)
+    painter = wake(PixelDecoder(recipe, 4)).eval()
+    with torch.no_grad():  # for it to ignore its noise, and to stay within the range of pixels
+        painter.conv_in.weight[:, :12] = 0
+        painter.conv_out.weight *= 0.1
+    latents = torch.randn(32, 4, 4, 4)
+    images = painter.decode(latents, torch.zeros(32, 3, 16, 16), steps=1)
+    learner = PixelDecoder(recipe, 4).eval()
+    learner.load_state_dict(painter.state_dict())
+    with torch.no_grad():
+        learner.conv_out.weight.normal_()
+    fit_last_layer(learner, [(latents[:16], images[:16]), (latents[16:], images[16:])], seed=0)
+    again = learner.decode(latents, torch.randn(32, 3, 16, 16), steps=1)
+    assert images.float().std() > 5 and (again.int() - images.int()).abs().max() <= 2
 
 
 def test_outer_layers_alone_are_trained_for_larger_pictures_and_the_others_stay_to_the_bit(

@@ -7,6 +7,8 @@ manifold and noise does not, so a small network learns the first far sooner. The
 `heun`, however many they take, ends on its clean prediction.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,6 +20,7 @@ from vugen_cli.recipe import NO_MIDPOINT
 from vugen_cli.recipe import Decoder as DecoderRecipe
 
 LEAST = 1e-6  # of the 1 - t by which a clean prediction is divided: only so that t = 1 gives a number
+RIDGE = 1e-4  # of the mean square of the inputs of a least-squares fit: only so that there is one solution
 WINDOW = 8  # reach of the relative positions, in tokens each way: a 17 x 17 window
 
 
@@ -177,6 +180,41 @@ def enlarged(weights: dict[str, Tensor], patch: int, factor: int) -> dict[str, T
         "conv_out.weight": spread(weights["conv_out.weight"], 0),
         "conv_out.bias": spread(weights["conv_out.bias"], 0),
     }
+
+
+@torch.no_grad()
+def fit_last_layer(decoder: PixelDecoder, batches: Iterable[tuple[Tensor, Tensor]], seed: int) -> None:
+    """Set the last layer to the least squares of the pixels given its input, at t = 0, where z̃ tells all.
+
+    It is linear, so with all before it kept its best weights have a closed form.
+
+    Args:
+        decoder: the others of whose layers stay as they are.
+        batches: z̃ [B, h, w, c] and the images, uint8 [B, 3, H, W].
+        seed: of the noise.
+    """
+    layer, generator, given = decoder.conv_out, torch.Generator().manual_seed(seed), []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    inputs = layer.in_channels * 9 + 1  # 3 x 3 places, and 1 for the bias
+    products = torch.zeros(inputs, inputs + layer.out_channels, dtype=torch.float64)
+    for latents, images in batches:
+        target = decoder.target(images.to(latents.device))
+        noise = torch.randn(target.shape, generator=generator).to(latents.device)
+        decoder(noise, target.new_zeros(len(target)), latents)
+        asked = functional.pixel_unshuffle(target, decoder.recipe.patch).flatten(2)  # [B, 3 p², N]
+        for features, pixels in zip(
+            given.pop().float(), asked, strict=True
+        ):  # whole batches may be gigabytes
+            seen = functional.unfold(features, 3, padding=1)  # [inputs - 1, N]
+            columns = torch.cat([seen, torch.ones_like(seen[:1]), pixels])
+            products += (columns[:inputs] @ columns.T).double().cpu()
+    hook.remove()
+    gram, moments = products.split([inputs, layer.out_channels], 1)
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(inputs, dtype=torch.float64)
+    weights = torch.linalg.solve(gram + ridge, moments).T
+    layer.weight.copy_(weights[:, :-1].reshape(layer.weight.shape))
+    assert layer.bias is not None
+    layer.bias.copy_(weights[:, -1])
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vugen_cli.card import Card, LatentsCard
-from vugen_cli.checkpoint import fingerprint
+from vugen_cli.checkpoint import fingerprint, read_card
 from vugen_cli.data.loader import Batch, ShardedImages, held_out_images, stored_images, training_batches
 from vugen_cli.data.mixture import open_dataset
 from vugen_cli.engine.compiling import compile_forward, wants_compile
@@ -18,7 +18,7 @@ from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.engine.state import differences
 from vugen_cli.errors import VugenError
 from vugen_cli.models.autoencoder import Autoencoder
-from vugen_cli.models.pixel_decoder import PixelDecoder, enlarged
+from vugen_cli.models.pixel_decoder import PixelDecoder, enlarged, fit_last_layer
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import barrier, is_first, world_size
 from vugen_cli.recipe import DECODING, USE_OF_VLM, Recipe
@@ -29,6 +29,7 @@ from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 from vugen_cli.vlm.latents import check_grid
 
 STATISTICS_IMAGES = 10_000  # enough for a per-channel mean and deviation to three digits
+FITTED_PLACES = 768_000  # many times what a last layer reads at each
 REPORT_IMAGES = 1_000
 
 
@@ -109,6 +110,10 @@ def train_reducer(
         module.reducer.fit_pca(z_of(STATISTICS_IMAGES))
     if not recipe.reducer.trained and not reducer:
         module.reducer.fit_statistics(z_of(STATISTICS_IMAGES))
+    if recipe.decoder.trained == "outer" and reducer and read_card(reducer).image_size != size:
+        assert isinstance(module.decoder, PixelDecoder)
+        seen = stored_images(images, max(16, FITTED_PLACES // (size // recipe.decoder.patch) ** 2), size)
+        fit_last_layer(module.decoder, ((module.encode(vlm, batch), batch) for batch in seen), recipe.seed)
     run = out.with_suffix(".run")
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, size)
     if recipe.reducer.kind == "vae":  # reducer and decoder are the VAE's: there is nothing to train
