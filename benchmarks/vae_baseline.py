@@ -15,7 +15,8 @@ features, times 1,000: to the real scenes, and to the arm's reconstructions of t
 latents are drawn, whatever the decoder blurs. Each length is a run of its own whose rate falls to zero. A run
 that is finished is not repeated and one that was stopped goes on, so the script can be killed at any time and
 called again with other arms, rates and seeds. `table.md` in --out has all of them, and what the arms'
-reconstructions of real scenes score.
+reconstructions of real scenes score. A run draws at the guidance interval of its own card: compare only
+runs that were trained with the same `sampling`.
 """
 
 import argparse
