@@ -202,9 +202,8 @@ def fit_last_layer(decoder: PixelDecoder, batches: Iterable[tuple[Tensor, Tensor
         noise = torch.randn(target.shape, generator=generator).to(latents.device)
         decoder(noise, target.new_zeros(len(target)), latents)
         asked = functional.pixel_unshuffle(target, decoder.recipe.patch).flatten(2)  # [B, 3 p², N]
-        for features, pixels in zip(
-            given.pop().float(), asked, strict=True
-        ):  # whole batches may be gigabytes
+        # One by one: nine times the features of a batch may be gigabytes.
+        for features, pixels in zip(given.pop().float(), asked, strict=True):
             seen = functional.unfold(features, 3, padding=1)  # [inputs - 1, N]
             columns = torch.cat([seen, torch.ones_like(seen[:1]), pixels])
             products += (columns[:inputs] @ columns.T).double().cpu()

@@ -62,6 +62,11 @@ def train_reducer(
     shown = held_out_images(images, size)
     module, latents = new_autoencoder(recipe, vlm, shown, device, reducer)
     check_shapes(images, module, vlm, recipe)
+    if recipe.decoder.trained == "outer" and reducer and read_card(reducer).image_size != size:
+        # Before anything is compiled: what a layer is given cannot be looked at in a compiled network.
+        assert isinstance(module.decoder, PixelDecoder)
+        seen = stored_images(images, max(16, FITTED_PLACES // (size // recipe.decoder.patch) ** 2), size)
+        fit_last_layer(module.decoder, ((module.encode(vlm, batch), batch) for batch in seen), recipe.seed)
     settings = recipe.train_reducer
     if wants_compile(recipe.engine, device, settings.steps, on_cpu=False):
         compile_forward([module.decoder], must=recipe.engine.compile is True, shapes=len(images.shapes))
@@ -110,10 +115,6 @@ def train_reducer(
         module.reducer.fit_pca(z_of(STATISTICS_IMAGES))
     if not recipe.reducer.trained and not reducer:
         module.reducer.fit_statistics(z_of(STATISTICS_IMAGES))
-    if recipe.decoder.trained == "outer" and reducer and read_card(reducer).image_size != size:
-        assert isinstance(module.decoder, PixelDecoder)
-        seen = stored_images(images, max(16, FITTED_PLACES // (size // recipe.decoder.patch) ** 2), size)
-        fit_last_layer(module.decoder, ((module.encode(vlm, batch), batch) for batch in seen), recipe.seed)
     run = out.with_suffix(".run")
     stream = training_batches(images, recipe, settings.batch_size, recipe.data.flip, size)
     if recipe.reducer.kind == "vae":  # reducer and decoder are the VAE's: there is nothing to train
