@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from vugen_cli.app import app
 from vugen_cli.card import StateCard
-from vugen_cli.checkpoint import load_checkpoint, read_card, read_header, save_checkpoint
+from vugen_cli.checkpoint import load_checkpoint, load_tensors, read_card, read_header, save_checkpoint
 from vugen_cli.data.loader import ShardedImages
 from vugen_cli.engine.device import cpu_flags, pick_device
 from vugen_cli.engine.ema import EMA
@@ -236,6 +236,22 @@ def test_a_changed_recipe_goes_on_when_told_and_the_change_is_kept(
     train_reducer(changed(new, "train_reducer.steps=7"), scenes, out, CPU)  # now it is the run's own
     with pytest.raises(VugenError, match="the networks have changed .*decoder.channels"):
         train_reducer(changed(new, "decoder.channels=[16,16]"), scenes, out, CPU, options=told)
+
+
+def test_a_run_of_a_version_without_a_key_goes_on_as_that_keys_default_says(
+    scenes: Path, tiny_recipe: Recipe, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "reducer.run", tmp_path / "r.run")
+    state, out = sorted((tmp_path / "r.run").glob("state-*"))[-1], tmp_path / "r.safetensors"
+    tensors, card = load_tensors(state), read_header(state)
+    assert isinstance(card, StateCard)
+    del card.resolved["recipe"]["decoder"]["smoothing"]
+    del card.resolved["recipe"]["decoder"]["losses"]["gradient"]
+    save_checkpoint(state, tensors, card)
+    with pytest.raises(VugenError, match=r"other settings \(recipe\.decoder\.smoothing: 0\.0 -> 2\.0\)"):
+        train_reducer(changed(tiny_recipe, "decoder.smoothing=2.0"), scenes, out, CPU)
+    train_reducer(changed(tiny_recipe, "train_reducer.steps=5"), scenes, out, CPU)
+    assert read_card(out).step == 5
 
 
 def test_a_disk_that_fills_up_ends_the_run_which_goes_on_when_there_is_room(

@@ -24,6 +24,7 @@ from vugen_cli.engine.stage import Stage
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.files import locked
 from vugen_cli.processes import broadcast, is_first, is_lost_peer
+from vugen_cli.recipe import Recipe
 
 # What a resumed run may change: it may be made longer, and data and VLM may lie elsewhere (what they hold is
 # compared).
@@ -186,9 +187,11 @@ def resume(
     if path is None:
         return 0
     stored = Stored(path)
-    changed = [
-        c for c in differences(stored.card.resolved, stage.resolved) if not is_free(c.partition(":")[0])
-    ]
+    old = dict(stored.card.resolved)
+    if sections := old.get("recipe"):
+        # Of an earlier version, which did not have all keys: it did what their defaults say.
+        old["recipe"] = filled(sections, Recipe().model_dump(mode="json", include=set(sections)))
+    changed = [c for c in differences(old, stage.resolved) if not is_free(c.partition(":")[0])]
     # States of earlier versions do not say what their data set held.
     changed = [c for c in changed if not c.startswith(("data.sha256: None ", "teacher.calls: None "))]
     if changed and not change_recipe:
@@ -237,6 +240,15 @@ def resume(
 def is_free(key: str) -> bool:
     """Whether a resumed run may have another value under a key of `Stage.resolved`."""
     return key in FREE or key.rpartition(".")[2] in FREE
+
+
+def filled(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The values, and the defaults of the keys that they lack, in sections within sections too."""
+    both = {**defaults, **values}
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(both[key], dict):
+            both[key] = filled(both[key], default)
+    return both
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
