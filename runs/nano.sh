@@ -88,6 +88,6 @@ train judge lenient.safetensors --data data/judged --init strict.safetensors --r
 
 vugen sample "a bear in a forest" "two apples next to a tree" -n 4 --sampler sampler.safetensors \
     --decoder decoder-128.safetensors
-vugen study composition --sampler sampler.safetensors --count "$JUDGED"
-vugen study edits --sampler sampler.safetensors --count "$JUDGED"
+[ -e composition.json ] || vugen study composition --sampler sampler.safetensors --count "$JUDGED"
+[ -e edits.json ] || vugen study edits --sampler sampler.safetensors --count "$JUDGED"
 vugen reconstruct --reducer decoder.safetensors --images data/openmoji --count 500

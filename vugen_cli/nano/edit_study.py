@@ -48,6 +48,7 @@ from vugen_cli.vlm.prompts import Prompt
 See = Callable[[Tensor], list[Scene]]  # uint8 [N, 3, S, S] -> what each shows, as far as it can be told
 Fact = tuple[Any, ...]  # ("setting", name), ("count", name, number), ("relation", name, relation, name), ...
 SIDEWAYS = ("to the left of", "to the right of")
+SEED = 0  # of the edits, the samples and the reconstructions
 SAME = 8  # levels of 255 that a pixel may differ by between source and target and count as unchanged
 
 
@@ -167,7 +168,6 @@ def score_edits(
     count: int,
     out: Path,
     judges: dict[str, See] | None = None,
-    seed: int = 0,
     guidance: float | None = None,
     image_guidance: float | None = None,
 ) -> Report:
@@ -178,7 +178,6 @@ def score_edits(
         count: edits, of all kinds alike.
         out: folder for the pictures, as `vugen sample` writes them, and a page of them, `edits.html`.
         judges: what sees pictures, by name; default `all_judges`.
-        seed: of edits and samples.
         guidance, image_guidance: instead of the sampler's own.
 
     Returns:
@@ -193,11 +192,11 @@ def score_edits(
             f"{sampler.path} was trained on {sampler.card.data.dataset}, and edits are asked of OpenMoji "
             "scenes, whose contents are known: train one on `vugen prepare --dataset openmoji-edits`"
         )
-    edits = OpenMojiEdits(count, "val", sampler.card.image_size, seed)
+    edits = OpenMojiEdits(count, "val", sampler.card.image_size, SEED)
     samples = [edits[i] for i in range(count)]
     sources, targets = stacked([s.sources[0] for s in samples]), stacked([s.image for s in samples])
     prompts = [Prompt(s.captions[0], (source,)) for s, source in zip(samples, sources, strict=True)]
-    draw(sampler, prompts, 1, out, seed, guidance=guidance, image_guidance=image_guidance)
+    draw(sampler, prompts, 1, out, SEED, guidance=guidance, image_guidance=image_guidance)
     if not is_first():
         return Report()
     write_comparison({"edits": read_shown(out)}, out / "edits.html")
@@ -207,7 +206,7 @@ def score_edits(
         "sampling": sampler.settings(guidance=guidance, image_guidance=image_guidance).model_dump(
             mode="json"
         ),
-        "seed_of_samples": seed,
+        "seed_of_samples": SEED,
         "vlm_fingerprint": sampler.vlm.fingerprint,
     }
     scores: list[Score] = []
@@ -216,7 +215,7 @@ def score_edits(
         scores += _shares(name, samples, shown, about)
     decoded = torch.cat(
         [
-            decode_images(sampler.vlm, sampler.autoencoder, targets[rows], seed, numbers=rows.tolist())
+            decode_images(sampler.vlm, sampler.autoencoder, targets[rows], SEED, numbers=rows.tolist())
             for rows in torch.arange(count).split(DECODE_BATCH)
         ]
     )
