@@ -1,5 +1,7 @@
 """Decoders: presets, losses beside flow matching, solvers."""
 
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from vugen_cli.checkpoint import load_checkpoint
 from vugen_cli.errors import VugenError
 from vugen_cli.metrics.lpips import unit_length
 from vugen_cli.models.autoencoder import Autoencoder
-from vugen_cli.models.pixel_decoder import PixelDecoder, enlarged, fit_last_layer
+from vugen_cli.models.pixel_decoder import PixelDecoder, enlarged, fit_last_layer, smoothed, to_uint8
 from vugen_cli.recipe import PRESETS, Decoder, DecoderLosses, Recipe, load_recipe
 from vugen_cli.sampling.trained import load_autoencoder
 from vugen_cli.stages.losses import (
@@ -109,6 +111,43 @@ def test_the_recipes_solver_is_the_default() -> None:
     default = decoder.decode(latents, noise, 3)  # type: ignore[operator]
     assert torch.equal(default, decoder.decode(latents, noise, 3, "heun"))  # type: ignore[operator]
     assert not torch.equal(default, decoder.decode(latents, noise, 3, "euler"))  # type: ignore[operator]
+
+
+def test_smoothing_evens_out_parts_of_a_level_and_keeps_edges_and_means() -> None:
+    torch.manual_seed(0)
+    true = torch.zeros(2, 3, 32, 32)
+    true[..., 16:] = 40 / 127.5
+    noisy = true + 0.3 / 127.5 * torch.randn(true.shape)
+    even = smoothed(noisy, 3.0)
+    assert (even - true).std() < 0.5 * (noisy - true).std()
+    assert torch.allclose(even.mean((2, 3)), noisy.mean((2, 3)), atol=1e-6)
+    assert (even - true)[..., 14:18].abs().max() < 1.2 / 127.5  # no step of the 40 levels has flowed off
+    whole = torch.full_like(true, 0.3)
+    assert torch.equal(smoothed(whole, 3.0), whole)
+
+
+def test_smoothing_follows_perona_and_malik() -> None:
+    """One row of three pixels, of which two differ by as much as `levels`, in float64 by hand."""
+    step = 3.0 / 127.5
+    row = torch.tensor([0.0, 0.0, step], dtype=torch.float64)
+    x = row.tolist()
+    for _ in range(4):
+        flow = [(b - a) * math.exp(-(((b - a) / step) ** 2)) for a, b in pairwise(x)]
+        x = [x[0] + flow[0] / 5, x[1] + (flow[1] - flow[0]) / 5, x[2] - flow[1] / 5]
+    assert smoothed(row.expand(1, 3, 1, 3), 3.0)[0, 0, 0].tolist() == pytest.approx(x, rel=1e-12)
+
+
+def test_a_decoder_smooths_its_pictures_where_its_recipe_says_so() -> None:
+    decoder = wake(PixelDecoder(SMALL, 4))
+    noise, latents = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 4, 4)
+    plain = decoder.decode(latents, noise, steps=2)
+    with torch.no_grad():
+        end = decoder.integrate(latents, noise, 2, "euler")
+    decoder.recipe = SMALL.model_copy(update={"smoothing": 40.0})
+    assert torch.equal(decoder.decode(latents, noise, steps=2), to_uint8(smoothed(end, 40.0)))
+    assert torch.equal(plain, to_uint8(end)) and not torch.equal(plain, to_uint8(smoothed(end, 40.0)))
+    with pytest.raises(VugenError, match=r"decoder\.smoothing is of kind pdd"):
+        load_recipe("nano", ["decoder.kind=ldm", "decoder.smoothing=2"])
 
 
 # --- losses beside flow matching ---

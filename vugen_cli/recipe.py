@@ -206,6 +206,12 @@ class Decoder(Section):
         0.1, ge=0, description="largest standard deviation of the noise added to z̃ in training"
     )
     losses: DecoderLosses = DecoderLosses()
+    smoothing: float = Field(
+        0.0,
+        ge=0,
+        description="of the pdd's pictures: differences of neighbouring pixels far below this many of 255 "
+        "levels are evened out before rounding, which would make grain of them; larger ones stay",
+    )
     trained: Literal["all", "outer"] = Field(
         "all",
         description="`outer`: the pdd's first and last layers alone, for larger pictures; the others are the "
@@ -220,9 +226,11 @@ class Decoder(Section):
         return {**preset, **values} if preset else values
 
     @model_validator(mode="after")
-    def _solver_ends_on_the_picture(self) -> "Decoder":
+    def _kind_can_do_it(self) -> "Decoder":
         if self.kind == "pdd" and self.solver == "midpoint":
             raise ValueError(NO_MIDPOINT)
+        if self.kind == "ldm" and self.smoothing:
+            raise ValueError("decoder.smoothing is of kind pdd: a VAE paints the ldm's pictures")
         return self
 
     @model_validator(mode="after")
@@ -415,7 +423,18 @@ class Captioning(Section):
 
 
 # What of `decoder` says nothing of its weights.
-DECODING = {"steps", "solver", "time", "shift", "weighting", "noise", "losses", "trained", "image_size"}
+DECODING = {
+    "steps",
+    "solver",
+    "time",
+    "shift",
+    "weighting",
+    "noise",
+    "losses",
+    "smoothing",
+    "trained",
+    "image_size",
+}
 
 # Instead of the sampler's own, where an adapter is trained on tens of pictures: minutes on two cores.
 ADAPTER_TRAINING = {

@@ -21,6 +21,7 @@ from vugen_cli.recipe import Decoder as DecoderRecipe
 
 LEAST = 1e-6  # of the 1 - t by which a clean prediction is divided: only so that t = 1 gives a number
 RIDGE = 1e-4  # of the mean square of the inputs of a least-squares fit: only so that there is one solution
+SMOOTHINGS = 4  # passes; in each a pixel goes a fifth of the way to each of its four neighbours
 WINDOW = 8  # reach of the relative positions, in tokens each way: a 17 x 17 window
 
 
@@ -152,9 +153,8 @@ class PixelDecoder(nn.Module):
         Raises:
             VugenError: as `integrate`.
         """
-        return to_uint8(
-            self.integrate(latents, noise, steps or self.recipe.steps, solver or self.recipe.solver)
-        )
+        end = self.integrate(latents, noise, steps or self.recipe.steps, solver or self.recipe.solver)
+        return to_uint8(smoothed(end, self.recipe.smoothing) if self.recipe.smoothing else end)
 
 
 def enlarged(weights: dict[str, Tensor], patch: int, factor: int) -> dict[str, Tensor]:
@@ -214,6 +214,28 @@ def fit_last_layer(decoder: PixelDecoder, batches: Iterable[tuple[Tensor, Tensor
     layer.weight.copy_(weights[:, :-1].reshape(layer.weight.shape))
     assert layer.bias is not None
     layer.bias.copy_(weights[:, -1])
+
+
+def smoothed(pixels: Tensor, levels: float) -> Tensor:
+    """Even out small differences of neighbouring pixels and keep the others (Perona and Malik, 1990).
+
+    What a decoder wavers by in a flat area may be a part of a level; rounded, it is grain of whole ones. A
+    difference d flows off by exp(-(d / levels)²): one of 0.3 levels nearly whole, one of 3 times levels not.
+
+    Args:
+        pixels: [B, 3, H, W] in [-1, 1].
+        levels: over 0, of the 255 from -1 to 1; of the three colours the one that differs most counts.
+    """
+    for _ in range(SMOOTHINGS):
+        flows = []
+        for dim in (-2, -1):
+            difference = pixels.diff(dim=dim)
+            size = difference.abs().amax(1, keepdim=True) * 127.5 / levels
+            flow = difference * torch.exp(-size.square())
+            edge = torch.zeros_like(pixels.narrow(dim, 0, 1))
+            flows.append(torch.cat([edge, flow, edge], dim).diff(dim=dim))
+        pixels = pixels + (flows[0] + flows[1]) / 5
+    return pixels
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
