@@ -25,7 +25,7 @@ from vugen_cli.recipe import parse_recipe
 from vugen_cli.sampling import sampler as module
 from vugen_cli.sampling.draw import collect_prompts, draw, file_stems, pick_sampler
 from vugen_cli.sampling.sampler import WIDTH, Sampler
-from vugen_cli.sampling.trained import load_sampler, merge, save_autoencoder
+from vugen_cli.sampling.trained import load_autoencoder, load_sampler, merge, save_autoencoder
 
 
 def killed(*_: Any) -> Iterator[Any]:
@@ -142,4 +142,5 @@ def test_the_bundled_decoder_of_128_px_draws_the_same_picture_twice_as_large() -
     reduced = functional.interpolate(other[None].float(), (64, 64), mode="area")[0]
     assert (reduced - one.float()).abs().mean() < 6
     assert (large.card.image_size, large.card.decoder) == (128, "nano-128")
+    assert load_autoencoder("nano-128", torch.device("cpu"))[2].image_size == 128  # `vugen reconstruct`
     assert large.card.data.path == "data/openmoji-128" and small.card.data.path == "data/openmoji"

@@ -4,6 +4,7 @@ Takes about six seconds.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,16 @@ def test_shares_are_by_judge_group_and_question() -> None:
     )
 
 
+@pytest.mark.parametrize("splits", [["train", "val"], ["val"]], ids=" and ".join)
 def test_reconstructions_of_scenes_are_judged(
-    trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    splits: list[str], trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each reconstruction is asked for what its own original shows."""
+    whole, scenes = scenes, tmp_path / "scenes"
+    shutil.copytree(whole, scenes)
+    manifest = json.loads((scenes / "dataset.json").read_text())
+    manifest["splits"] = {split: manifest["splits"][split] for split in splits}
+    (scenes / "dataset.json").write_text(json.dumps(manifest))
     asked: list[dict[str, Any]] = []
 
     def judges(_vlm: object) -> dict[str, Any]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def reconstruct(
     images: Annotated[Path, typer.Option(help="A folder of images, a data set, shards, a zip or an npz.")],
     reducer: Annotated[
-        Path, typer.Option(help="Checkpoint of `vugen train-reducer` (a sampler's works too).")
+        Path, typer.Option(help="Checkpoint of `vugen train-reducer` (a sampler's works too), or nano-128.")
     ] = Path("reducer.safetensors"),
     full: Annotated[
         Path | None,

@@ -329,8 +329,7 @@ class ShardedImages:
 
     def held_out(self) -> "ShardedImages":
         """The data set's `val` split, or `train` if it has none."""
-        split = "val" if "val" in self.manifest.splits else "train"
-        return ShardedImages(self.directory, split, latents=self.latents is not None)
+        return ShardedImages(self.directory, self.manifest.held_out, latents=self.latents is not None)
 
     def in_order(self, count: int | None = None) -> Iterator[tuple[np.ndarray, Meta]]:
         """The first `count` readable samples in stored order."""

@@ -150,6 +150,11 @@ class Manifest(Facts):
         names = {name: [s.sha256 for s in split.shards] for name, split in self.splits.items()}
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
+    @property
+    def held_out(self) -> str:
+        """The split to look at and to compare with: `val`, or `train` where there is none."""
+        return "val" if "val" in self.splits and self.splits["val"].shards else "train"
+
     def card(self, path: str | Path) -> DataCard:
         """What checkpoints remember of it."""
         if self.data:  # a cache leads back to its images

@@ -302,8 +302,7 @@ def _mjhq(directory: Path, files: list[str]) -> ImageSet:
 
 def _prepared(directory: Path) -> ImageSet:
     """One split of a data set that `vugen prepare` wrote: `val` if there is one."""
-    splits = read_manifest(directory).splits
-    split = "val" if "val" in splits and splits["val"].shards else "train"
+    split = read_manifest(directory).held_out
     stored = ShardedImages(directory, split)
     shards = [directory / name for name in stored.names]
     return ImageSet(directory, "shards", len(stored), None, partial(_tar_items, shards), split, tars=shards)

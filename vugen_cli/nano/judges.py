@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vugen_cli.data.loader import ShardedImages
+from vugen_cli.data.manifest import read_manifest
 from vugen_cli.metrics.bootstrap import resampled_means
 from vugen_cli.metrics.prompted_images import score_of
 from vugen_cli.metrics.report import Score
@@ -101,7 +102,7 @@ def reconstruction_judge(images: Path) -> OfReconstructions:
     def of_reconstructions(
         vlm: FrozenVLM, originals: Tensor, decoded: Tensor, indices: list[int]
     ) -> list[Score]:
-        stored = ShardedImages(images).held_out()
+        stored = ShardedImages(images, read_manifest(images).held_out)
         ends = list(accumulate(stored.counts.tolist()))
         scenes = []
         for index in indices:

@@ -162,9 +162,7 @@ def _draw(path: Path, device: torch.device | str, captions: list[str], out: Path
 
 
 def _captions(data: Path, count: int) -> list[str]:
-    # COCO is often prepared as val alone.
-    split = "val" if "val" in read_manifest(data).splits else "train"
-    held_out = ShardedImages(data, split).in_order()
+    held_out = ShardedImages(data, read_manifest(data).held_out).in_order()  # COCO is often val alone
     captions = [meta["captions"][0] for _, meta in held_out if meta["captions"]]
     different = list(dict.fromkeys(captions))[:count]
     if not different:
