@@ -88,21 +88,6 @@ def train_reducer(
         latents=latents,
         image_size=size,
     )
-    kept: dict[str, object] = {}
-    if reducer:
-        kept["reducer"] = fingerprint(module.reducer, "autoencoder.reducer.")
-    if recipe.engine.accumulate > 1 and module.reducer.trained:  # z̃ is normalised within each part of a batch
-        kept["accumulate"] = recipe.engine.accumulate
-    resolved = (
-        card.facts("vlm", "data", "latents", "image_size")
-        | kept
-        | {
-            "recipe": recipe.model_dump(
-                mode="json",
-                include={*USE_OF_VLM, "seed", "data", "reducer", "decoder", "flow", "train_reducer"},
-            )
-        }
-    )
 
     def preview(path: Path) -> None:
         decoded = decode_images(vlm, module, shown, recipe.seed)
@@ -126,6 +111,7 @@ def train_reducer(
             if is_first():
                 save_autoencoder(module, path, card.model_copy(update={"step": step}))
 
+        resolved = resumed_with(recipe, card, module, begun=reducer is not None)
         stage = Stage("reducer", module, loss, preview, resolved, save=save)
         train(stage, stream, settings, recipe, run, device, options)
     if module.reducer.trained:
@@ -137,6 +123,23 @@ def train_reducer(
         save_autoencoder(module, out, card)
     barrier("written")  # the others may read it from here on
     return out
+
+
+def resumed_with(recipe: Recipe, card: Card, module: Autoencoder, begun: bool) -> dict[str, object]:
+    """What a run that is taken up again must still have.
+
+    Args:
+        recipe, card, module: of the run.
+        begun: whether its reducer is another checkpoint's.
+    """
+    used = {*USE_OF_VLM, "seed", "data", "reducer", "decoder", "flow", "train_reducer"}
+    facts = card.facts("vlm", "data", "latents", "image_size")
+    facts["recipe"] = recipe.model_dump(mode="json", include=used)
+    if begun:
+        facts["reducer"] = fingerprint(module.reducer, "autoencoder.reducer.")
+    if recipe.engine.accumulate > 1 and module.reducer.trained:  # z̃ is normalised within each part of a batch
+        facts["accumulate"] = recipe.engine.accumulate
+    return facts
 
 
 def frozen_vlm(recipe: Recipe, device: torch.device) -> FrozenVLM:
