@@ -65,14 +65,17 @@ train sampler sampler.safetensors --init sampler-2.safetensors --steps 35000 --s
     --set flow.shift=1 --set train_sampler.opposites=1 --set train_sampler.ema=0.999 --set train_sampler.cooldown=0.9
 
 # -----------------------------------------------------------------------------
-# The decoder, further; and one that paints the same latents at 128 px, for the work of the other: its patches are
-# twice as large, and all but its outer layers are the other's. On a second machine they can run beside stage 2.
+# The decoder, further; then its outer layers with less of the gradient's loss, which makes flat areas even and lines
+# soft, since what is left of grain is smoothed. And outer layers that paint the same latents at 128 px: patches are
+# twice as large, all else is the other's. On a second machine this can run beside stage 2.
 
-train reducer decoder.safetensors --reducer reducer.safetensors --steps 7800 --batch-size 64 \
+train reducer decoder-1.safetensors --reducer reducer.safetensors --steps 7800 --batch-size 64 \
     --set decoder.losses.gradient=2 --set decoder.shift=8
-train reducer decoder-128.safetensors --reducer decoder.safetensors --data data/openmoji-128 --steps 1200 \
-    --batch-size 64 --set decoder.patch=8 --set decoder.trained=outer --set train_reducer.optimizer=adamw \
-    --set train_reducer.lr=1e-3 --set train_reducer.cooldown=1 --set decoder.losses.gradient=0.3 --set decoder.shift=8
+OUTER="--steps 1200 --batch-size 64 --set decoder.trained=outer --set decoder.losses.gradient=0.3 --set decoder.shift=8"
+OUTER="$OUTER --set train_reducer.optimizer=adamw --set train_reducer.lr=1e-3 --set train_reducer.cooldown=1"
+train reducer decoder.safetensors --reducer decoder-1.safetensors $OUTER --set decoder.smoothing=4
+train reducer decoder-128.safetensors --reducer decoder.safetensors --data data/openmoji-128 $OUTER \
+    --set decoder.patch=8 --set decoder.smoothing=6
 
 # -----------------------------------------------------------------------------
 # The judges: scenes of their own, that nothing else learns from; the lenient one looks at reconstructions too.

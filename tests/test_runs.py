@@ -105,7 +105,17 @@ def test_the_bundled_model_is_made_from_nothing_and_nothing_is_made_twice(tmp_pa
     commands, failure = run(ROOT / "nano.sh", tmp_path, **cut)
     assert not failure
     made = trained(commands)
-    stages = ["reducer", "sampler-1", "sampler-2", "sampler", "decoder", "decoder-128", "strict", "lenient"]
+    stages = [
+        "reducer",
+        "sampler-1",
+        "sampler-2",
+        "sampler",
+        "decoder-1",
+        "decoder",
+        "decoder-128",
+        "strict",
+        "lenient",
+    ]
     assert made == ["vlm-1", "vlm-2", "vlm", *(f"{stage}.safetensors" for stage in stages)]
     out = tmp_path / "out/nano"
     assert all((out / name).exists() for name in made) and (out / "samples/grid.png").is_file()
