@@ -69,11 +69,11 @@ train sampler sampler.safetensors --init sampler-2.safetensors --steps 35000 --s
 # soft, since what is left of grain is smoothed. And outer layers that paint the same latents at 128 px: patches are
 # twice as large, all else is the other's. On a second machine this can run beside stage 2.
 
-train reducer decoder-1.safetensors --reducer reducer.safetensors --steps 7800 --batch-size 64 \
+train reducer decoder.safetensors --reducer reducer.safetensors --steps 7800 --batch-size 64 \
     --set decoder.losses.gradient=2 --set decoder.shift=8
 OUTER="--steps 1200 --batch-size 64 --set decoder.trained=outer --set decoder.losses.gradient=0.3 --set decoder.shift=8"
 OUTER="$OUTER --set train_reducer.optimizer=adamw --set train_reducer.lr=1e-3 --set train_reducer.cooldown=1"
-train reducer decoder.safetensors --reducer decoder-1.safetensors $OUTER --set decoder.smoothing=4
+train reducer decoder-64.safetensors --reducer decoder.safetensors $OUTER --set decoder.smoothing=4
 train reducer decoder-128.safetensors --reducer decoder.safetensors --data data/openmoji-128 $OUTER \
     --set decoder.patch=8 --set decoder.smoothing=6
 
@@ -83,7 +83,7 @@ train reducer decoder-128.safetensors --reducer decoder.safetensors --data data/
 vugen prepare --dataset openmoji --count "$COUNT" --pairs 0.4 --seed 2 --out data/judged
 vugen prepare --dataset openmoji --count "$HELD_OUT" --split val --pairs 0.4 --seed 2 --out data/judged
 train judge strict.safetensors --data data/judged
-train judge lenient.safetensors --data data/judged --init strict.safetensors --reducer decoder.safetensors \
+train judge lenient.safetensors --data data/judged --init strict.safetensors --reducer decoder-64.safetensors \
     --steps 500 --set train_judge.lr=1e-3 --set train_judge.cooldown=0.7
 
 # -----------------------------------------------------------------------------
@@ -93,4 +93,4 @@ vugen sample "a bear in a forest" "two apples next to a tree" -n 4 --sampler sam
     --decoder decoder-128.safetensors
 [ -e composition.json ] || vugen study composition --sampler sampler.safetensors --count "$JUDGED"
 [ -e edits.json ] || vugen study edits --sampler sampler.safetensors --count "$JUDGED"
-vugen reconstruct --reducer decoder.safetensors --images data/openmoji --count 500
+vugen reconstruct --reducer decoder-64.safetensors --images data/openmoji --count 500

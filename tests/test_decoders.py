@@ -146,8 +146,6 @@ def test_a_decoder_smooths_its_pictures_where_its_recipe_says_so() -> None:
     decoder.recipe = SMALL.model_copy(update={"smoothing": 40.0})
     assert torch.equal(decoder.decode(latents, noise, steps=2), to_uint8(smoothed(end, 40.0)))
     assert torch.equal(plain, to_uint8(end)) and not torch.equal(plain, to_uint8(smoothed(end, 40.0)))
-    with pytest.raises(VugenError, match=r"decoder\.smoothing is of kind pdd"):
-        load_recipe("nano", ["decoder.kind=ldm", "decoder.smoothing=2"])
 
 
 # --- losses beside flow matching ---

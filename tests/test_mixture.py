@@ -1,5 +1,6 @@
 """Mixtures: each source as often as its weight, each of its samples once in its own epoch."""
 
+import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -99,6 +100,23 @@ def test_both_stages_train_on_a_mixture_and_their_cards_name_it(
     card = read_card(train_sampler(recipe, reducer, None, tmp_path / "s.safetensors", cpu)).data
     assert card.path == str(scenes) and card.counts == {"train": 116} and card.sha256
     assert [source["weight"] for source in card.mixture or []] == [3, 1]
+
+
+def test_a_run_on_a_mixture_goes_on_where_its_sets_have_moved(
+    mixture: list[MixtureSource], tiny_recipe: Recipe, scenes: Path, other: Path, tmp_path: Path
+) -> None:
+    def run(sources: list[MixtureSource], steps: int) -> None:
+        data = tiny_recipe.data.model_copy(update={"mixture": sources})
+        training = tiny_recipe.train_reducer.model_copy(update={"steps": steps})
+        recipe = tiny_recipe.model_copy(update={"data": data, "train_reducer": training})
+        train_reducer(recipe, None, tmp_path / "r.safetensors", torch.device("cpu"))
+
+    run(mixture, 2)
+    shutil.copytree(other, tmp_path / "moved")
+    run([mixture[0], MixtureSource(path=str(tmp_path / "moved"), weight=1)], 3)
+    assert read_card(tmp_path / "r.safetensors").step == 3
+    with pytest.raises(VugenError, match=r"data\.sha256"):
+        run(mixture[::-1], 4)
 
 
 def test_sets_that_do_not_mix_are_refused(scenes: Path, other: Path, tmp_path: Path) -> None:

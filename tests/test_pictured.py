@@ -324,6 +324,20 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
+def test_a_process_of_a_job_that_has_no_pictures_of_its_own_draws_all_the_same(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = load_sampler(trained / "sampler.safetensors")
+    prompts = [Prompt("put it in the snow", (torch.zeros(3, 64, 64, dtype=torch.uint8),)), "a bear"]
+    for name, value in (("rank", 1), ("world_size", 2)):
+        monkeypatch.setattr(f"vugen_cli.sampling.draw.{name}", lambda value=value: value)
+    draw(sampler, prompts, 1, tmp_path / "drawn", image_guidance=2.0)
+    (row,) = map(json.loads, (tmp_path / "drawn/samples.jsonl").read_text().splitlines())
+    assert row["prompt"] == "a bear" and "sources" not in row
+    with pytest.raises(VugenError, match="none is given"):
+        draw(sampler, ["a tree", "a bear"], 1, tmp_path / "drawn", image_guidance=2.0)
+
+
 def test_a_sampler_learns_from_edits_and_captioned_images_live_and_cached(
     trained: Path, edits: Path, scenes: Path, vlm_path: Path, tmp_path: Path
 ) -> None:

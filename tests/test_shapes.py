@@ -487,6 +487,10 @@ def test_a_decoder_trained_further_draws_the_size_of_the_new_data(drawn_of: Path
     assert at_size_of_data(card).recipe["decoder"]["image_size"] is None
     asked = card.model_copy(update={"image_size": 128})  # other than its data's: it was meant
     assert at_size_of_data(asked).recipe["decoder"]["image_size"] == card.data.size
+    outer = {**card.recipe, "decoder": {**card.recipe["decoder"], "trained": "outer"}}
+    for of in (card, asked):
+        again = at_size_of_data(of.model_copy(update={"recipe": outer}))
+        assert again.recipe["decoder"]["trained"] == "all"
 
 
 def test_the_positions_that_a_copy_learned_are_stretched_over_a_larger_grid(

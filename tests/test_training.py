@@ -246,7 +246,7 @@ def test_a_run_of_a_version_without_a_key_goes_on_as_that_keys_default_says(
     tensors, card = load_tensors(state), read_header(state)
     assert isinstance(card, StateCard)
     del card.resolved["recipe"]["decoder"]["smoothing"]
-    del card.resolved["recipe"]["decoder"]["losses"]["gradient"]
+    del card.resolved["recipe"]["decoder"]["losses"]["gradient"], card.resolved["recipe"]["instruction"]
     save_checkpoint(state, tensors, card)
     with pytest.raises(VugenError, match=r"other settings \(recipe\.decoder\.smoothing: 0\.0 -> 2\.0\)"):
         train_reducer(changed(tiny_recipe, "decoder.smoothing=2.0"), scenes, out, CPU)
@@ -350,6 +350,11 @@ def test_states_are_written_in_the_background_whole_and_the_two_newest_are_kept(
         tmp_path / "direct.safetensors", tensors, StateCard(stage="test-state", step=3, resolved={})
     )
     assert kept[1].read_bytes() == (tmp_path / "direct.safetensors").read_bytes()
+    (tmp_path / "state-0000009.safetensors").write_bytes(b"damaged, so the run went on from 3")
+    with StateWriter(tmp_path) as writer:
+        writer.write(tensors, StateCard(stage="test-state", step=4, resolved={}))
+    kept = sorted(tmp_path.glob("state-*"))
+    assert [path.name for path in kept] == ["state-0000003.safetensors", "state-0000004.safetensors"]
 
 
 def test_a_state_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:

@@ -226,11 +226,9 @@ class Decoder(Section):
         return {**preset, **values} if preset else values
 
     @model_validator(mode="after")
-    def _kind_can_do_it(self) -> "Decoder":
+    def _solver_ends_on_the_picture(self) -> "Decoder":
         if self.kind == "pdd" and self.solver == "midpoint":
             raise ValueError(NO_MIDPOINT)
-        if self.kind == "ldm" and self.smoothing:
-            raise ValueError("decoder.smoothing is of kind pdd: a VAE paints the ldm's pictures")
         return self
 
     @model_validator(mode="after")

@@ -173,11 +173,12 @@ def at_size_of(card: "Card", reducer: "Card") -> "Card":
 def at_size_of_data(card: "Card") -> "Card":
     """The card of a checkpoint whose decoder is trained further, to draw pictures of the size of the data.
 
-    A `decoder.image_size` that is the size of the data it was trained on says nothing of other data.
+    A `decoder.image_size` that is the size of the data it was trained on says nothing of other data, and what
+    of the decoder was trained then nothing of what is to be trained now.
     """
-    if card.image_size != card.data.size:
-        return card
-    decoder = {**card.recipe.get("decoder", {}), "image_size": None}
+    decoder = {**card.recipe.get("decoder", {}), "trained": "all"}
+    if card.image_size == card.data.size:
+        decoder["image_size"] = None
     return card.model_copy(update={"recipe": {**card.recipe, "decoder": decoder}})
 
 

@@ -1,6 +1,7 @@
 """States of a run: saved in the background, found again, and loaded wherever the parameters are."""
 
 import contextlib
+import copy
 import json
 import secrets
 import shutil
@@ -82,7 +83,7 @@ class StateWriter:
             VugenError, OSError: the state before could not be written.
         """
         path = self.run / f"state-{card.step:07d}.safetensors"
-        self._begin(lambda: save_checkpoint(path, tensors, card))
+        self._begin(path, lambda: save_checkpoint(path, tensors, card))
 
     def write_part(self, part: Part, card: StateCard) -> None:
         """Begin to write this process's part of a state, a folder; raises as `write`."""
@@ -94,19 +95,22 @@ class StateWriter:
             if is_first():
                 publish(hidden, path, part.of, card, self.given_up)
 
-        self._begin(work)
+        self._begin(path, work)
 
-    def _begin(self, work: Callable[[], None]) -> None:
+    def _begin(self, path: Path, work: Callable[[], None]) -> None:
         self.wait()
-        self.thread = threading.Thread(target=self._run, args=(work,))
+        self.thread = threading.Thread(target=self._run, args=(path, work))
         self.thread.start()
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self, path: Path, work: Callable[[], None]) -> None:
         try:
             work()
             if is_first():
-                for old in sorted(self.run.glob("state-*"))[:-2]:
-                    discard(old)
+                states = sorted(self.run.glob("state-*"))
+                kept = [s for s in states if s <= path][-2:]  # a later one is damaged: it was passed over
+                for other in states:
+                    if other not in kept:
+                        discard(other)
         except BaseException as error:
             self.error = error
 
@@ -188,10 +192,12 @@ def resume(
         return 0
     stored = Stored(path)
     old = dict(stored.card.resolved)
-    if sections := old.get("recipe"):
+    if stage.resolved.get("recipe"):
         # Of an earlier version, which did not have all keys: it did what their defaults say.
-        old["recipe"] = filled(sections, Recipe().model_dump(mode="json", include=set(sections)))
-    changed = [c for c in differences(old, stage.resolved) if not is_free(c.partition(":")[0])]
+        defaults = Recipe().model_dump(mode="json", include=set(stage.resolved["recipe"]))
+        old["recipe"] = filled(old.get("recipe", {}), defaults)
+    old, new = placeless(old), placeless(stage.resolved)
+    changed = [c for c in differences(old, new) if not is_free(c.partition(":")[0])]
     # States of earlier versions do not say what their data set held.
     changed = [c for c in changed if not c.startswith(("data.sha256: None ", "teacher.calls: None "))]
     if changed and not change_recipe:
@@ -249,6 +255,15 @@ def filled(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         if isinstance(default, dict) and isinstance(both[key], dict):
             both[key] = filled(both[key], default)
     return both
+
+
+def placeless(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The same without the paths of mixed data sets, which may lie elsewhere as one alone may."""
+    resolved = copy.deepcopy(resolved)
+    for data in (resolved.get("data"), resolved.get("recipe", {}).get("data")):
+        for source in (data or {}).get("mixture") or []:
+            source.pop("path", None)
+    return resolved
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

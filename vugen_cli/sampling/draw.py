@@ -133,6 +133,8 @@ def draw(
     rows: dict[tuple[int, int], dict[str, Any]] = {}
     shown: dict[tuple[int, int], torch.Tensor] = {}
     mine = range(rank(), len(prompts), world_size())
+    if any(p.pictures for p in asked) and not any(asked[p].pictures for p in mine):
+        image_guidance = None  # others guide: this process has none to do it with
     images = sampler.sample([asked[p] for p in mine], n, seed, steps, guidance, solver, image_guidance, size)
     with _held(out):
         with_sources = {p: _save_sources(asked[p], out, settings) for p in mine if asked[p].pictures}

@@ -53,7 +53,7 @@ def load_autoencoder(
     Raises:
         VugenError: as `load_checkpoint`, or the file is of neither stage.
     """
-    tensors, card = decoder_checkpoint(path, stage)
+    tensors, card = load_checkpoint(path, stage) if stage else decoder_checkpoint(path)
     return stored_autoencoder(tensors, card, path, device), tensors, card
 
 
@@ -243,14 +243,14 @@ def drawing_checkpoint(
     return tensors, card.model_copy(update=drawing)
 
 
-def decoder_checkpoint(path: str | Path, stage: str | None = None) -> tuple[dict[str, Tensor], Card]:
+def decoder_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Card]:
     """A checkpoint whose decoder is to draw; `nano-128`, of which only what is its own is bundled, whole.
 
     Raises:
         VugenError: as `load_checkpoint`.
     """
     if str(path) != NANO_128:
-        return load_checkpoint(path, stage)
+        return load_checkpoint(path)
     own, card = load_checkpoint(bundle("decoder-128.safetensors"))
     return load_checkpoint(bundle("sampler.safetensors"))[0] | own, card
 

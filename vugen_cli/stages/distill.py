@@ -29,7 +29,7 @@ from vugen_cli.stages.losses import picture_losses
 from vugen_cli.vlm.frozen import load_vlm
 
 # What of the decoder's recipe may differ from the teacher's.
-MAY_DIFFER = {"steps", "solver", "noise", "losses"}
+MAY_DIFFER = {"steps", "solver", "noise", "losses", "smoothing"}
 
 
 def distill(
@@ -71,7 +71,12 @@ def distill(
     pictures = picture_losses(recipe.decoder.losses, vlm, size, device)
     student = copy.deepcopy(expert).requires_grad_(True)
     student.recipe = expert.recipe.model_copy(
-        update={"steps": 1, "solver": "euler", "losses": recipe.decoder.losses}
+        update={
+            "steps": 1,
+            "solver": "euler",
+            "losses": recipe.decoder.losses,
+            "smoothing": recipe.decoder.smoothing,
+        }
     )
     settings = recipe.train_reducer
 

@@ -111,7 +111,7 @@ def train_reducer(
             if is_first():
                 save_autoencoder(module, path, card.model_copy(update={"step": step}))
 
-        resolved = resumed_with(recipe, card, module, begun=reducer is not None)
+        resolved = resumed_with(recipe, card, module, kept=reducer is not None)
         stage = Stage("reducer", module, loss, preview, resolved, save=save)
         train(stage, stream, settings, recipe, run, device, options)
     if module.reducer.trained:
@@ -125,17 +125,17 @@ def train_reducer(
     return out
 
 
-def resumed_with(recipe: Recipe, card: Card, module: Autoencoder, begun: bool) -> dict[str, object]:
+def resumed_with(recipe: Recipe, card: Card, module: Autoencoder, kept: bool) -> dict[str, object]:
     """What a run that is taken up again must still have.
 
     Args:
         recipe, card, module: of the run.
-        begun: whether its reducer is another checkpoint's.
+        kept: whether its reducer is another checkpoint's.
     """
     used = {*USE_OF_VLM, "seed", "data", "reducer", "decoder", "flow", "train_reducer"}
     facts = card.facts("vlm", "data", "latents", "image_size")
     facts["recipe"] = recipe.model_dump(mode="json", include=used)
-    if begun:
+    if kept:
         facts["reducer"] = fingerprint(module.reducer, "autoencoder.reducer.")
     if recipe.engine.accumulate > 1 and module.reducer.trained:  # z̃ is normalised within each part of a batch
         facts["accumulate"] = recipe.engine.accumulate
@@ -243,7 +243,8 @@ def keep_reducer(module: Autoencoder, path: Path, vlm: FrozenVLM, size: int) -> 
     if new.trained == "outer":
         if not (fits and isinstance(module.decoder, PixelDecoder)):
             raise VugenError(
-                f"decoder.trained=outer: the decoder of {path} is no pdd, or differs in more than its patch"
+                f"decoder.trained=outer: the decoder of {path} is no pdd, or differs in more than its patch: "
+                "--set decoder.trained=all trains the whole"
             )
         if size != factor * card.image_size:
             raise VugenError(
