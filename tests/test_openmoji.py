@@ -185,6 +185,9 @@ def test_layout_shows_what_the_scene_says():
                 "below": first.y > second.y,
             }
             assert holds[scene["relation"]]
+        if len(placed) == 3 and scene["kind"] == "count":
+            left, right, upper = placed
+            assert left.x < right.x and upper.y < min(left.y, right.y)
         for k, one in enumerate(placed):
             for two in placed[:k]:
                 apart_x = abs(one.x - two.x) - (one.width + two.width) / 2

@@ -150,17 +150,18 @@ def _layout(scene: Scene, rng: random.Random) -> list[_Placement]:
 
 
 def _count_slots(count: int, rng: random.Random) -> list[tuple[float, float, float, float]]:
-    """Slots for two or three of a kind: side by side, or a triangle standing on its base or on its tip."""
+    """Slots for two or three of a kind: side by side, or two below one.
+
+    A number has one arrangement: where no caption tells which of two a picture has, a sampler draws both at once.
+    """
     if count == 2:
         left, right = rng.uniform(0.12, 0.42), rng.uniform(0.12, 0.42)
         return [(0.02, left, 0.49, left + 0.52), (0.51, right, 0.98, right + 0.52)]
-    shift, tip_up = rng.uniform(-0.14, 0.14), rng.random() < 0.5
-    top, bottom = (0.06, 0.50), (0.53, 0.97)
-    pair, single = (bottom, top) if tip_up else (top, bottom)
+    shift = rng.uniform(-0.14, 0.14)
     return [
-        (0.02, pair[0], 0.49, pair[1]),
-        (0.51, pair[0], 0.98, pair[1]),
-        (0.26 + shift, single[0], 0.74 + shift, single[1]),
+        (0.02, 0.53, 0.49, 0.97),
+        (0.51, 0.53, 0.98, 0.97),
+        (0.26 + shift, 0.06, 0.74 + shift, 0.50),
     ]
 
 
