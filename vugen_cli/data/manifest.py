@@ -272,7 +272,7 @@ class Counted(Facts):
         )
 
 
-class Record(Facts):
+class ShardNote(Facts):
     """What is noted of a finished shard."""
 
     name: PlainName
@@ -331,7 +331,7 @@ def all_classes(manifest: Manifest | None, source: Source) -> list[str]:
 
 
 def add_split(
-    manifest: Manifest | None, source: Source, split: str, plan: Plan, records: Iterable[Record]
+    manifest: Manifest | None, source: Source, split: str, plan: Plan, records: Iterable[ShardNote]
 ) -> Manifest:
     """The manifest with a split added to those it has; records are taken one at a time."""
     totals, shards, skipped = Counted(), [], 0
@@ -366,7 +366,7 @@ def add_split(
     )
 
 
-def write_skipped(out: Path, split: str, records: Iterable[Record]) -> None:
+def write_skipped(out: Path, split: str, records: Iterable[ShardNote]) -> None:
     """Write `skipped-SPLIT.jsonl`, a line for each skipped picture; no file where there is none."""
     path = out / f"skipped-{split}.jsonl"
     path.unlink(missing_ok=True)

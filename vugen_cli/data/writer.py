@@ -38,7 +38,7 @@ from vugen_cli.data.manifest import (
     Counted,
     Manifest,
     Plan,
-    Record,
+    ShardNote,
     Skipped,
     add_split,
     all_classes,
@@ -322,7 +322,7 @@ def _note_of(path: Path) -> Path:
     return path.parent / ".progress" / f"{path.stem}.json"
 
 
-def _finished(job: _Job, shard: int) -> list[Record] | None:
+def _finished(job: _Job, shard: int) -> list[ShardNote] | None:
     """The records of a shard that an interrupted run of this plan finished, one for each shape."""
     found = [finished_shard(job.out, _note_of(path)) for path in _paths(job, shard)]
     records = [record for record in found if record]
@@ -330,15 +330,15 @@ def _finished(job: _Job, shard: int) -> list[Record] | None:
     return None if skipped or len(records) < len(found) else records
 
 
-def _records(job: _Job) -> Iterator[Record]:
+def _records(job: _Job) -> Iterator[ShardNote]:
     """The records of all shards, in order; read a few at a time, for there may be a hundred thousand."""
     return (record for shard in range(_shard_count(job)) for record in _finished(job, shard) or ())
 
 
-def finished_shard(out: Path, note: Path) -> Record | None:
+def finished_shard(out: Path, note: Path) -> ShardNote | None:
     """The record of a shard that an earlier run noted, if the shard is in `out` in full length."""
     try:
-        record = Record.model_validate_json(note.read_bytes())
+        record = ShardNote.model_validate_json(note.read_bytes())
         whole = not record.samples or (out / record.name).stat().st_size == record.bytes
     except (OSError, ValueError):
         return None
@@ -473,7 +473,7 @@ def _in_processes(job: _Job, todo: list[int], workers: int, bar: Any) -> None:
 # --- one shard
 
 
-def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> list[Record]:
+def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> list[ShardNote]:
     """Write a shard, or one for each shape, with notes, and return what these say.
 
     `tick()` is called for each item and may raise to leave all unwritten.
@@ -510,7 +510,7 @@ def _write_shard(job: _Job, shard: int, tick: Any = lambda: None) -> list[Record
             path.unlink(missing_ok=True)
             index_path(path).unlink(missing_ok=True)
         named = shape_name(shape) if len(paths) > 1 else None
-        records.append(Record(**facts, samples=counted.images, captions=counted, shape=named))
+        records.append(ShardNote(**facts, samples=counted.images, captions=counted, shape=named))
     records[0].skipped = skipped
     for path, record in zip(paths, records, strict=True):
         write_json(_note_of(path), record.model_dump(exclude_none=True))

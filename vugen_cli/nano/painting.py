@@ -152,7 +152,7 @@ def _layout(scene: Scene, rng: random.Random) -> list[_Placement]:
 def _count_slots(count: int, rng: random.Random) -> list[tuple[float, float, float, float]]:
     """Slots for two or three of a kind: side by side, or two below one.
 
-    A number has one arrangement: where no caption tells which of two a picture has, a sampler draws both at once.
+    A number has one arrangement: of two that no caption tells apart a sampler draws both at once.
     """
     if count == 2:
         left, right = rng.uniform(0.12, 0.42), rng.uniform(0.12, 0.42)

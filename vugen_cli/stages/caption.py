@@ -22,7 +22,7 @@ from vugen_cli.data.manifest import (
     CaptionOrigin,
     Counted,
     Manifest,
-    Record,
+    ShardNote,
     Skipped,
     Split,
     read_manifest,
@@ -141,7 +141,7 @@ def _write_shard(
     describe: Captioner,
     known: int,
     bar: Any,
-) -> Record:
+) -> ShardNote:
     """Write a shard from its next chunks."""
     name, count = images.names[shard], int(images.counts[shard])
     captions, skipped = Counted(), []
@@ -164,7 +164,7 @@ def _write_shard(
                 captions.add(lines)
             bar.update(min(CHAT_BATCH, count - first))
     shape = shape_name(images.shape(shard)) if len(images.shapes) > 1 else None
-    return Record(**facts, samples=captions.images, skipped=skipped, captions=captions, shape=shape)
+    return ShardNote(**facts, samples=captions.images, skipped=skipped, captions=captions, shape=shape)
 
 
 def with_captions(meta: Meta, told: Sequence[str], known: int) -> Meta:

@@ -23,7 +23,7 @@ from vugen_cli.data.loader import Chunk, Damaged, ShardedImages, StoredChunks, b
 from vugen_cli.data.manifest import (
     FORMAT,
     Manifest,
-    Record,
+    ShardNote,
     Skipped,
     read_manifest,
     write_manifest,
@@ -241,7 +241,7 @@ def _write_shard(
     encode: Callable[[torch.Tensor], np.ndarray],
     bar: Any,
     most: float,
-) -> Record:
+) -> ShardNote:
     """Write a shard of latents from its next chunks, unless a larger share than `most` is damaged."""
     name, count, skipped = images.names[shard], int(images.counts[shard]), []
     with shard_file(out / name) as (tar, facts):
@@ -272,7 +272,7 @@ def _write_shard(
                 "prepare its data set again"
             )
     shape = shape_name(images.shape(shard)) if len(images.shapes) > 1 else None
-    return Record(**facts, samples=count, skipped=skipped, shape=shape)
+    return ShardNote(**facts, samples=count, skipped=skipped, shape=shape)
 
 
 def damage_of(images: ShardedImages, shard: int, row: int) -> str:

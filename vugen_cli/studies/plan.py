@@ -221,22 +221,22 @@ def make_plan(recipe: Recipe, machine: Machine, images: int | None = None) -> Pl
         )
     problems += [problem for work in works for problem in stage_problems(work, recipe, machine)]
     return Plan(
-        recipe.name,
-        recipe.vlm,
-        machine,
-        networks.size,
-        networks.z,
-        networks.latents,
-        networks.prompt_tokens,
-        known.sources,
-        networks.picture_tokens if known.sources else 0,
-        images,
-        parameters(networks),
-        planned,
-        passes,
-        disk,
-        problems,
-        notes,
+        recipe=recipe.name,
+        vlm=recipe.vlm,
+        machine=machine,
+        image_size=networks.size,
+        z=networks.z,
+        latents=networks.latents,
+        prompt_tokens=networks.prompt_tokens,
+        sources=known.sources,
+        picture_tokens=networks.picture_tokens if known.sources else 0,
+        images=images,
+        parameters=parameters(networks),
+        stages=planned,
+        passes=passes,
+        disk=disk,
+        problems=problems,
+        notes=notes,
     )
 
 
