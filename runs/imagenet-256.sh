@@ -7,8 +7,8 @@
 #
 # Stopped, the same line goes on where it was: what is finished is not made again.
 set -eu
-: "${IMAGENET_DIR:?from the root: the tars of train and val with the labels of val, or train/ and val/}"
-: "${VLM:?a Hugging Face directory, from the root, or a hub id; its vision encoder sees at least 224 px}"
+: "${IMAGENET_DIR:?an absolute path: the tars of train and val with the labels of val, or train/ and val/}"
+: "${VLM:?a Hugging Face directory, its path absolute, or a hub id; its vision encoder sees at least 224 px}"
 OUT=${OUT:-out/imagenet-256}      # everything is written here
 SIZE=${SIZE:-256}                 # pixels a side; others want EXTRA="--set decoder.image_size=..." too
 MERGE=${MERGE:-2}                 # 2 x 2 of the VLM's places are one: 256 tokens of 1,024; 1 if it has 256

@@ -11,7 +11,8 @@
 #     YFCC100M=/raw/yfcc100m CC12M=/raw/cc12m THIRD=/raw/mine.csv COCO_DIR=/raw/coco PROMPTS=/raw/coco-30k.txt \
 #         VLM=facebook/Perception-LM-1B sh runs/paper.sh
 #
-# All paths are from the root. Stopped, the same line goes on where it was: what is finished is not made again.
+# All paths must be absolute: the program works inside $OUT.
+# Stopped, the same line goes on where it was: what is finished is not made again.
 set -eu
 : "${YFCC100M:?a folder of webdataset shards}" "${CC12M:?a folder of webdataset shards}"
 : "${THIRD:?captioned images: a folder, or a .csv, .tsv or .jsonl of path and caption}"

@@ -12,7 +12,9 @@ from conftest import vugen_here
 from vugen_cli.commands.options import beside
 from vugen_cli.data.loader import ShardedImages, TrainingStream
 from vugen_cli.data.manifest import read_manifest, read_skipped
+from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
+from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.recipe import Captioning
 from vugen_cli.stages import caption
 from vugen_cli.stages.caption import with_captions, write_captions
@@ -118,6 +120,13 @@ def test_processes_take_a_shard_each(
     assert sorted(file.name for file in out.glob("*.tar")) == ["train-000001.tar", "train-000003.tar"]
     for file in out.glob("*.tar"):
         assert file.read_bytes() == (captioned / file.name).read_bytes()
+
+
+def test_a_set_to_compare_with_alone_is_captioned(vlm_path: Path, tmp_path: Path) -> None:
+    val = tmp_path / "val"
+    write_dataset(OpenMojiScenes(3, "val", size=32), val, split="val", size=32, workers=1)
+    write_captions(val, tmp_path / "set", str(vlm_path), ASKED, CPU)
+    assert list(read_manifest(tmp_path / "set").splits) == ["val"]
 
 
 def test_what_is_made_of_the_working_directory_goes_beside_it(

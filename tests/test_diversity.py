@@ -120,3 +120,9 @@ def test_one_image_a_prompt_is_refused(
     command = ["study", "diversity", "--features", f"vlm:{vlm_path}", "--images", "single"]
     result = CliRunner().invoke(app, command)
     assert "no prompt of single has two images" in str(result.exception)
+    listing = Path("single/samples.jsonl")
+    rows = [json.loads(line) for line in listing.read_text().splitlines()]  # one instruction, two pictures
+    edits = [row | {"prompt": "at night", "sources": [f"{i}.png"]} for i, row in enumerate(rows)]
+    listing.write_text("\n".join(map(json.dumps, edits)))
+    result = CliRunner().invoke(app, command)
+    assert "no prompt of single has two images" in str(result.exception)

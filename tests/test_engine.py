@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from vugen_cli.engine.optimizer import make_optimizer
 from vugen_cli.engine.precision import passes, rounding
 from vugen_cli.engine.signals import StopSignals
 from vugen_cli.engine.stage import Stage
-from vugen_cli.engine.state import StateWriter, resume, run_lock, save_state
+from vugen_cli.engine.state import StateWriter, newest_state, resume, run_lock, save_state
 from vugen_cli.errors import Stopped, VugenError
 from vugen_cli.metrics.features import full_float32
 from vugen_cli.recipe import Recipe, Training
@@ -238,6 +239,20 @@ def test_what_killed_processes_left_half_written_is_cleared_away(tmp_path: Path)
     (folder / ".state-0000003.1f2e3d4c").mkdir()
     run(folder, stage(line()))
     assert not list(folder.glob(".*")) and list(folder.glob("state-*"))
+
+
+def test_what_others_keep_in_the_folder_of_a_run_stays_and_is_no_state_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "r.run"
+    run(folder, stage(line()))
+    (folder / ".git").mkdir()
+    newest = newest_state(folder)
+    assert newest
+    for name in ("state-best", "state-0000001-before", "state-9999999.bak"):
+        shutil.copy(newest, folder / f"{name}.safetensors")
+    (folder / "state-10000000.safetensors").write_bytes(b"the newest, and damaged")
+    assert newest_state(folder) == newest
+    run(folder, stage(line()), SETTINGS.model_copy(update={"steps": 8}))
+    assert (folder / ".git").is_dir() and len(list(folder.glob("state-*.safetensors"))) == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -13,7 +13,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from vugen_cli.data.images import MAX_PIXELS, adm_crop, decode, encode, is_lossless
+from vugen_cli.data.images import MAX_PIXELS, adm_crop, decode, encode, is_lossless, scans
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -189,6 +189,9 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_undecoded():
     with pytest.raises(ValueError, match="more than 500 scans"):
         decode(data[:end] + 5000 * data[last:end] + data[end:])
     assert time.process_time() - began < 1
+    video = 600 * b"\xff\xda\x00\x02 what a phone appends to a picture "
+    assert scans(data) == scans(data + video) > 1
+    assert np.array_equal(decode(data + video), decode(data))
 
 
 def test_a_large_picture_within_the_limit_is_read_without_a_warning(tmp_path):

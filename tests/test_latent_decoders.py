@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +170,9 @@ def test_what_does_not_fit_is_one_line(
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(VugenError, match="could not be loaded as an AutoencoderKL"):
         load_vae(str(damaged), CPU)
+    wide = SimpleNamespace(channels=49, factor=4)
+    with pytest.raises(VugenError, match="49 channels at 1 / 4 of the size holds more numbers"):
+        LatentDecoder(Decoder(kind="ldm", vae="x"), 8, wide)  # type: ignore[arg-type]
     recipe = changed(tiny_recipe, "decoder.kind=ldm", f"decoder.vae={vae_path}", "decoder.image_size=40")
     with pytest.raises(VugenError, match="needs a multiple of 16"):
         train_reducer(recipe, scenes, tmp_path / "r.safetensors", CPU)

@@ -23,6 +23,7 @@ from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.recipe import Recipe
+from vugen_cli.stages.latent_cache import write_latents
 from vugen_cli.stages.train_reducer import train_reducer
 
 SHARD = {"name": "train-000000.tar", "samples": 1, "bytes": 1, "sha256": "0" * 64}
@@ -93,7 +94,9 @@ def test_cards_tell_data_sets_of_equal_counts_apart(scenes: Path, tmp_path: Path
     moved = write_other(tmp_path / "other")
     other = read_manifest(moved).card(moved)
     assert other.sha256 != first.sha256
-    assert other == first.model_copy(update={"path": other.path, "sha256": other.sha256})
+    assert other.train_sha256 != first.train_sha256
+    hashes = {"sha256": other.sha256, "train_sha256": other.train_sha256}
+    assert other == first.model_copy(update={"path": other.path, **hashes})
 
 
 def write_other(out: Path) -> Path:
@@ -117,3 +120,28 @@ def test_a_run_goes_on_with_the_same_data_elsewhere_and_with_no_other(
     train_reducer(longer, Path(shutil.copytree(scenes, tmp_path / "copy")), out, cpu)
     with pytest.raises(VugenError, match=r"data\.sha256: "):
         train_reducer(tiny_recipe, write_other(tmp_path / "other"), out, cpu)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_split_that_is_prepared_later_stops_no_run_and_no_cache(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
+) -> None:
+    data, latents, out, cpu = tmp_path / "d", tmp_path / "z", tmp_path / "r.safetensors", torch.device("cpu")
+    write_dataset(OpenMojiScenes(32, "train", 64), data, "train", 64)
+    with monkeypatch.context() as before:
+        if earlier:  # a version that noted one hash, of all splits
+            card, none = Manifest.card, {"train_sha256": None}
+            before.setattr(Manifest, "card", lambda self, path: card(self, path).model_copy(update=none))
+        train_reducer(tiny_recipe, data, out, cpu)
+        reducer = shutil.copy(out, tmp_path / "kept.safetensors")
+        write_latents(reducer, data, latents, cpu)
+    written = (latents / "train-000000.tar").stat().st_mtime_ns
+    write_dataset(OpenMojiScenes(8, "val", 64), data, "val", 64)
+    settings = tiny_recipe.train_reducer.model_copy(update={"steps": tiny_recipe.train_reducer.steps + 1})
+    train_reducer(tiny_recipe.model_copy(update={"train_reducer": settings}), data, out, cpu)
+    write_latents(reducer, data, latents, cpu)
+    assert {name: split.count for name, split in read_manifest(latents).splits.items()} == {
+        "train": 32,
+        "val": 8,
+    }
+    assert (latents / "train-000000.tar").stat().st_mtime_ns == written

@@ -450,3 +450,5 @@ def test_a_sampler_of_texts_is_trained_further_to_read_references_alone(
     assert sampler.vlm.prompt_length(for_vlm(asked, sampler.expert)) < sampler.vlm.prompt_length(asked)
     (drawn,) = [image for _, _, image in sampler.sample([asked], steps=1)]
     assert drawn.shape == (3, 64, 64)
+    with pytest.raises(VugenError, match="places 2 pictures"):
+        sampler.kind(Prompt("put {image} beside {image}", tuple(noise(1))))

@@ -294,6 +294,18 @@ def test_every_way_through_a_recipe_has_its_stages(vlm_path: Path) -> None:
         assert [stage.name for stage in plan.stages] == stages
 
 
+def test_a_decoder_that_ends_in_a_vae_calls_it_once_a_picture(vlm_path: Path) -> None:
+    small = ["decoder.kind=ldm", "decoder.vae=vae", "vae.widths=[8,16,16]", "decoder.channels=[16,32]"]
+    flops = [
+        FakeNetworks(
+            load_recipe(None, [*tiny_overrides(vlm_path), *small, f"decoder.steps={steps}"]), SIZE, TOKENS
+        ).decode_flops()
+        for steps in (1, 2, 5)
+    ]
+    step = flops[1] - flops[0]
+    assert flops[2] == pytest.approx(flops[0] + 4 * step) and flops[0] > 1.5 * step
+
+
 def test_losses_on_pictures_and_alignment_cost_something(recipe: Recipe, vlm_path: Path) -> None:
     losses = [f"decoder.losses.{name}=0.1" for name in ("perceptual", "lpips", "repa")]
     rich = FakeNetworks(load_recipe(None, [*tiny_overrides(vlm_path), *losses]), SIZE, TOKENS)

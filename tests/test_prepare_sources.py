@@ -518,6 +518,9 @@ def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
     put(tmp_path, {"a/b/x.jpg": b"", "elsewhere/y.jpg": b""})
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
     (tmp_path / "a" / "b" / "on").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a" / "b" / "itself").symlink_to("itself")
+    assert list(image_paths(tmp_path / "a")) == ["b/on/y.jpg", "b/x.jpg"]
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "a" / "b")  # each leads to the other
     assert list(image_paths(tmp_path / "a")) == ["b/on/y.jpg", "b/x.jpg"]
 
 

@@ -128,6 +128,9 @@ def test_a_prompt_that_cannot_be_drawn_is_refused_before_anything_is_written(
     long = ("--prompt", "a bear " * 400)
     result = vugen_here("export", trained / "sampler.safetensors", *long, "--out", "it", cwd=tmp_path)
     assert result.returncode == 1 and "is too long" in result.stderr and not (tmp_path / "it").exists()
+    blank = ("--prompt", " ", "--out", "it")
+    result = vugen_here("export", trained / "sampler.safetensors", *blank, cwd=tmp_path)
+    assert result.returncode == 1 and "--prompt is empty" in result.stderr and not (tmp_path / "it").exists()
 
 
 class Hub(BaseHTTPRequestHandler):

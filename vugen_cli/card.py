@@ -29,6 +29,7 @@ class DataCard(BaseModel):
     licence: str | None = Field(None, description="of its pictures")
     counts: dict[str, int] = Field(description="pictures of each split")
     sha256: str | None = Field(None, description="over the SHA-256 of its shards")
+    train_sha256: str | None = Field(None, description="over those of its `train` split alone")
     mixture: list[dict[str, Any]] | None = Field(None, description="sets and weights, where it is a mixture")
     shapes: list[str] | None = Field(None, description="of its pictures, WIDTHxHEIGHT, if of several")
 
@@ -39,10 +40,11 @@ class DataCard(BaseModel):
 
     @model_serializer(mode="wrap")
     def _plain(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Of squares as before there were shapes: caches and states of then are compared with it."""
+        """Without later keys that have no value: caches and states of before are compared with it."""
         found: dict[str, Any] = dumped(self)
-        if found.get("shapes") is None:
-            found.pop("shapes", None)
+        for later in ("shapes", "train_sha256"):
+            if found.get(later) is None:
+                found.pop(later, None)
         return found
 
 

@@ -131,7 +131,8 @@ def sample(
     pictures = tuple(open_picture(path, picture_shape(loaded.card, shape)) for path in image or [])
     asked = [Prompt(text, pictures) for text in texts]
     folder = draw(loaded, asked, n, out, seed, steps, guidance, solver, image_guidance, shape)
-    typer.echo(f"wrote {len(texts) * n} pictures, grid.png and samples.jsonl to {folder}/")
+    count = len(texts) * n
+    typer.echo(f"wrote {count} picture{'s' * (count > 1)}, grid.png and samples.jsonl to {folder}/")
     return Drawn(out=str(folder), images=read_samples(folder), unknown_words=unknown) if is_first() else None
 
 

@@ -100,18 +100,25 @@ def check_folder(path: Path) -> None:
     raise VugenError(f"{path} is a file where a folder is expected: point --source at the folder")
 
 
-def image_paths(folder: Path, below: str = "") -> Iterator[str]:
+def image_paths(folder: Path, below: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
     """The images below a folder as sorted relative paths with forward slashes, hidden ones left out.
 
     A folder's names are sorted as the paths are that go on from them, so that only they are held at a time.
+    Links are followed, but to a folder that they stand in.
+
+    Args:
+        folder: where to look.
+        below: a folder in it to begin at, ending in a slash.
+        above: the folders that led there, as they are without links.
     """
+    above = (*above, os.path.realpath(folder / below))
     with os.scandir(folder / below) as entries:
-        names = [e.name + "/" * e.is_dir() for e in entries if not e.name.startswith(".")]
+        names = [e.name + "/" * os.path.isdir(e.path) for e in entries if not e.name.startswith(".")]
     for name in sorted(names):
         if name.endswith("/"):
-            here = os.path.realpath(folder / below)
-            if not f"{here}/".startswith(f"{os.path.realpath(folder / below / name)}/"):  # a link to above
-                yield from image_paths(folder, below + name)
+            within = f"{os.path.realpath(folder / below / name)}/"
+            if not any(f"{one}/".startswith(within) for one in above):
+                yield from image_paths(folder, below + name, above)
         elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
             yield below + name
 

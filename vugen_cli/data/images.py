@@ -5,6 +5,7 @@ Pillow. Both end in the same thing: `uint8 [H, W, 3]`, values 0 to 255, upright,
 """
 
 import io
+import re
 import warnings
 from functools import cache
 from typing import Any
@@ -29,6 +30,8 @@ MAX_ASPECT = 50
 
 MAX_SCANS = 500
 """JPEGs of more are refused undecoded: a megabyte of empty ones takes minutes (libjpeg-turbo's limit)."""
+SEGMENT = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
+"""The marker of a segment: of those that stand within a scan's data none."""
 
 JPEG_QUALITY = 95
 
@@ -63,10 +66,19 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     if not is_jpeg(data):
         return _decode_with_pillow(data, max_pixels)
-    if data.count(b"\xff\xda") > MAX_SCANS:
+    if data.count(b"\xff\xda") > MAX_SCANS and scans(data) > MAX_SCANS:
         raise ValueError(f"a JPEG of more than {MAX_SCANS} scans")
     pixels = _decode_plain_jpeg(data, max_pixels)
     return _decode_with_pillow(data, max_pixels) if pixels is None else pixels
+
+
+def scans(data: bytes) -> int:
+    """How many scans a JPEG has. What follows its end, as the video of a phone's picture, is none of it."""
+    count, place = 0, 2
+    while (marker := SEGMENT.search(data, place)) and marker[0] != b"\xff\xd9":
+        count += marker[0] == b"\xff\xda"
+        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return count
 
 
 def _decode_plain_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:

@@ -724,6 +724,12 @@ def stored_images(
 
 
 def held_out_images(images: ShardedImages, size: int, count: int = 8) -> Tensor:
-    """The pictures of a preview, uint8 [count, 3, size, size]: the first held-out ones, cut to squares."""
+    """The pictures of a preview, uint8 [count, 3, size, size]: the first held-out ones, cut to squares.
+
+    Raises:
+        VugenError: none can be read.
+    """
     held_out = [adm_crop(pixels, size) for pixels, _ in images.held_out().in_order(count)]
+    if not held_out:
+        raise VugenError(f"no held-out picture of {images.directory} can be read: run `vugen prepare` again")
     return torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2)

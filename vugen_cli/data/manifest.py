@@ -147,8 +147,11 @@ class Manifest(Facts):
     @property
     def sha256(self) -> str:
         """Over the SHA-256 of all its shards."""
-        names = {name: [s.sha256 for s in split.shards] for name, split in self.splits.items()}
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        return self._hash(self.splits)
+
+    def _hash(self, splits: Iterable[str]) -> str:
+        hashes = {name: [shard.sha256 for shard in self.splits[name].shards] for name in splits}
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
     @property
     def held_out(self) -> str:
@@ -160,12 +163,13 @@ class Manifest(Facts):
         if self.data:  # a cache leads back to its images
             return self.data
         return DataCard(
-            path=str(path),
+            path=encodable(str(path)),
             dataset=self.dataset,
             size=self.size,
             licence=self.licence,
             counts={name: split.count for name, split in self.splits.items()},
             sha256=self.sha256,
+            train_sha256=self._hash(["train"]) if "train" in self.splits else None,
             shapes=self.shapes,
         )
 

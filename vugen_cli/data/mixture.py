@@ -87,14 +87,14 @@ class MixedImages(ShardedImages):
     def card(self) -> DataCard:
         """As of one set, with the first one's path for scores to compare with, and `mixture`."""
         cards = [images.card() for images in self.parts]
-        hashes = [card.sha256 for card in cards]
         return DataCard(
             path=cards[0].path,
             dataset=" + ".join(dict.fromkeys(card.dataset for card in cards)),
             size=self.size,
             licence="; ".join(dict.fromkeys(card.licence for card in cards if card.licence)) or None,
             counts={"train": sum(card.counts.get("train", 0) for card in cards)},
-            sha256=None if None in hashes else hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
+            sha256=_joined([card.sha256 for card in cards]),
+            train_sha256=_joined([card.train_sha256 for card in cards]),
             mixture=[source.model_dump(mode="json") for source in self.sources],
             shapes=[shape_name(shape) for shape in self.shapes] if len(self.shapes) > 1 else None,
         )
@@ -220,3 +220,8 @@ def open_dataset(data: str | Path | None, recipe: Recipe, latents: bool = False)
     if data is not None:
         return ShardedImages(data, latents=latents)
     return MixedImages(recipe.data.mixture, latents=latents)
+
+
+def _joined(hashes: list[str | None]) -> str | None:
+    """One hash over those of several sets, if all are known."""
+    return None if None in hashes else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

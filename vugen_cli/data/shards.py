@@ -205,7 +205,10 @@ def shards_of(path: Path, split: str) -> list[Path]:
 
 def listing_path(shard: Path) -> Path:
     """Where the listing of a foreign shard is kept; a shard that changes gets another."""
-    facts = shard.stat()
+    try:
+        facts = shard.stat()
+    except OSError as error:
+        raise VugenError(f"cannot read {shard}: {error.strerror or error}: check --source") from error
     name = hash_of(["plain endings first", str(shard.resolve()), facts.st_size, facts.st_mtime_ns])
     return user_cache() / "listings" / name[:2] / f"{name}.npz"
 

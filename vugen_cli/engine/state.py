@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 import secrets
 import shutil
 import threading
@@ -40,6 +41,12 @@ FREE = (
     "vlm.name",
 )
 
+# What is being written in a run's folder: by `whole_file`, by states, by the safetensors library.
+UNFINISHED = tuple(
+    f".{of}*"
+    for of in ("state-", "step-", "preview-", "not-finite-", "metrics.", "run.", "curves.", "trace.", "tmp")
+)
+
 
 @contextlib.contextmanager
 def run_lock(run: Path) -> Iterator[None]:
@@ -51,9 +58,8 @@ def run_lock(run: Path) -> Iterator[None]:
     with locked(
         run, f"another process is training in {run}: wait for it, stop it, or give --out another name"
     ):
-        # Ours and the safetensors library's (`.tmp8oyq45`); a state may weigh more than all the rest. What
-        # NFS keeps of a file that somebody still reads (`.nfs0001`) cannot be deleted, and need not be.
-        for leftover in run.glob(".*"):
+        # A state may weigh more than all the rest. What is hidden there by others stays.
+        for leftover in (path for kind in UNFINISHED for path in run.glob(kind)):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
@@ -106,8 +112,8 @@ class StateWriter:
         try:
             work()
             if is_first():
-                states = sorted(self.run.glob("state-*"))
-                kept = [s for s in states if s <= path][-2:]  # a later one is damaged: it was passed over
+                states = states_of(self.run)
+                kept = [s for s in states if step_of(s) <= step_of(path)][-2:]  # a later one is damaged
                 for other in states:
                     if other not in kept:
                         discard(other)
@@ -164,9 +170,24 @@ def of_state(stage: Stage, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[s
     return tensors
 
 
+def states_of(run: Path) -> list[Path]:
+    """The states of a run, oldest first. A copy by another name is somebody's own."""
+    named = [
+        path
+        for path in run.glob("state-*")
+        if re.fullmatch(r"\d{7,}(\.safetensors)?", path.name.removeprefix("state-"))
+    ]
+    return sorted(named, key=step_of)
+
+
+def step_of(state: Path) -> int:
+    """The step after which a state was saved, from its name."""
+    return int(state.name.removeprefix("state-").partition(".")[0])
+
+
 def newest_state(run: Path) -> Path | None:
     """The newest state of a run that is whole, if there is one; says so where it passes over one."""
-    for path in sorted(run.glob("state-*"), reverse=True):
+    for path in reversed(states_of(run)):
         try:
             return Stored(path).path
         except VugenError as error:
@@ -198,8 +219,11 @@ def resume(
         old["recipe"] = filled(old.get("recipe", {}), defaults)
     old, new = placeless(old), placeless(stage.resolved)
     changed = [c for c in differences(old, new) if not is_free(c.partition(":")[0])]
-    # States of earlier versions do not say what their data set held.
-    changed = [c for c in changed if not c.startswith(("data.sha256: None ", "teacher.calls: None "))]
+    # States of earlier versions do not say what their data set held. Another split may have come to it since.
+    passed = ["data.sha256: None ", "data.train_sha256: None ", "teacher.calls: None "]
+    if (known := train_hash(old)) and known == train_hash(new):
+        passed += ["data.sha256: ", "data.counts."]
+    changed = [c for c in changed if not c.startswith(tuple(passed))]
     if changed and not change_recipe:
         began = any(c.startswith("expert: ") for c in changed)
         init = "give --init the sampler that it began with, " if began else ""
@@ -264,6 +288,14 @@ def placeless(resolved: dict[str, Any]) -> dict[str, Any]:
         for source in (data or {}).get("mixture") or []:
             source.pop("path", None)
     return resolved
+
+
+def train_hash(resolved: dict[str, Any]) -> str | None:
+    """The hash of the split that is trained on, if it is known: that of all where it is the only one."""
+    data = resolved.get("data") or {}
+    alone = list(data.get("counts") or {}) == ["train"]
+    found: str | None = data.get("train_sha256") or (data.get("sha256") if alone else None)
+    return found
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -17,7 +17,7 @@ from vugen_cli.processes import is_first
 
 SHOWN = 64  # pictures of one prompt in the grid
 NOT_CENTRED = "none"
-Groups = dict[str, tuple[list[str], np.ndarray]]  # by prompt, its images' names and features
+Groups = dict[tuple[str, ...], tuple[list[str], np.ndarray]]  # by prompt, its images' names and features
 
 
 def pairwise_distance(similarities: np.ndarray) -> float:
@@ -137,10 +137,10 @@ def _by_prompt(
     if not is_first():
         return {}
     features = found["features"].astype(np.float64)
-    groups: dict[str, list[int]] = {}
-    names = images.images.good_names()
-    for i, name in enumerate(names):
-        groups.setdefault(images.prompts[name], []).append(i)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    names, drawn = images.images.good_names(), {s.file: s.asked for s in images.images.samples}
+    for i, name in enumerate(names):  # one text with other pictures is another prompt
+        groups.setdefault(drawn.get(name, (images.prompts[name],)), []).append(i)
     return {prompt: ([names[i] for i in rows], features[rows]) for prompt, rows in groups.items()}
 
 

@@ -99,8 +99,8 @@ class Side:
             )
 
     def prompts(self) -> np.ndarray | None:
-        """The number of each row's prompt, int [n]; None where none are known."""
-        asked = {sample.file: sample.prompt for sample in self.images.samples}
+        """The number of each row's prompt, its pictures included, int [n]; None where none are known."""
+        asked = {sample.file: sample.asked for sample in self.images.samples if sample.prompt is not None}
         found = [asked.get(name) for name in self.images.good_names()] if asked else [None]
         if None in found:
             return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vugen_cli.errors import VugenError
 from vugen_cli.flow import Solver, at, solve
 from vugen_cli.models.pixel_decoder import to_uint8
 from vugen_cli.models.vae import FrozenVAE
@@ -24,10 +25,18 @@ class LatentDecoder(nn.Module):
         recipe: the denoiser and its sizes.
         channels: of z̃.
         vae: frozen; not a part of this module's weights.
+
+    Raises:
+        VugenError: the VAE's latents hold more numbers than the noise of a picture.
     """
 
     def __init__(self, recipe: DecoderRecipe, channels: int, vae: FrozenVAE):
         super().__init__()
+        if vae.channels > 3 * vae.factor**2:
+            raise VugenError(
+                f"a VAE of {vae.channels} channels at 1 / {vae.factor} of the size holds more numbers than a "
+                "picture: decoder.kind=ldm needs one that compresses"
+            )
         self.recipe, self.vae = recipe, vae
         widths, heads = recipe.channels, recipe.heads
         ends = {"in_channels": vae.channels + channels, "out_channels": vae.channels}

@@ -48,7 +48,7 @@ PICTURES = {"train": 30, "val": 300}
 SCENES = 300  # as it knows them, mixed in: without them it would draw nothing else any more
 PER_PROMPT = 10  # pictures that are scored; a grid shows 64
 RANK = 16
-TRAINING: dict[str, object] = {**ADAPTER_TRAINING, "steps": 450, "preview_every": 150}
+TRAINING: dict[str, object] = {**ADAPTER_TRAINING, "steps": 450}
 
 
 class Flamingos(Drawings):

@@ -258,16 +258,14 @@ def _shade(color: RGB, factor: float) -> RGB:
     return r, g, b
 
 
-def _cloud(brush: _Brush, x: float, y: float, size: float, color: tuple[int, ...]) -> None:
+def _cloud(brush: _Brush, x: float, y: float, size: float) -> None:
     for dx, dy, r in ((-0.6, 0.1, 0.45), (0, -0.12, 0.6), (0.6, 0.1, 0.45), (0, 0.2, 0.5)):
-        brush.ellipse(x + dx * size, y + dy * size, r * size, r * size * 0.7, color)
+        brush.ellipse(x + dx * size, y + dy * size, r * size, r * size * 0.7, (255, 255, 255, 190))
 
 
-def _clouds(
-    brush: _Brush, rng: random.Random, lowest: float, color: tuple[int, ...] = (255, 255, 255, 190)
-) -> None:
+def _clouds(brush: _Brush, rng: random.Random, lowest: float) -> None:
     for x in rng.sample((0.12, 0.38, 0.62, 0.88), 2):
-        _cloud(brush, x + rng.uniform(-0.08, 0.08), rng.uniform(0.06, lowest), rng.uniform(0.07, 0.12), color)
+        _cloud(brush, x + rng.uniform(-0.08, 0.08), rng.uniform(0.06, lowest), rng.uniform(0.07, 0.12))
 
 
 def _fir(brush: _Brush, x: float, foot: float, height: float, color: RGB, snow: bool = False) -> None:

@@ -39,6 +39,8 @@ def export(
     readme = out / "README.md"
     if readme.exists() and METHOD not in readme.read_text(encoding="utf-8", errors="replace"):
         raise VugenError(f"{readme} is of something else: choose another --out, or move it away")
+    if not all(prompt.strip() for prompt in prompts):
+        raise VugenError("--prompt is empty: say what to draw")
     refuse_places(prompts, "leave it out")
     if prompts:
         refuse_foreign(out / PICTURES, out / "pipeline.py")
@@ -77,11 +79,11 @@ def model_card(
     facts = {
         "pictures": f"{card.image_size} x {card.image_size} pixels",
         "VLM": f"`{Path(card.vlm.name).name}`, unchanged, in `vlm/` ({card.vlm.fingerprint[:12]})",
-        "expert": f"{size:.1f} million weights, trained for {card.step} steps",
+        "expert": f"{size:.1f} million weights, {card.step} steps in its last training",
         "adapters added": ", ".join(f"`{Path(a).name}`" for a in card.adapters or []),
         "settings": f"{defaults.steps} steps of {defaults.solver}, guidance {defaults.guidance:g} from time "
         f"{defaults.guidance_interval[0]:g} to {defaults.guidance_interval[1]:g}",
-        "data": f"{card.data.dataset}, {card.data.counts.get('train', 0)} pictures",
+        "data": f"{card.data.dataset}, {card.data.counts.get('train', 0)} pictures in its last training",
         "licence of the data": card.data.licence or "not known",
         "licence of the weights": licence if licence != "other" else "not said: ask who shared them",
         "made by": f"vugen {card.version}",

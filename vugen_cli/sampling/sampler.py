@@ -59,13 +59,8 @@ class Sampler:
         card: Card,
         path: str | Path,
     ):
-        self.vlm, self.expert, self.autoencoder, self.card, self.path = (
-            vlm,
-            expert,
-            autoencoder,
-            card,
-            Path(path),
-        )
+        self.vlm, self.expert, self.autoencoder = vlm, expert, autoencoder
+        self.card, self.path = card, Path(path)
         recipe = parse_recipe(card.recipe, str(path))
         self.defaults: Sampling = recipe.sampling
         self.shift = recipe.flow.shift_of(card.latents.grid, card.latents.channels)
@@ -240,8 +235,10 @@ class Sampler:
             Its pictures, whether it has them and text, and its tokens, rounded up to what it is padded to.
 
         Raises:
-            VugenError: it is too long or has too many pictures, or the VLM does not read them in a prompt.
+            VugenError: it is too long, has too many pictures, places more or fewer than it has, or the VLM
+                does not read them in a prompt.
         """
+        prompt.parts()  # those that the expert reads by itself stand somewhere too
         if self.expert.reference and len(prompt.pictures) > MOST_SOURCES:
             raise VugenError(f"a prompt has {len(prompt.pictures)} pictures: give at most {MOST_SOURCES}")
         length = self.vlm.prompt_length(for_vlm(prompt, self.expert))

@@ -38,7 +38,7 @@ from vugen_cli.files import write_json
 from vugen_cli.processes import barrier, is_first, rank, world_size
 from vugen_cli.progress import progress_bar
 from vugen_cli.recipe import Captioning
-from vugen_cli.stages.latent_cache import claim, damage_of
+from vugen_cli.stages.latent_cache import claim, damage_of, finished_notes, note_of
 from vugen_cli.vlm.chat import CHAT_BATCH, ask, asking
 from vugen_cli.vlm.frozen import load_model
 
@@ -65,7 +65,7 @@ def write_captions(
         VugenError: a bad data set, a VLM that cannot be asked, no readable picture; `out` holds something
             else or cannot be written.
     """
-    splits = {name: ShardedImages(data, name) for name in ShardedImages(data).manifest.splits}
+    splits = {name: ShardedImages(data, name) for name in read_manifest(data).splits}
     if any(images.most_sources for images in splits.values()):
         raise VugenError(f"{data} holds edits, whose captions say what to change: caption other images")
     source = next(iter(splits.values())).manifest
@@ -123,7 +123,7 @@ def _write_missing(
     """Write those of this process's shards that are not there yet."""
     shards = [(images, shard) for images in sets for shard in range(len(images.names))]
     mine = shards[rank() :: world_size()]
-    notes = {(images, shard): _note(out, images.names[shard]) for images, shard in mine}
+    notes = {(images, shard): note_of(out, images.names[shard]) for images, shard in mine}
     missing = [which for which in mine if finished_shard(out, notes[which]) is None]
     chunks = batches(StoredChunks(missing, CHAT_BATCH), workers if missing else 0)
     total = sum(int(images.counts[shard]) for images, shard in missing)
@@ -190,18 +190,10 @@ def with_captions(meta: Meta, told: Sequence[str], known: int) -> Meta:
     }
 
 
-def _note(out: Path, shard: str) -> Path:
-    return out / ".progress" / f"{shard}.json"
-
-
 def _split(out: Path, name: str, images: ShardedImages) -> Split:
     """What the manifest says of a split, from the records of its shards; lists what was left out."""
-    records, captions = [], Counted()
-    for shard in images.names:
-        record = finished_shard(out, _note(out, shard))
-        if record is None:
-            raise VugenError(f"shards are missing from {out}: all processes of the job must share --out")
-        records.append(record)
+    records, captions = finished_notes(out, images), Counted()
+    for record in records:
         captions.merge(record.captions)
     write_skipped(out, name, records)
     return Split(

@@ -158,14 +158,13 @@ def write_latents(
         },
         "images": {name: [s.sha256 for s in source.splits[name].shards] for name in splits},
     }
-    notes = out / ".progress"
     shards = [(images, shard) for images in splits.values() for shard in range(len(images.names))]
     with held(out) if is_first() else nullcontext():
         if is_first():
             claim(out, plan, "latents")
         barrier("latents planned")
         encode = partial(_encode, autoencoder, frozen, flip)
-        notes_of = {(images, shard): notes / f"{images.names[shard]}.json" for images, shard in shards}
+        notes_of = {(images, shard): note_of(out, images.names[shard]) for images, shard in shards}
         missing = [
             which for which in shards[rank() :: world_size()] if not finished_shard(out, notes_of[which])
         ]
@@ -185,12 +184,26 @@ def write_latents(
     return read_manifest(out)
 
 
+def note_of(out: Path, shard: str) -> Path:
+    """Where it is noted that a shard is finished."""
+    return out / ".progress" / f"{shard}.json"
+
+
+def finished_notes(out: Path, images: ShardedImages) -> list[ShardNote]:
+    """What is noted of the shards made of a split's.
+
+    Raises:
+        VugenError: one is not there.
+    """
+    found = [note for shard in images.names if (note := finished_shard(out, note_of(out, shard)))]
+    if len(found) < len(images.names):
+        raise VugenError(f"shards are missing from {out}: all processes of the job must share --out")
+    return found
+
+
 def _split(out: Path, name: str, images: ShardedImages) -> dict[str, Any]:
     """What the manifest says of a split, from the records of its shards; lists the damaged pictures."""
-    records = [finished_shard(out, out / ".progress" / f"{shard}.json") for shard in images.names]
-    written = [record for record in records if record]
-    if len(written) < len(records):
-        raise VugenError(f"shards are missing from {out}: all processes of the job must share --out")
+    written = finished_notes(out, images)
     write_skipped(out, name, written)
     skipped = sum(len(record.skipped) for record in written)
     return {
@@ -219,8 +232,12 @@ def claim(out: Path, plan: dict[str, Any], what: str) -> None:
         raise VugenError(f"{note} is damaged ({error}): delete {out} and prepare again") from error
     if found is None and any(out.glob("*.tar")):
         raise VugenError(f"{out} already holds shards without {what} of this tool: choose another --out")
-    if found and found.get("data") and plan.get("data"):
-        found["data"]["path"] = plan["data"]["path"]  # of the same shards, wherever they are seen
+    if found:
+        # The same shards may be seen elsewhere, and a split may have come to them.
+        found["images"] = plan["images"] | found.get("images", {})
+        if found.get("data") and plan.get("data"):
+            keys = ("path", "counts", "sha256", "train_sha256")  # the shards are compared one by one
+            found["data"] |= {key: plan["data"][key] for key in keys if key in plan["data"]}
     if found not in (None, plan):
         different = ", ".join(key for key in plan if found.get(key) != plan[key])
         raise VugenError(

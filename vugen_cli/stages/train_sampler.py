@@ -130,7 +130,10 @@ def train_sampler(
     resolved["recipe"] = recipe.model_dump(mode="json", include=used)
     prompts = held_out_prompts(images, vlm.prompts)
     if not prompts:
-        raise VugenError(f"{images.directory} has no captions: a sampler cannot be trained on it")
+        raise VugenError(
+            f"the first held-out samples of {images.directory} have no captions, or cannot be read: a "
+            "sampler cannot be trained on it"
+        )
 
     def preview(path: Path) -> None:
         sampler = Sampler(vlm, expert, autoencoder, card, out)

@@ -43,7 +43,7 @@ def write_comparison(sources: dict[str, list[Shown]], out: Path) -> int:
     Raises:
         VugenError: they have no prompt in common.
     """
-    first, *others = (dict.fromkeys(_asked(sample) for sample, _ in shown) for shown in sources.values())
+    first, *others = (dict.fromkeys(sample.asked for sample, _ in shown) for shown in sources.values())
     common = [asked for asked in first if any(asked) and all(asked in other for other in others)]
     if not common:
         raise VugenError(f"{' and '.join(sources)} have no prompt in common: draw the same prompts with each")
@@ -51,11 +51,11 @@ def write_comparison(sources: dict[str, list[Shown]], out: Path) -> int:
     for asked in common:
         columns = [
             f"<div><h3>{html.escape(name)}</h3><div class=pictures>"
-            + "".join(_figure(sample, path) for sample, path in shown if _asked(sample) == asked)
+            + "".join(_figure(sample, path) for sample, path in shown if sample.asked == asked)
             + "</div></div>"
             for name, shown in sources.items()
         ]
-        given = _given(next(each for each in next(iter(sources.values())) if _asked(each[0]) == asked))
+        given = _given(next(each for each in next(iter(sources.values())) if each[0].asked == asked))
         title = html.escape(asked[0] or "variations")
         sections.append(f"<section><h2>{title}</h2><div class=side>{given}{''.join(columns)}</div></section>")
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
@@ -66,11 +66,6 @@ def write_comparison(sources: dict[str, list[Shown]], out: Path) -> int:
     with whole_file(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return len(common)
-
-
-def _asked(sample: DrawnImage) -> tuple[str, ...]:
-    """What a picture was drawn for: the prompt's text, and the names of its pictures, which are hashes."""
-    return (sample.prompt or "", *sample.sources)
 
 
 def _given(shown: Shown) -> str:

@@ -158,12 +158,12 @@ class FakeNetworks:
         return flops_of(step) - self.prefix_flops()
 
     def decode_flops(self) -> float:
-        """One picture from z̃, by a decoder that takes one step."""
+        """One picture from z̃."""
         decoder = self.autoencoder.eval().decoder
 
         def step(count: int) -> Tensor:
             noise = torch.zeros(count, 3, self.size, self.size)
-            return decoder.decode(torch.zeros(count, *self.latents), noise, 1, "euler")
+            return decoder.decode(torch.zeros(count, *self.latents), noise)
 
         return flops_of(step)
 

@@ -365,8 +365,7 @@ def passes_of(recipe: Recipe, networks: FakeNetworks, machine: Machine) -> tuple
     everywhere = (first, last) == (0, 1)
     guided = [t for t in times if sampling.guidance != 1 and (everywhere or first <= t < last)]
     draw = networks.prefix_flops() + (len(times) + len(guided)) * networks.velocity_flops()
-    decoder = networks.autoencoder.decoder.recipe  # of a VAE's decoder, which takes one step
-    draw += len(call_times(decoder.steps, decoder.solver)) * networks.decode_flops()
+    draw += networks.decode_flops()
     rate = machine.gpus * machine.flops
     latents = encode * (2 if recipe.data.flip else 1)
     return [
