@@ -73,7 +73,7 @@ class FakeNetworks:
             autoencoder = Autoencoder(recipe, self.z[2], self.vae)
             if recipe.decoder.losses.repa:
                 autoencoder.alignment = Alignment(recipe.decoder.channels[-1], self.z[2])
-        self.autoencoder: Autoencoder = faked(autoencoder)
+        self.autoencoder: Autoencoder = faked(autoencoder, self.vae)
         grid = self.z[0] // recipe.reducer.merge, self.z[1] // recipe.reducer.merge
         latents = LatentsCard(channels=autoencoder.reducer.channels, grid=grid, width=self.z[2])
         self.latents = [*grid, latents.channels]

@@ -39,9 +39,12 @@ MODE = FakeTensorMode(allow_non_fake_inputs=True)
 BATCHES = (2, 3)  # measured; a single image would be special: its tensors are contiguous in more ways
 
 
-def faked(module: nn.Module) -> Any:
-    """A copy of a network on `meta` whose weights and buffers are fake tensors on the CPU; ties are kept."""
-    module, made = copy.deepcopy(module), dict[int, Tensor]()
+def faked(module: nn.Module, within: object = None) -> Any:
+    """A copy of a network on `meta` whose weights and buffers are fake tensors on the CPU; ties are kept.
+
+    What is faked already `within` it is not copied.
+    """
+    module, made = copy.deepcopy(module, {id(within): within}), dict[int, Tensor]()
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
