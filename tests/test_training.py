@@ -64,6 +64,19 @@ def test_a_stage_leaves_checkpoint_metrics_curves_and_pictures(
         assert (run / "curves.png").stat().st_size and (run / "preview-0000004.png").stat().st_size
 
 
+def test_previews_are_decoded_as_the_checkpoint_will(
+    trained: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    previews = []
+    for way in ("decoder.steps=3", "decoder.steps=5"):
+        recipe = changed(tiny_recipe, way, "train_sampler.steps=1", "train_sampler.preview_every=1")
+        out = tmp_path / f"{way}.safetensors"
+        train_sampler(recipe, trained / "reducer.safetensors", scenes, out, CPU)
+        previews.append((out.with_suffix(".run") / "preview-0000001.png").read_bytes())
+        assert load_sampler(out).decoder.recipe.steps == recipe.decoder.steps
+    assert previews[0] != previews[1]
+
+
 def test_a_sampler_holds_expert_reducer_and_decoder_and_nothing_of_the_vlm(
     trained: Path, vlm_path: Path
 ) -> None:

@@ -83,6 +83,8 @@ def train_sampler(
     autoencoder, stored, reducer_card = load_autoencoder(
         reducer, device, "sampler" if init == reducer else "reducer"
     )
+    if not rank:  # previews are decoded as the checkpoint will; an adapter, as its sampler is
+        autoencoder.decoder.recipe = recipe.decoder
     latents = reducer_card.latents
     shift = recipe.flow.shift_of(latents.grid, latents.channels)
     recipe = recipe.model_copy(update={"flow": recipe.flow.model_copy(update={"shift": shift})})
