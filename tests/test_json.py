@@ -173,7 +173,7 @@ def test_samples_are_listed_as_in_their_file(place: tuple[Path, dict[str, Any]])
     answer = json.loads(result.stdout)
     lines = (here / "cats/samples.jsonl").read_text().splitlines()
     assert answer["images"] == [json.loads(line) for line in lines] and len(lines) == 1
-    assert "wrote 1 pictures" in result.stderr
+    assert "wrote 1 picture," in result.stderr
 
 
 @pytest.mark.parametrize(
