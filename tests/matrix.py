@@ -139,7 +139,7 @@ def pictures(vlm: FrozenVLM, reads: Sequence[int] | None) -> str:
         length = int(alone.lengths)
         assert length == batch.lengths[i] and alone.first_free == batch.first_free[i]
         for mine, theirs in zip(states(batch), states(alone), strict=True):
-            torch.testing.assert_close(mine[i, ..., :length, :], theirs[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(mine[i, ..., :length, :], theirs[0], atol=5e-5, rtol=1e-5)
     other, alone = (vlm.prefix([Prompt("put it in the snow", (p,))], hidden=reads) for p in (three, one))
     assert not all(map(torch.equal, states(other), states(alone)))  # pictures are read
     return "works"
