@@ -100,6 +100,11 @@ def check_folder(path: Path) -> None:
     raise VugenError(f"{path} is a file where a folder is expected: point --source at the folder")
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Without asking the disk once more, but for a link; one that leads to itself is none."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
 def image_paths(folder: Path, below: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
     """The images below a folder as sorted relative paths with forward slashes, hidden ones left out.
 
@@ -113,7 +118,7 @@ def image_paths(folder: Path, below: str = "", above: tuple[str, ...] = ()) -> I
     """
     above = (*above, os.path.realpath(folder / below))
     with os.scandir(folder / below) as entries:
-        names = [e.name + "/" * os.path.isdir(e.path) for e in entries if not e.name.startswith(".")]
+        names = [e.name + "/" * _is_folder(e) for e in entries if not e.name.startswith(".")]
     for name in sorted(names):
         if name.endswith("/"):
             within = f"{os.path.realpath(folder / below / name)}/"

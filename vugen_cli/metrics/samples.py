@@ -36,15 +36,14 @@ class DrawnImage(BaseModel):
     size: str | None = Field(None, description="of the picture, WIDTHxHEIGHT, if not the sampler's own")
     decoder: str | None = Field(None, description="the file whose decoder drew, if not the sampler's own")
     adapters: list[str] | None = Field(None, description="added to it, as `file` or `file:weight`")
+    vlm: str | None = Field(None, description="the VLM that it drew with")
+    dataset: str | None = Field(None, description="name of the data it was trained on")
+    reference: str | None = Field(None, description="where those are: what to compare with")
 
     @property
     def asked(self) -> tuple[str, ...]:
         """What it was drawn for: the prompt's text, and the names of its pictures, which are hashes."""
         return (self.prompt or "", *self.sources)
-
-    vlm: str | None = Field(None, description="the VLM that it drew with")
-    dataset: str | None = Field(None, description="name of the data it was trained on")
-    reference: str | None = Field(None, description="where those are: what to compare with")
 
 
 def read_samples(folder: Path) -> list[DrawnImage]:

@@ -234,7 +234,8 @@ def claim(out: Path, plan: dict[str, Any], what: str) -> None:
         raise VugenError(f"{out} already holds shards without {what} of this tool: choose another --out")
     if found:
         # The same shards may be seen elsewhere, and a split may have come to them.
-        found["images"] = plan["images"] | found.get("images", {})
+        if found.get("images"):
+            found["images"] = plan["images"] | found["images"]
         if found.get("data") and plan.get("data"):
             keys = ("path", "counts", "sha256", "train_sha256")  # the shards are compared one by one
             found["data"] |= {key: plan["data"][key] for key in keys if key in plan["data"]}
