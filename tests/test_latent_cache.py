@@ -108,6 +108,12 @@ def test_the_same_bytes_after_an_interruption_and_from_worker_processes_that_dec
         assert file.read_bytes() == (copy / file.name).read_bytes()
 
 
+def test_a_set_of_held_out_pictures_alone_can_be_cached(trained: Path, tmp_path: Path) -> None:
+    write_dataset(OpenMojiScenes(4, "val", 64), tmp_path / "val", "val", 64)
+    made = write_latents(trained / "reducer.safetensors", tmp_path / "val", tmp_path / "latents", CPU)
+    assert list(made.splits) == ["val"] and made.splits["val"].count == 4
+
+
 def test_a_damaged_image_is_replaced_as_it_is_without_a_cache(
     scenes: Path, trained: Path, tmp_path: Path
 ) -> None:

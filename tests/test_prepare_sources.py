@@ -815,9 +815,10 @@ def test_hf_save_to_disk(tmp_path):
         assert [source[i].captions for i in range(4)] == [["big cat"], ["dog"], ["dog"], ["big cat"]]
         assert [source[i].image for i in range(4)] == [jpeg(i) for i in range(4)]
     assert HuggingFaceDataset(tmp_path / "both", "val")[0].meta == {"class": "dog", "label": 1}
-    (tmp_path / "one" / "state.json").write_text("{")
-    with pytest.raises(VugenError, match=r"state\.json is damaged"):
-        HuggingFaceDataset(tmp_path / "one")
+    for state, message in (("{", "is damaged"), ('{"_data_files": []}', "names no files")):
+        (tmp_path / "one" / "state.json").write_text(state)
+        with pytest.raises(VugenError, match=rf"state\.json {message}"):
+            HuggingFaceDataset(tmp_path / "one")
 
 
 def test_hf_without_pyarrow(tmp_path, monkeypatch):

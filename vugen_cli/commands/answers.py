@@ -3,6 +3,7 @@
 The keys are in docs/formats.md, where `docs/write_formats.py` lists which command answers what.
 """
 
+import typer
 from pydantic import Field
 
 from vugen_cli.metrics.report import Record
@@ -27,6 +28,12 @@ class Trained(Record):
     run: str = Field(description="the folder of its run: metrics, curves, previews, states")
     steps: int = Field(description="optimiser steps, those of earlier starts included")
     scores: dict[str, float] = Field({}, description="what a VLM or a judge can do, by name")
+
+
+def echo_scores(scores: dict[str, float]) -> None:
+    """Print what a trained VLM or judge can do, a line each; numbers of scenes are whole."""
+    for name, value in scores.items():
+        typer.echo(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
 
 
 class Written(Record):

@@ -52,7 +52,7 @@ def train_judge(
       vugen train-judge --data data/openmoji --out strict.safetensors
       vugen train-judge --init strict.safetensors --reducer reducer.safetensors --out lenient.safetensors
     """
-    from vugen_cli.commands.answers import Trained
+    from vugen_cli.commands.answers import Trained, echo_scores
     from vugen_cli.commands.options import require_safetensors, training_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
@@ -64,7 +64,6 @@ def train_judge(
     options = RunOptions(profile, change_recipe)
     scores = nano.train_judge(resolved, data, out, join(pick_device(device)), options, reducer, init)
     typer.echo(f"wrote {out}")
-    for name, value in scores.items():
-        typer.echo(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
+    echo_scores(scores)
     run = str(out.with_suffix(".run"))
     return Trained(out=str(out), run=run, steps=resolved.train_judge.steps, scores=scores)

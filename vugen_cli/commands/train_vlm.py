@@ -49,7 +49,7 @@ def train_vlm(
       vugen train-vlm --data data/mine --out my-vlm --set nano_vlm.width=384 --set nano_vlm.vision_steps=1000
       vugen train-vlm --init nano --data data/openmoji --out better --steps 4000
     """
-    from vugen_cli.commands.answers import Trained
+    from vugen_cli.commands.answers import Trained, echo_scores
     from vugen_cli.commands.options import training_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
@@ -62,6 +62,5 @@ def train_vlm(
     typer.echo(f"wrote {out}")
     if init is None and resolved.nano_vlm.vision_steps >= resolved.train_vlm.steps:
         typer.echo(f"its language side is untrained (nano_vlm.vision_steps): go on with --init {out}")
-    for name, value in scores.items():
-        typer.echo(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
+    echo_scores(scores)
     return Trained(out=str(out), run=f"{out}.run", steps=resolved.train_vlm.steps, scores=scores)

@@ -240,6 +240,8 @@ def _find_files(path: Path, split: str) -> list[Path]:
                 f"{path} is a selection stored by an old version of datasets: flatten_indices() and save "
                 "again"
             )
+        if not files:
+            raise VugenError(f"{path}/state.json names no files: save the data set again")
         return files
     files = parquet_files(path)
     files = files_of_split(files, split)

@@ -136,13 +136,14 @@ def write_latents(
     """
     autoencoder, _, card = load_autoencoder(checkpoint, device)
     frozen = vlm_of(card, checkpoint, vlm, device)
-    splits = {name: ShardedImages(data, name) for name in ShardedImages(data).manifest.splits}
-    check_size(splits["train"], autoencoder, frozen, card, checkpoint)
-    source = splits["train"].manifest
+    splits = {name: ShardedImages(data, name) for name in read_manifest(data).splits}
+    first = next(iter(splits.values()))
+    check_size(first, autoencoder, frozen, card, checkpoint)
+    source = first.manifest
     flip = frozen.recipe.data.flip if flip is None else flip
     precision = frozen.recipe.train_sampler.precision  # z̃ is then what that stage would compute itself
     grids = {}
-    for shape in splits["train"].shapes if source.shapes else []:
+    for shape in first.shapes if source.shapes else []:
         grids[shape_name(shape)] = list(autoencoder.grid(frozen, shape))
     plan = {
         "format": source.format if source.shapes else FORMAT,
