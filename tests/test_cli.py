@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -240,6 +241,40 @@ def test_bad_input_ends_in_one_line(
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in vugen("inspect", "nothing", "--debug", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_result_is_written_whatever_becomes_of_its_table(encoding: str, tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (64, 64), (60 * number, 99, 0)).save(tmp_path / f"{number}.png")
+    words = [
+        "-m",
+        "vugen_cli",
+        "score",
+        "--fid",
+        "--kid",
+        "--features",
+        "vlm",
+        "--images",
+        ".",
+        "--reference",
+        ".",
+    ]
+    run = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert run.stdout and run.stderr
+    if encoding == "utf-8":
+        run.stdout.readline()
+        run.stdout.close()  # as `| head -1` does
+    else:
+        assert b"\\u2013" in run.stdout.read(), "a dash, where the value is missing"
+    run.wait()
+    assert (tmp_path / "scores.json").is_file() and b"UnicodeEncodeError" not in run.stderr.read()
 
 
 def test_an_unknown_option_is_a_usage_error(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ def test_samplers_and_folders_stand_side_by_side_on_one_page(
     by_label: dict[str, set[str]] = {}
     for data, label in pictures:
         by_label.setdefault(label, set()).add(data)
+    run("export", sampler, "--out", "bears")  # as any command takes it
+    run("compare", "bears", "before", "--out", "folders.html", "-n", "2")
+    assert "<h3>bears</h3>" in Path("folders.html").read_text()
     # One sampler, twice: prompt and seed fix the picture, though the PNGs were written apart.
     assert len(by_label) == 4 and all(len(same) == 1 for same in by_label.values())
 
@@ -47,7 +50,7 @@ def test_samplers_whose_paths_are_alike_draw_into_folders_of_their_own(
         drawn.append(folder)
         return []
 
-    monkeypatch.setattr("vugen_cli.sampling.draw.draw", lambda *_: None)
+    monkeypatch.setattr("vugen_cli.sampling.draw.draw", lambda *_, study: None)
     monkeypatch.setattr("vugen_cli.sampling.trained.load_sampler", lambda *_: None)
     monkeypatch.setattr("vugen_cli.studies.compare.read_shown", listed)
     monkeypatch.setattr("vugen_cli.studies.compare.write_comparison", lambda shown, _: len(shown))

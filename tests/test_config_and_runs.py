@@ -51,7 +51,11 @@ def test_runs_are_finished_stopped_or_running(trained: Path, tmp_path: Path) -> 
     (unfinished / "run.json").write_text(json.dumps(card))
     os.utime(tmp_path / "deep/done.run/metrics.jsonl", (1, 1))
 
+    (tmp_path / "circle").symlink_to(tmp_path)
     more, done = find_runs(tmp_path).runs
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/far.run").symlink_to(unfinished)
+    assert [run.step for run in find_runs(tmp_path / "links").runs] == [2]
     assert (done.stage, done.state, done.step, done.steps) == ("reducer", "finished", 4, 4)
     assert done.loss is not None and done.loss > 0 and done.eta_s is None
     assert (more.stage, more.state, more.step, more.loss) == ("sampler", "stopped", 2, 3.5)

@@ -27,7 +27,7 @@ from vugen_cli.stages.losses import (
     reducer_loss,
 )
 from vugen_cli.stages.train_reducer import train_reducer
-from vugen_cli.vlm.frozen import FrozenVLM
+from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
 
 CPU = torch.device("cpu")
 MILLIONS = {"S": 13.4, "B": 20, "M": 48, "L": 85}  # SSDD, arXiv 2510.04961
@@ -174,9 +174,17 @@ def test_differentiable_features_are_those_of_the_vlm(vlm: FrozenVLM, size: int)
     assert all(p.grad is None for p in vlm.model.parameters())
 
 
+def test_differentiable_features_are_those_of_the_size_that_the_recipe_shows_the_vlm(vlm_path: Path) -> None:
+    VisionFeatures(load_vlm(str(vlm_path), recipe=Recipe(vlm_size=128))).check(64)
+
+
 def test_a_processor_that_does_something_else_is_refused(
     vlm: FrozenVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(vlm, "read", lambda *_: None.device)  # type: ignore[attr-defined]
+        with pytest.raises(VugenError, match="does more than resize"):
+            VisionFeatures(vlm).check(64)
     monkeypatch.setattr(vlm, "encode", lambda images: torch.randn(1, 8, 8, 32))
     with pytest.raises(VugenError, match=r"does more than resize and normalise.*perceptual=0"):
         VisionFeatures(vlm).check(64)

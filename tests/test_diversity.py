@@ -60,6 +60,16 @@ def test_the_command_scores_each_prompts_seeds_and_shows_one(
     assert Path("diversity.png").is_file()
 
 
+def test_photographs_of_several_sizes_are_shown_cut(vlm_path: Path, tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "set", {"a": [(200, 0, 0), (0, 0, 200)]})
+    picture = folder / "a-0.png"
+    Image.open(picture).resize((40, 20)).save(picture)
+    words = ["study", "diversity", "--features", f"vlm:{vlm_path}", "--images", str(folder)]
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "d.json")])
+    assert result.exit_code == 0, result.exception
+    assert json.loads((tmp_path / "d.json").read_text())["scores"] and (tmp_path / "d.png").is_file()
+
+
 def brightness(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Two numbers of a picture beside a thousand that all pictures share."""
     own = images.double().mean(dim=(2, 3))[:, :2] / 255

@@ -19,6 +19,7 @@ from torch.nn import functional
 from vugen_cli.checkpoint import load_checkpoint, select
 from vugen_cli.errors import VugenError
 from vugen_cli.files import locked
+from vugen_cli.metrics.image_sets import open_image_set
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import parse_recipe
@@ -45,6 +46,17 @@ def test_an_interrupted_drawing_leaves_no_listing_of_the_one_before(
     with pytest.raises(KeyboardInterrupt):
         draw(lively_sampler, ["a bear"], 1, tmp_path)
     assert not (tmp_path / "samples.jsonl").exists() and list(tmp_path.glob("a-bear-*.png"))
+    with pytest.raises(VugenError, match="did not finish"):  # its old pictures would be scored
+        open_image_set(tmp_path)
+
+
+def test_of_folders_of_samples_the_samples_alone_are_a_set(lively_sampler: Sampler, tmp_path: Path) -> None:
+    for name in ("bears", "cats"):
+        draw(lively_sampler, [name], 2, tmp_path / name, steps=1)
+        (tmp_path / name / "sources").mkdir()
+        (tmp_path / name / "grid.png").replace(tmp_path / name / "sources" / "one.png")
+        (tmp_path / name / "grid.png").write_bytes((tmp_path / name / "sources" / "one.png").read_bytes())
+    assert open_image_set(tmp_path).total == 4
 
 
 def test_two_do_not_draw_into_one_folder_at_once(lively_sampler: Sampler, tmp_path: Path) -> None:

@@ -101,6 +101,17 @@ def test_a_state_is_taken_up_where_the_parameters_are(tmp_path: Path) -> None:
     assert {tensor.device for tensor in [*moments, *ema.weights.values()]} == {META}
 
 
+def test_a_weight_that_was_not_trained_where_the_state_was_written_is_its_own_average(tmp_path: Path) -> None:
+    frozen = line()
+    frozen.bias.requires_grad_(False)
+    run(tmp_path / "r.run", stage(frozen))
+    module = line()
+    ema = EMA(module, 0.9)
+    ema.weights["bias"].zero_()
+    assert resume(tmp_path / "r.run", stage(module), ema, make_optimizer(module, SETTINGS)) == 4
+    assert torch.equal(ema.weights["bias"], frozen.bias)
+
+
 @pytest.mark.usefixtures("fused_everywhere")
 def test_no_tensor_of_a_resumed_step_stays_behind_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -313,6 +313,8 @@ def test_chat_asks_the_vlm_of_a_sampler(trained: Path, tmp_path: Path) -> None:
     )
     assert alone.returncode == 0 and beside.stdout == alone.stdout
     assert vugen_here("chat", "none.png", cwd=tmp_path).stderr.startswith("error: no picture at none.png")
+    long = vugen_here("chat", "a.png", "what " * 2000, cwd=tmp_path)
+    assert long.returncode == 1 and "tokens is too long: the VLM reads 1,024" in long.stderr
 
 
 def test_understanding_is_shown_to_be_preserved(trained: Path, tmp_path: Path) -> None:

@@ -82,6 +82,12 @@ def test_the_loss_is_least_where_the_reading_is_right() -> None:
     assert other["colour"] > best["colour"]
 
 
+def test_the_losses_terms_are_the_same_in_every_batch_so_that_processes_can_average_them() -> None:
+    asked = [scene("single", "cat"), scene("pair", "cat", "car", relation="above", color="red")]
+    single, pair = (reading_loss(CAT_ABOVE_CAR, [one]) for one in asked)
+    assert list(single) == list(pair) and single["side"] == single["colour"] == 0 < pair["side"]
+
+
 def test_real_scenes_are_changed_a_little_and_repeatably() -> None:
     images = torch.full((4, 3, 16, 16), 100, dtype=torch.uint8)
     images[..., 8:] = 200

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_networks import wake
 from test_training import changed, metrics
 
 from vugen_cli.card import LatentsCard
-from vugen_cli.checkpoint import fingerprint, load_checkpoint
+from vugen_cli.checkpoint import fingerprint, load_checkpoint, read_card
 from vugen_cli.data.loader import Batch, ShardedImages, held_out_images
 from vugen_cli.errors import VugenError
 from vugen_cli.models.latent_decoder import LatentDecoder
@@ -127,6 +128,30 @@ def test_the_whole_line_runs_on_latent_diffusion_without_the_vaes_files(
     assert picture.shape == (3, 64, 64) and picture.dtype == torch.uint8
     student = distill(changed(recipe, "decoder.steps=2"), reducer, scenes, tmp_path / "d.safetensors", CPU)
     assert load_sampler(tmp_path / "s.safetensors", decoder=student).decoder.recipe.steps == 1
+
+
+def test_a_decoder_goes_on_with_the_vae_it_began_with_wherever_that_lies(
+    vae_path: Path, scenes: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    ways = ("decoder.kind=ldm", "train_reducer.batch_size=2", "train_reducer.steps=1")
+    recipe, out = changed(tiny_recipe, *ways, f"decoder.vae={vae_path}"), tmp_path / "r.safetensors"
+    train_reducer(recipe, scenes, out, CPU)
+    moved = Path(shutil.copytree(vae_path, tmp_path / "vae"))
+    longer = changed(recipe, f"decoder.vae={moved}", "train_reducer.steps=2")
+    assert read_card(train_reducer(longer, scenes, out, CPU)).step == 2
+    weights = moved / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(VugenError, match=r"other settings \(vae: [0-9a-f]+ -> "):
+        train_reducer(changed(longer, "train_reducer.steps=3"), scenes, out, CPU)
+
+
+def test_a_vae_learns_from_the_recipes_mixture(scenes: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = changed(
+        tiny_recipe, f"data.mixture=[{{path: {scenes}}}, {{path: {scenes}, weight: 2}}]",
+        "vae.widths=[8,8]", "train_vae.steps=1", "train_vae.batch_size=2",
+    )  # fmt: skip
+    train_vae(recipe, None, tmp_path / "vae", CPU)
+    assert (tmp_path / "vae" / "config.json").is_file()
 
 
 def test_the_baseline_samples_the_vaes_latents(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vugen_cli.errors import VugenError
+from vugen_cli.models.generation_expert import GenerationExpert
 from vugen_cli.recipe import Layers, Recipe, load_recipe
 from vugen_cli.vlm.frozen import load_vlm
 from vugen_cli.vlm.latents import canvas, check_grid
@@ -150,6 +151,37 @@ def test_a_picture_that_would_be_padded_is_enlarged(tmp_path: Path) -> None:
     white = vlm.vision_inputs(torch.full((1, 3, 60, 60), 255, dtype=torch.uint8))["pixel_values"]
     assert (white == white[:1]).all()
     check_grid(vlm, 60)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(vlm_size=128), Recipe(latents="projector")])
+@pytest.mark.parametrize("model_type", ["paddleocr_vl", "qwen2_5_vl"])
+def test_patches_and_windows_stay_a_grid_at_another_size_and_after_the_projector(
+    model_type: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    vlm = load_vlm(str(tiny_vlms.build(model_type, tmp_path / "vlm")), recipe=recipe)
+    for size in (64, 80):
+        check_grid(vlm, size)
+
+
+def test_an_expert_counts_rows_and_columns_where_its_config_leaves_the_sections_to_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_vlms, "add_sections", lambda *_: None)
+    monkeypatch.setitem(tiny_vlms.BOTH, "head_dim", 128)
+    vlm = load_vlm(str(tiny_vlms.build("qwen3_vl", tmp_path / "vlm")))
+    assert "mrope_section" not in str(vlm.decoder.config.rope_parameters)
+    assert GenerationExpert(vlm.decoder, 4, (4, 4)).mrope
+
+
+def test_adaptive_norms_take_a_decoder_that_flattens_its_tokens(tmp_path: Path) -> None:
+    vlm = load_vlm(str(tiny_vlms.build("blip-2", tmp_path / "vlm")))  # OPT's
+    expert = GenerationExpert(vlm.decoder, 4, (4, 4), adaptive_norms=True)
+    torch.nn.init.normal_(expert.modulation.weight)
+    torch.nn.init.normal_(expert.proj_out.weight)
+    prefix, noised, t = vlm.prefix(["a bear", "a cat"]), torch.randn(2, 4, 4, 4), torch.tensor([0.2, 0.7])
+    together = expert(noised, t, prefix)
+    alone = [expert(noised[i : i + 1], t[i : i + 1], prefix.rows(torch.tensor([i]))) for i in range(2)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-4)
 
 
 def test_a_repository_with_code_of_its_own_is_refused_with_its_remedy(tmp_path: Path) -> None:

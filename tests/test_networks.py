@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from vugen_cli.card import LatentsCard
+from vugen_cli.errors import VugenError
 from vugen_cli.models.embeddings import grid_positions, sinusoid
 from vugen_cli.models.generation_expert import GenerationExpert, PrefixCache
 from vugen_cli.models.pixel_decoder import PixelDecoder, relative_position_bias, to_pixels, to_uint8
@@ -209,6 +210,16 @@ def test_the_expert_is_a_copy_and_leaves_the_vlm_alone(vlm: FrozenVLM) -> None:
             assert torch.equal(copied[name], parameter) and copied[name].data_ptr() != parameter.data_ptr()
             assert copied[name].requires_grad and not parameter.requires_grad
     assert not any("embed_tokens" in name for name in copied)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.int32])
+def test_codes_of_quantised_weights_are_no_start_for_an_expert(vlm: FrozenVLM, dtype: torch.dtype) -> None:
+    decoder = copy.deepcopy(vlm.decoder)
+    weight = decoder.layers[0].self_attn.q_proj.weight
+    decoder.layers[0].self_attn.q_proj.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    with pytest.raises(VugenError, match=r"quantised.*expert\.init=fresh or expert\.kind=dit"):
+        GenerationExpert(decoder, 4, (8, 8))
+    GenerationExpert(decoder, 4, (8, 8), fresh=True)
 
 
 def test_what_of_a_copy_no_gradient_reaches_is_left_alone(vlm: FrozenVLM) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from vugen_cli.app import app
 from vugen_cli.errors import VugenError
+from vugen_cli.files import locked
 from vugen_cli.metrics.features import Extractor
 from vugen_cli.metrics.pairs import psnr
 from vugen_cli.recipe import Recipe
@@ -70,6 +71,19 @@ def test_the_figures_are_those_of_known_pictures(
     spread = (original.std(ddof=1) - decoded.std(ddof=1)) ** 2
     assert report.frechet == pytest.approx(gap + spread, rel=1e-6)
     assert report.features == "brightness"
+
+
+def test_saved_pictures_are_of_the_last_call_alone_and_two_calls_do_not_mix(
+    trained: Path, scenes: Path, tmp_path: Path
+) -> None:
+    words = ["reconstruct", "--reducer", str(trained / "reducer.safetensors"), "--images", str(scenes)]
+    for count in ("5", "3"):
+        more = ["--count", count, "--save-images", "--out", str(tmp_path)]
+        assert CliRunner().invoke(app, [*words, *more]).exit_code == 0
+    assert len(list(tmp_path.glob("decoded/*.png"))) == len(list(tmp_path.glob("originals/*.png"))) == 3
+    with locked(tmp_path, "busy"):
+        result = CliRunner().invoke(app, [*words, "--out", str(tmp_path)])
+    assert "another process writes to" in str(result.exception)
 
 
 def test_a_single_image_has_no_frechet_distance(trained: Path, tmp_path: Path) -> None:

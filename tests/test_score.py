@@ -515,6 +515,7 @@ def test_newest_samples(tmp_path):
         listing = tmp_path / name / "samples.jsonl"
         stamp = 1_000_000_000 - age * 1000 if name != "a/b/too_deep" else 2_000_000_000
         os.utime(listing, (stamp, stamp))
+    write_samples(tmp_path / "week" / "0-m", study=True)  # what a comparison drew is not the user's
     assert newest_samples(tmp_path) == tmp_path / "runs/one"
 
 

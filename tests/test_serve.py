@@ -374,6 +374,10 @@ def test_a_wrong_request_is_told_in_openais_shape(
     assert error.keys() == {"message", "type", "param", "code"} and "\n" not in error["message"]
 
 
+def test_monitors_may_ask_for_the_head_alone(url: str) -> None:
+    assert [HTTP.head(f"{url}{path}").status_code for path in ("", "healthz")] == [200, 200]
+
+
 def test_addresses_methods_and_kinds_that_there_are_not(url: str) -> None:
     answers = [
         (HTTP.get(f"{url}v1/nothing"), 404),

@@ -292,7 +292,11 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Threadin
 def test_what_is_pushed_is_drawn_with_from_the_hub_and_then_without_it(
     exported: Path, trained: Path, tmp_path: Path, server: ThreadingHTTPServer
 ) -> None:
+    (mine := exported / "mine.txt").write_text("of the user, who exported into a folder of theirs")
     would = vugen_here("push", exported, "me/bears", "--dry-run", cwd=tmp_path).stdout
+    mine.unlink()
+    assert "mine.txt" not in would and "vlm/config.json" in would and "README.md" in would
+    assert "give user/name" in vugen_here("push", exported, "bears", "--dry-run", cwd=tmp_path).stderr
     repositories = server.RequestHandlerClass.repositories  # type: ignore[attr-defined]
     assert "sampler.safetensors" in would and "would go to me/bears" in would and not repositories
     result = vugen_here("push", exported, "me/bears", cwd=tmp_path)

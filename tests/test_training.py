@@ -233,6 +233,26 @@ def test_a_reducer_taken_up_with_other_parts_of_a_batch_is_refused(
         train_reducer(parts, scenes, tmp_path / "r.safetensors", CPU)
 
 
+def test_a_sampler_goes_on_with_its_own_reducer_and_cut_of_captions_alone(
+    scenes: Path, tiny_recipe: Recipe, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "sampler.run", tmp_path / "s.run")
+    out, longer = tmp_path / "s.safetensors", changed(tiny_recipe, "train_sampler.steps=5")
+    other = train_reducer(
+        changed(tiny_recipe, "train_reducer.steps=5"), scenes, tmp_path / "r.safetensors", CPU
+    )
+    with pytest.raises(VugenError, match=r"other settings \(reducer: [0-9a-f]+ -> "):
+        train_sampler(longer, other, scenes, out, CPU)
+    with pytest.raises(VugenError, match=r"recipe\.prompt_tokens: 128 -> 3"):
+        train_sampler(changed(longer, "prompt_tokens=3"), trained / "reducer.safetensors", scenes, out, CPU)
+    state = sorted((tmp_path / "s.run").glob("state-*"))[-1]
+    tensors, card = load_tensors(state), read_header(state)
+    assert isinstance(card, StateCard)
+    del card.resolved["reducer"]  # as of versions that did not note it
+    save_checkpoint(state, tensors, card)
+    assert read_card(train_sampler(longer, trained / "reducer.safetensors", scenes, out, CPU)).step == 5
+
+
 def test_a_changed_recipe_goes_on_when_told_and_the_change_is_kept(
     scenes: Path, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

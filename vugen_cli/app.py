@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -169,11 +170,15 @@ def vugen(
 def main() -> None:
     """Run the command; a failure the user can act on ends in one line on stderr and a non-zero status."""
     debug = "--debug" in sys.argv or bool(os.environ.get("VUGEN_DEBUG"))
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal of another alphabet should not cost a result
+        encoding = "utf-8" if "--json" in sys.argv else None  # as JSON is
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
         app()
     except SystemExit as end:
-        # Typer and `prepare` have said more on standard error.
-        if end.code in (2, 130) and processes.is_first():
+        if end.code in (2, 130) and processes.is_first():  # of 2, Typer has said more
+            if end.code == 130:
+                print("interrupted", file=sys.stderr)
             _print_error("interrupted" if end.code == 130 else "the command line is not understood")
         raise
     except Stopped as stopped:
@@ -204,7 +209,8 @@ def _print_error(message: str) -> None:
     if "--json" in sys.argv:
         from json import dumps
 
-        print(dumps({"error": message}, ensure_ascii=False), flush=True)
+        with contextlib.suppress(OSError):  # which may be the failure
+            print(dumps({"error": message}, ensure_ascii=False), flush=True)
 
 
 def _end(line: str, status: int) -> None:

@@ -11,6 +11,18 @@ PREFIX = "hf:"
 # What a sampler, an adapter or a VLM is made of: no pickles, no code.
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 CONFIGS = ("*config.json",)  # what says how large a VLM is
+INDEX = "model_index.json"  # which every pipeline's folder has
+# What `vugen export` writes, folders whole.
+EXPORTED = (
+    "README.md",
+    INDEX,
+    "pictures.png",
+    "pipeline.py",
+    "sampler",
+    "sampler.safetensors",
+    "vlm",
+)
+NAME = r"[\w.-]+/[\w.-]+"  # of a repository, owner/name
 
 
 def reach_hub(name: str, what: str) -> bool:
@@ -77,7 +89,7 @@ def downloaded(given: str, what: str, files: tuple[str, ...] = FILES) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     name, _, revision = given.removeprefix(PREFIX).partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(NAME, name):
         raise VugenError(f"{what} {given}: a repository is written hf:owner/name or hf:owner/name@revision")
     problem = hub_problem()
     try:
@@ -137,13 +149,14 @@ def push(folder: Path, name: str, private: bool = False) -> str:
 
 
 def to_push(folder: Path) -> list[tuple[str, int]]:
-    """The files of an exported folder that are pushed, each with its bytes; none that are hidden.
+    """The files of an exported folder that are pushed, each with its bytes: what the export wrote, unhidden.
 
     Raises:
         VugenError: it is no such folder.
     """
-    if not (folder / "model_index.json").is_file():
-        raise VugenError(f"{folder} is not a folder that `vugen export` wrote: it has no model_index.json")
+    if not (folder / INDEX).is_file():
+        raise VugenError(f"{folder} is not a folder that `vugen export` wrote: it has no {INDEX}")
     inside = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    shown = [path for path in inside if not any(part.startswith(".") for part in path.parts)]
+    ours = [path for path in inside if path.parts[0] in EXPORTED]
+    shown = [path for path in ours if not any(part.startswith(".") for part in path.parts)]
     return [(path.as_posix(), (folder / path).stat().st_size) for path in shown]

@@ -489,7 +489,7 @@ class Recipe(Section):
     """A whole run, from the VLM to the samples."""
 
     name: str = "nano"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**43)  # times a million and more it must fit 63 bits
     vlm: str = Field("nano", description="`nano` (bundled), a Hugging Face directory, or a hub id")
     vlm_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="precision in which the frozen VLM is kept and run"

@@ -49,7 +49,13 @@ def find_runs(folder: Path) -> Runs:
     """
     if not folder.is_dir():
         raise VugenError(f"no folder at {folder}: give one that runs were written to")
-    logs = [path for path in folder.rglob("metrics.jsonl") if path.is_file()]
+    logs, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # by a link, maybe in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        logs += [Path(place, "metrics.jsonl")] if "metrics.jsonl" in files else []
     logs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     rows = {path: last_rows(path) for path in logs}
     runs = [read_run(path.parent, rows[path]) for path in logs if rows[path] or not path.stat().st_size]

@@ -39,14 +39,16 @@ def compare(
     """
     from vugen_cli.commands.answers import Compared
     from vugen_cli.engine.device import pick_device
+    from vugen_cli.hub import INDEX, PREFIX
     from vugen_cli.sampling.draw import collect_prompts, draw
     from vugen_cli.sampling.trained import load_sampler
     from vugen_cli.studies.compare import folder_name, names_of, read_shown, write_comparison
     from vugen_cli.vlm.prompts import refuse_places
 
-    if missing := [path for path in sources if not path.exists()]:
-        raise VugenError(f"no {missing[0]}: give sampler checkpoints or folders of samples")
-    folders = [path for path in sources if path.is_dir()]
+    remote = [path for path in sources if str(path).startswith(PREFIX)]
+    if missing := [path for path in sources if path not in remote and not path.exists()]:
+        raise VugenError(f"no {missing[0]}: give samplers, or folders of samples")
+    folders = [path for path in sources if path.is_dir() and not (path / INDEX).is_file()]
     if len({path.resolve() for path in sources}) < len(sources):
         raise VugenError("the same sampler or folder is given twice")
     given_for = {"--prompt": prompt, "--prompts": prompts, "-n": n, "--seed": seed, "--vlm": vlm}
@@ -66,11 +68,11 @@ def compare(
     refuse_places(texts, "leave it out")
     shown = {}
     for number, (path, name) in enumerate(zip(sources, names_of(sources), strict=True)):
-        if path.is_dir():
+        if path in folders:
             shown[name] = drawn_before[path]
             continue
         samples = out.with_suffix("") / f"{number}-{folder_name(name)}"
-        draw(load_sampler(path, vlm, pick_device(device)), texts, n or 4, samples, seed or 0)
+        draw(load_sampler(path, vlm, pick_device(device)), texts, n or 4, samples, seed or 0, study=True)
         shown[name] = read_shown(samples)
     count = write_comparison(shown, out)
     typer.echo(f"wrote {out}: {len(shown)} side by side, {count} prompts")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vugen_cli.errors import VugenError
+from vugen_cli.errors import Stopped, VugenError
 
 if TYPE_CHECKING:
     from vugen_cli.card import Card
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 # No import, since that would be a heavy one, and typer reads annotations.
 Answer = object
 
-DataOption = Annotated[Path, typer.Option(help="Data set written by `vugen prepare`.")]
+FirstDataOption = Annotated[
+    str | None,
+    typer.Option(help="Data set written by `vugen prepare`. [default: that of the recipe, or data/openmoji]"),
+]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
@@ -89,6 +92,10 @@ SamplerOption = Annotated[
 OutOption = Annotated[Path, typer.Option(dir_okay=False, help="Where the result is written, as JSON.")]
 
 
+MAX_STEPS = 10_000  # of a solver: more are a slip of the finger
+MAX_GUIDANCE = 100  # beyond, pictures are black or noise
+
+
 def training_recipe(
     recipe: str | None,
     stage: str,
@@ -110,8 +117,9 @@ def going_on(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"Interrupted. Finished shards are kept in {out}; the same command goes on.", err=True)
-        raise typer.Exit(130) from None
+        raise Stopped(
+            f"interrupted: finished shards are kept in {out}, and the same command goes on"
+        ) from None
 
 
 def recipe_from_card(
@@ -209,6 +217,18 @@ def data_of(
         for path in named:
             refuse_address(path)
     return None if resolved.data.mixture else named[0]
+
+
+def one_set(resolved: "Recipe", data: str | None) -> str:
+    """What to train on, as `data_of`, for a command that takes no mixture.
+
+    Raises:
+        VugenError: the recipe has one, and no --data is given.
+    """
+    source = data_of(resolved, data)
+    if source is None:
+        raise VugenError("data.mixture is for the samplers' stages: name the one set to train on with --data")
+    return source
 
 
 def beside(data: Path, ending: str) -> Path:

@@ -1,11 +1,13 @@
 """`vugen push`."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vugen_cli.commands.options import Answer
+from vugen_cli.errors import VugenError
 
 
 def push(
@@ -22,9 +24,11 @@ def push(
       vugen push bears user/bears --private
     """
     from vugen_cli.commands.answers import Pushed
+    from vugen_cli.hub import NAME, to_push
     from vugen_cli.hub import push as run
-    from vugen_cli.hub import to_push
 
+    if not re.fullmatch(NAME, name):
+        raise VugenError(f"{name} is no name of a repository: give user/name")
     files = to_push(folder)
     for path, size in files:
         typer.echo(f"{size / 1e6:10.3f} MB  {path}")

@@ -1,11 +1,12 @@
 """`vugen reconstruct`."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vugen_cli.commands.options import AllowMismatchOption, Answer, DeviceOption, VlmNowOption
+from vugen_cli.commands.options import MAX_STEPS, AllowMismatchOption, Answer, DeviceOption, VlmNowOption
 
 if TYPE_CHECKING:
     from vugen_cli.nano.judges import OfReconstructions
@@ -24,7 +25,7 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="Folder for the grid and the figures.")] = Path("reconstructions"),
     count: Annotated[int | None, typer.Option(min=1, help="At most this many images. [default: all]")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Decoder steps. [default: the checkpoint's]")
+        int | None, typer.Option(min=1, max=MAX_STEPS, help="Decoder steps. [default: the checkpoint's]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the decoder's noise.")] = 0,
     vlm: VlmNowOption = None,
@@ -48,14 +49,17 @@ def reconstruct(
       vugen reconstruct --images data/openmoji --full identity.safetensors
     """
     from vugen_cli.engine.device import pick_device
+    from vugen_cli.files import locked
     from vugen_cli.processes import is_first, join
     from vugen_cli.studies.reconstruct import reconstruct as run
 
     where = join(pick_device(device))
     judge = scenes_judge(images)
-    report = run(
-        reducer, images, out, count, steps, seed, vlm, where, allow_vlm_mismatch, save_images, full, judge
-    )
+    busy = f"another process writes to {out}: wait for it or choose another --out"
+    with locked(out, busy) if is_first() else nullcontext():
+        report = run(
+            reducer, images, out, count, steps, seed, vlm, where, allow_vlm_mismatch, save_images, full, judge
+        )
     if not is_first():
         return None
     for name, found in (("from all of z", report.full), ("from reduced z", report)):

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vugen_cli.commands.options import AllowMismatchOption, Answer, DecoderOption, DeviceOption, VlmNowOption
+from vugen_cli.commands.options import (
+    MAX_GUIDANCE,
+    MAX_STEPS,
+    AllowMismatchOption,
+    Answer,
+    DecoderOption,
+    DeviceOption,
+    VlmNowOption,
+)
 
 if TYPE_CHECKING:
     from vugen_cli.data.shapes import Shape
@@ -40,11 +48,15 @@ CompileOption = Annotated[
 ]
 GuidanceOption = Annotated[
     float | None,
-    typer.Option(min=0, help="Classifier-free guidance; 1 is none. [default: the checkpoint's]"),
+    typer.Option(
+        min=0, max=MAX_GUIDANCE, help="Classifier-free guidance; 1 is none. [default: the checkpoint's]"
+    ),
 ]
 ImageGuidanceOption = Annotated[
     float | None,
-    typer.Option(min=0, help="The same by the pictures of a prompt. [default: the checkpoint's]"),
+    typer.Option(
+        min=0, max=MAX_GUIDANCE, help="The same by the pictures of a prompt. [default: the checkpoint's]"
+    ),
 ]
 AdapterOption = Annotated[
     list[str] | None,
@@ -53,6 +65,9 @@ AdapterOption = Annotated[
 SizeOption = Annotated[
     str | None,
     typer.Option(help="WIDTHxHEIGHT in pixels, as 48x80. [default: the square that the checkpoint draws]"),
+]
+StepsOption = Annotated[
+    int | None, typer.Option(min=1, max=MAX_STEPS, help="ODE steps. [default: the checkpoint's]")
 ]
 SolverOption = Annotated[
     Literal["euler", "heun", "midpoint"] | None, typer.Option(help="ODE solver. [default: the checkpoint's]")
@@ -73,7 +88,7 @@ def sample(
     adapter: AdapterOption = None,
     vlm: VlmNowOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
-    steps: Annotated[int | None, typer.Option(min=1, help="ODE steps. [default: the checkpoint's]")] = None,
+    steps: StepsOption = None,
     guidance: GuidanceOption = None,
     image_guidance: ImageGuidanceOption = None,
     solver: SolverOption = None,

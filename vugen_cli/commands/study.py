@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vugen_cli.commands.options import (
+    MAX_GUIDANCE,
     Answer,
     BatchOption,
     DeviceOption,
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from vugen_cli.studies.understanding import Understanding
 
 app = typer.Typer(no_args_is_help=True, help="Ask more of a sampler than one score: each study is a command.")
+GuidanceOption = Annotated[float | None, typer.Option(min=0, max=MAX_GUIDANCE, help="By the instruction.")]
+ImageGuidanceOption = Annotated[
+    float | None, typer.Option(min=0, max=MAX_GUIDANCE, help="By the source picture.")
+]
 
 
 @app.command()
@@ -61,8 +66,8 @@ def composition(
 def edits(
     sampler: SamplerOption = None,
     count: Annotated[int, typer.Option(min=2, help="Held-out edits.")] = 500,
-    guidance: Annotated[float | None, typer.Option(min=0, help="By the instruction.")] = None,
-    image_guidance: Annotated[float | None, typer.Option(min=0, help="By the source picture.")] = None,
+    guidance: GuidanceOption = None,
+    image_guidance: ImageGuidanceOption = None,
     vlm: VlmOption = None,
     out: OutOption = Path("edits.json"),
     device: DeviceOption = None,

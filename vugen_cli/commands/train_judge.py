@@ -8,8 +8,8 @@ import typer
 from vugen_cli.commands.options import (
     Answer,
     ChangeOption,
-    DataOption,
     DeviceOption,
+    FirstDataOption,
     FirstRecipeOption,
     LogOption,
     ProfileOption,
@@ -20,7 +20,7 @@ from vugen_cli.commands.options import (
 
 
 def train_judge(
-    data: DataOption = Path("data/openmoji"),
+    data: FirstDataOption = None,
     out: Annotated[Path, typer.Option(help="File to write (.safetensors).")] = Path("judge.safetensors"),
     reducer: Annotated[
         Path | None,
@@ -53,7 +53,7 @@ def train_judge(
       vugen train-judge --init strict.safetensors --reducer reducer.safetensors --out lenient.safetensors
     """
     from vugen_cli.commands.answers import Trained, echo_scores
-    from vugen_cli.commands.options import require_safetensors, training_recipe
+    from vugen_cli.commands.options import one_set, require_safetensors, training_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
     from vugen_cli.nano import train_judge as nano
@@ -62,7 +62,9 @@ def train_judge(
     require_safetensors(out)
     resolved = training_recipe(recipe, "train_judge", steps, batch_size, set_, log=log)
     options = RunOptions(profile, change_recipe)
-    scores = nano.train_judge(resolved, data, out, join(pick_device(device)), options, reducer, init)
+    scores = nano.train_judge(
+        resolved, one_set(resolved, data), out, join(pick_device(device)), options, reducer, init
+    )
     typer.echo(f"wrote {out}")
     echo_scores(scores)
     run = str(out.with_suffix(".run"))

@@ -8,8 +8,8 @@ import typer
 from vugen_cli.commands.options import (
     Answer,
     ChangeOption,
-    DataOption,
     DeviceOption,
+    FirstDataOption,
     FirstRecipeOption,
     LogOption,
     ProfileOption,
@@ -20,7 +20,7 @@ from vugen_cli.commands.options import (
 
 
 def train_vae(
-    data: DataOption = Path("data/openmoji"),
+    data: FirstDataOption = None,
     out: Annotated[Path, typer.Option(help="Diffusers directory to write.")] = Path("vae"),
     recipe: FirstRecipeOption = None,
     steps: StepsOption = None,
@@ -42,13 +42,13 @@ def train_vae(
       vugen train-reducer --data data/openmoji --set decoder.kind=ldm --set decoder.vae=vae
     """
     from vugen_cli.commands.answers import Trained
-    from vugen_cli.commands.options import training_recipe
+    from vugen_cli.commands.options import data_of, training_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
     from vugen_cli.processes import join
     from vugen_cli.stages.train_vae import train_vae as run
 
     resolved = training_recipe(recipe, "train_vae", steps, batch_size, set_, log=log)
-    run(resolved, data, out, join(pick_device(device)), RunOptions(profile, change_recipe))
+    run(resolved, data_of(resolved, data), out, join(pick_device(device)), RunOptions(profile, change_recipe))
     typer.echo(f"wrote {out}; next: vugen train-reducer --set decoder.kind=ldm --set decoder.vae={out}")
     return Trained(out=str(out), run=f"{out}.run", steps=resolved.train_vae.steps)

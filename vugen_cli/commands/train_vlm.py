@@ -8,8 +8,8 @@ import typer
 from vugen_cli.commands.options import (
     Answer,
     ChangeOption,
-    DataOption,
     DeviceOption,
+    FirstDataOption,
     FirstRecipeOption,
     LogOption,
     ProfileOption,
@@ -20,7 +20,7 @@ from vugen_cli.commands.options import (
 
 
 def train_vlm(
-    data: DataOption = Path("data/openmoji"),
+    data: FirstDataOption = None,
     out: Annotated[Path, typer.Option(help="Hugging Face directory to write.")] = Path("nano-vlm"),
     init: Annotated[
         str | None,
@@ -50,7 +50,7 @@ def train_vlm(
       vugen train-vlm --init nano --data data/openmoji --out better --steps 4000
     """
     from vugen_cli.commands.answers import Trained, echo_scores
-    from vugen_cli.commands.options import training_recipe
+    from vugen_cli.commands.options import one_set, training_recipe
     from vugen_cli.engine.device import pick_device
     from vugen_cli.engine.stage import RunOptions
     from vugen_cli.nano import train_vlm as nano
@@ -58,7 +58,7 @@ def train_vlm(
 
     resolved = training_recipe(recipe, "train_vlm", steps, batch_size, set_, log=log)
     options = RunOptions(profile, change_recipe)
-    scores = nano.train_vlm(resolved, data, out, join(pick_device(device)), options, init)
+    scores = nano.train_vlm(resolved, one_set(resolved, data), out, join(pick_device(device)), options, init)
     typer.echo(f"wrote {out}")
     if init is None and resolved.nano_vlm.vision_steps >= resolved.train_vlm.steps:
         typer.echo(f"its language side is untrained (nano_vlm.vision_steps): go on with --init {out}")

@@ -56,7 +56,10 @@ def pick_device(name: str | None = None) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except Exception as error:  # each backend that is missing raises its own kind
-        raise VugenError(f"--device {name}: {first_line(error)}") from error
+        reason = first_line(error).partition(". ")[0]
+        raise VugenError(
+            f"--device {name} is not to be had here ({reason}): give cpu, cuda or cuda:N"
+        ) from error
     return device
 
 

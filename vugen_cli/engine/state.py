@@ -28,8 +28,8 @@ from vugen_cli.files import locked
 from vugen_cli.processes import broadcast, is_first, is_lost_peer
 from vugen_cli.recipe import Recipe
 
-# What a resumed run may change: it may be made longer, and data and VLM may lie elsewhere (what they hold is
-# compared).
+# What a resumed run may change: it may be made longer, and data, VLM and VAE may lie elsewhere (what they
+# hold is compared).
 FREE = (
     "steps",
     "checkpoint_every",
@@ -39,6 +39,7 @@ FREE = (
     "max_corrupt",
     "data.path",
     "vlm.name",
+    "recipe.decoder.vae",
 )
 
 # What is being written in a run's folder: by `whole_file`, by states, by the safetensors library.
@@ -219,8 +220,10 @@ def resume(
         old["recipe"] = filled(old.get("recipe", {}), defaults)
     old, new = placeless(old), placeless(stage.resolved)
     changed = [c for c in differences(old, new) if not is_free(c.partition(":")[0])]
-    # States of earlier versions do not say what their data set held. Another split may have come to it since.
-    passed = ["data.sha256: None ", "data.train_sha256: None ", "teacher.calls: None "]
+    # States of earlier versions do not say what their data set, VAE and stage 2's reducer held; in stage 1 a
+    # reducer that is not noted was not there. Another split may have come to the data since.
+    passed = ["data.sha256: None ", "data.train_sha256: None ", "teacher.calls: None ", "vae: None "]
+    passed += ["reducer: None "] if stage.name == "sampler" else []
     if (known := train_hash(old)) and known == train_hash(new):
         passed += ["data.sha256: ", "data.counts."]
     changed = [c for c in changed if not c.startswith(tuple(passed))]
@@ -238,12 +241,15 @@ def resume(
     }
     for prefix, into in parts.items():
         for name, tensor in into.items():
-            if stored.shapes.get(f"{prefix}.{name}") != tensor.shape:
+            key = f"{prefix}.{name}"
+            if prefix == "ema" and key not in stored.shapes:  # not trained, where the state was written
+                key = f"module.{name}"
+            if stored.shapes.get(key) != tensor.shape:
                 raise VugenError(
                     f"{path} has no {name} of shape {list(tensor.shape)}: the networks have changed "
                     f"({'; '.join(changed)}); give --out another name"
                 )
-            stored.fill(tensor, f"{prefix}.{name}")
+            stored.fill(tensor, key)
     moments: dict[str, list[str]] = {}
     for name in stored.shapes:
         moments.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])

@@ -21,7 +21,7 @@ from typing import IO
 import numpy as np
 
 from vugen_cli.data.folder import IMAGE_SUFFIXES, image_paths
-from vugen_cli.data.images import MAX_PIXELS, decode
+from vugen_cli.data.images import MAX_PIXELS, adm_crop, decode
 from vugen_cli.data.index import is_source
 from vugen_cli.data.loader import ShardedImages
 from vugen_cli.data.manifest import read_manifest
@@ -29,7 +29,7 @@ from vugen_cli.data.shards import read_at, tar_members
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.metrics.mjhq import META
 from vugen_cli.metrics.report import SetRecord
-from vugen_cli.metrics.samples import DrawnImage, read_samples
+from vugen_cli.metrics.samples import UNFINISHED, DrawnImage, read_samples
 from vugen_cli.processes import all_gather, rank, world_size
 from vugen_cli.progress import progress_bar
 
@@ -146,12 +146,12 @@ class ImageSet:
     def pictures(self, names: Collection[str]) -> np.ndarray:
         """The images of these names as uint8 [N, 3, H, W], in the set's order.
 
-        Raises:
-            VugenError: they are of several sizes.
+        Where they are of several sizes, squares of the shortest side among them are cut from them.
         """
         found = [self._pixels(get) for name, get in self._limited() if name in names]
         if len({image.shape for image in found}) > 1:
-            raise VugenError(f"{self.path} holds pictures of several sizes, which no grid shows: resize them")
+            side = min(min(image.shape[1:]) for image in found)
+            found = [adm_crop(image.transpose(1, 2, 0), side).transpose(2, 0, 1) for image in found]
         return np.stack(found)
 
     def digest(self) -> str:
@@ -261,7 +261,7 @@ def _recognise(path: Path) -> ImageSet:
             return ImageSet(
                 path, "samples", len(files), None, partial(_file_items, path, files), samples=samples
             )
-        files = list(image_paths(path))
+        files = _drawn_alone(path, list(image_paths(path)))
         if drawn := [name for name in files if _is_geneval(path, name)]:
             return ImageSet(path, "geneval", len(drawn), None, partial(_file_items, path, drawn))
         if (path / META).is_file():
@@ -285,6 +285,27 @@ def _recognise(path: Path) -> ImageSet:
         rows = partial(_npz_items, path)
         return ImageSet(path, "npz", n, None, rows, shape=(shape[0], shape[1]), arrays=arrays)
     raise VugenError(f"{path} is no image set: expected a folder, a .tar, a .zip or an .npz batch.")
+
+
+def _drawn_alone(directory: Path, files: list[str]) -> list[str]:
+    """Without what `vugen sample` writes beside its pictures, where a folder holds folders of it.
+
+    Raises:
+        VugenError: a drawing into one of them did not finish.
+    """
+    listed: dict[str, set[str]] = {}  # by folder with a slash at its end, which pictures are samples
+    for folder in {name[: name.rfind("/") + 1] for name in files}:
+        if (directory / folder / UNFINISHED).exists():
+            raise VugenError(
+                f"drawing into {directory / folder} did not finish, and what lies there may be older: run "
+                "the same `vugen sample` again, or delete the folder"
+            )
+        if (directory / folder / "samples.jsonl").is_file():
+            listed[folder] = {folder + sample.file for sample in read_samples(directory / folder)}
+            listed[f"{folder}sources/"] = set()
+    if not listed:
+        return files
+    return [name for name in files if name in listed.get(name[: name.rfind("/") + 1], {name})]
 
 
 def _is_geneval(directory: Path, name: str) -> bool:

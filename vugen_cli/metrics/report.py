@@ -118,15 +118,17 @@ def versions() -> dict[str, str]:
 
 
 def finish(report: Report, out: Path) -> Report | None:
-    """Print a report, then write it: an unwritable file should not cost an hour's result.
+    """Print a report, then write it: neither an unwritable file nor a closed pipe costs an hour's result.
 
     Returns:
         The report, on the first process of a job.
     """
     if not is_first():
         return None
-    _print(report)
-    write_json(out, report.written())
+    try:
+        _print(report)
+    finally:
+        write_json(out, report.written())
     typer.echo(f"Written to {out}.")
     return report
 

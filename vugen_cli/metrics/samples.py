@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from vugen_cli.metrics.image_sets import ImageSet
 
 
+UNFINISHED = ".drawing"  # in a folder while `vugen sample` draws into it, and after it was interrupted
+
+
 class DrawnImage(BaseModel):
     """A line of `samples.jsonl`: one picture. Other tools' lines may know less, or more."""
 
@@ -39,6 +42,7 @@ class DrawnImage(BaseModel):
     vlm: str | None = Field(None, description="the VLM that it drew with")
     dataset: str | None = Field(None, description="name of the data it was trained on")
     reference: str | None = Field(None, description="where those are: what to compare with")
+    study: bool = Field(False, description="for a study or a comparison: not the last samples")
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -83,16 +87,17 @@ def pick_images(given: Path | None) -> Path:
 
 
 def newest_samples(directory: Path) -> Path:
-    """The folder, at most two below `directory`, whose `samples.jsonl` was written last.
+    """The folder, at most two below `directory`, whose `samples.jsonl` was written last; of no study.
 
     Raises:
         VugenError: there is none.
     """
     depths = ("samples.jsonl", "*/samples.jsonl", "*/*/samples.jsonl")
     listings = [path for pattern in depths for path in directory.glob(pattern) if path.is_file()]
-    if not listings:
-        raise VugenError(f"no samples under {directory}: draw some with `vugen sample`, or give --images.")
-    return max(listings, key=lambda path: path.stat().st_mtime_ns).parent
+    for path in sorted(listings, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        if not next(iter(read_jsonl(path)), {}).get("study"):
+            return path.parent
+    raise VugenError(f"no samples under {directory}: draw some with `vugen sample`, or give --images.")
 
 
 def recorded_vlm(images: "ImageSet") -> str:

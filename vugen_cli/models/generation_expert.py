@@ -103,6 +103,9 @@ class GenerationExpert(nn.Module):
     Attributes:
         width: of its hidden states.
         alignment: hidden states [B, h, w, width] -> z [B, h, w, d]; only while training with REPA.
+
+    Raises:
+        VugenError: it is to start from a decoder whose weights are quantised.
     """
 
     reads = None  # no hidden states, but keys and values: what `FrozenVLM.prefix` is asked for
@@ -119,6 +122,13 @@ class GenerationExpert(nn.Module):
     ):
         super().__init__()
         self.reference = reference
+        if not fresh and any(
+            p.element_size() == 1 or not p.is_floating_point() for p in decoder.parameters()
+        ):
+            raise VugenError(
+                "expert.init: the VLM's weights are quantised, and an expert cannot start from codes: take "
+                "the VLM's unquantised copy, or set expert.init=fresh or expert.kind=dit"
+            )
         words = decoder.get_input_embeddings()
         # Image tokens come as embeddings: no vocabulary is copied or kept.
         instead: dict[int, Any] = {id(words): nn.Identity()}
@@ -131,7 +141,8 @@ class GenerationExpert(nn.Module):
         self.decoder: Any = without_dropout(copied).float().requires_grad_(True)
         self.width = width = config.hidden_size
         self.alignment: nn.Module | None = None
-        self.mrope = has_sections(getattr(config, "rope_parameters", None) or {})
+        # Not by the config, which may leave the sections to the rotary embedding's default.
+        self.mrope = any(hasattr(module, "mrope_section") for module in copied.modules())
         self.proj_in = nn.Linear(channels, width)
         self.time_embed = TimeEmbedding(width)
         self.pos_embed = nn.Parameter(grid_positions(*grid, width))
@@ -210,14 +221,6 @@ def without_dropout(module: nn.Module) -> nn.Module:
     return module
 
 
-def has_sections(rope: dict[str, Any]) -> bool:
-    """Whether a decoder has M-RoPE, by its `rope_parameters`, which may differ by the type of layer."""
-    return any(
-        has_sections(value) if isinstance(value, dict) else name == "mrope_section" and bool(value)
-        for name, value in rope.items()
-    )
-
-
 def image_positions(start: Tensor, height: int, width: int, sections: bool) -> Tensor:
     """Rotary positions of image tokens that follow prompts.
 
@@ -263,4 +266,5 @@ def norms_of(decoder: Any) -> list[nn.Module]:
 
 def _modulate(norm: Any, _args: Any, output: Tensor) -> Tensor:
     """Forward hook of an adaptive norm; scale and bias [B, 1, width] are those of this pass's times."""
-    return torch.addcmul(norm.time_bias, output.to(norm.time_bias.dtype), 1 + norm.time_scale)
+    rows = output.to(norm.time_bias.dtype).view(len(norm.time_bias), -1, output.shape[-1])  # OPT's are flat
+    return torch.addcmul(norm.time_bias, rows, 1 + norm.time_scale).view_as(output)

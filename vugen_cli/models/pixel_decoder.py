@@ -206,7 +206,7 @@ def fit_last_layer(decoder: PixelDecoder, batches: Iterable[tuple[Tensor, Tensor
         for features, pixels in zip(given.pop().float(), asked, strict=True):
             seen = functional.unfold(features, 3, padding=1)  # [inputs - 1, N]
             columns = torch.cat([seen, torch.ones_like(seen[:1]), pixels])
-            products += (columns[:inputs] @ columns.T).double().cpu()
+            products += (columns[:inputs] @ columns.T).cpu().double()
     hook.remove()
     gram, moments = products.split([inputs, layer.out_channels], 1)
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(inputs, dtype=torch.float64)

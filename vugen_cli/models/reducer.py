@@ -118,9 +118,9 @@ class Reducer(nn.Module):
     def fit_statistics(self, batches: Iterable[Tensor]) -> None:
         """Replace the running statistics by exact ones over an iterable of z, streaming in float64."""
         count = 0
-        total = squares = torch.zeros_like(self.mean, dtype=torch.float64)
+        total = squares = torch.zeros(self.mean.shape, dtype=torch.float64)
         for z in batches:
-            raw = self.raw(z)[0].double().flatten(0, 2)
+            raw = self.raw(z)[0].cpu().double().flatten(0, 2)  # MPS has no float64
             count, total, squares = count + len(raw), total + raw.sum(0), squares + raw.square().sum(0)
         mean = total / count  # μ = E[W z], σ² = E[(W z)²] - μ²
         self.mean.copy_(mean)

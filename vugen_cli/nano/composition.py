@@ -71,7 +71,7 @@ def score_composition(sampler: Sampler, each: int, out: Path) -> Report:
     groups = evaluation_scenes(each, sampler.card.image_size)
     samples = [sample for group in groups.values() for sample in group]
     prompts = [sample.captions[0] for sample in samples]
-    draw(sampler, prompts, 1, out)  # by all processes of a job
+    draw(sampler, prompts, 1, out, study=True)  # by all processes of a job
     report = _compare_with_real(sampler, groups, each, out)
     if not is_first():
         return report

@@ -196,7 +196,7 @@ def score_edits(
     samples = [edits[i] for i in range(count)]
     sources, targets = stacked([s.sources[0] for s in samples]), stacked([s.image for s in samples])
     prompts = [Prompt(s.captions[0], (source,)) for s, source in zip(samples, sources, strict=True)]
-    draw(sampler, prompts, 1, out, SEED, guidance=guidance, image_guidance=image_guidance)
+    draw(sampler, prompts, 1, out, SEED, guidance=guidance, image_guidance=image_guidance, study=True)
     if not is_first():
         return Report()
     write_comparison({"edits": read_shown(out)}, out / "edits.html")

@@ -51,6 +51,9 @@ def reading_loss(reading: Reading, scenes: list[Scene]) -> dict[str, Tensor]:
         "counts": (reading.counts - counts * reading.counts.clamp_min(1e-4).log()).sum(1).mean(),
         "number": 3 * (reading.counts - counts).square().sum(1).mean(),
         "setting": functional.cross_entropy(reading.settings, torch.tensor(settings, device=device)),
+        # Of a batch that asks neither too: processes average them all.
+        "side": reading.counts.new_zeros(()),
+        "colour": reading.counts.new_zeros(()),
     }
     if pairs:
         rows, first, second, side = torch.tensor(pairs, device=device).unbind(1)
@@ -145,7 +148,7 @@ def reading_accuracy(reader: SceneReader, images: ShardedImages, count: int = 20
 
 def train_judge(
     recipe: Recipe,
-    data: Path,
+    data: str | Path,
     out: Path,
     device: torch.device,
     options: RunOptions = RunOptions(),

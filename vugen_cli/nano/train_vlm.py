@@ -145,7 +145,7 @@ class NanoTraining(nn.Module):
 
 def train_vlm(
     recipe: Recipe,
-    data: Path,
+    data: str | Path,
     out: Path,
     device: torch.device,
     options: RunOptions = RunOptions(),

@@ -21,6 +21,7 @@ from vugen_cli.data.shapes import Shape, shape_name
 from vugen_cli.errors import VugenError
 from vugen_cli.files import bundle, locked, whole_file
 from vugen_cli.flow import Solver
+from vugen_cli.metrics.samples import UNFINISHED
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import all_gather, barrier, is_first, rank, world_size
 from vugen_cli.progress import progress_bar
@@ -101,13 +102,15 @@ def draw(
     solver: Solver | None = None,
     image_guidance: float | None = None,
     size: Shape | None = None,
+    study: bool = False,
 ) -> Path:
     """Draw n pictures for each prompt into a folder; the processes of a job share the prompts out.
 
     Writes `<prompt>-<hash>-<index>.png` with PNG text metadata, `grid.png` (the first 64) and
     `samples.jsonl`, one line a picture: file, prompt, index, seed, settings, checkpoint, and the data set to
     compare with. The pictures of a prompt go into the folder `sources`, as the VLM saw them. An earlier
-    listing is removed first, and the new one written last: a folder that has one is whole.
+    listing is removed first, and the new one written last: a folder that has one is whole. With `study`, it
+    says that the pictures are none of the user's, who did not ask for these prompts.
 
     Returns:
         The folder.
@@ -146,7 +149,7 @@ def draw(
         ):
             name = f"{stems[p]}-{i:04d}.png"
             row = {"file": name, "prompt": asked[p].text, "index": i, **about, **with_sources.get(p, {})}
-            rows[p, i] = row
+            rows[p, i] = {**row, "study": True} if study else row
             with whole_file(out / name) as temporary:
                 temporary.write_bytes(png(image, row))
             if p * n + i < GRID_IMAGES:
@@ -172,9 +175,12 @@ def _held(out: Path) -> Iterator[None]:
     busy = f"another process is drawing into {out}: wait for it or choose another --out"
     with locked(out, busy) if is_first() else contextlib.nullcontext():
         if is_first():
+            (out / UNFINISHED).touch()
             (out / "samples.jsonl").unlink(missing_ok=True)
         barrier(f"{out} held")
         yield
+        if is_first():
+            (out / UNFINISHED).unlink(missing_ok=True)
 
 
 def png(image: torch.Tensor, about: dict[str, Any]) -> bytes:

@@ -333,11 +333,11 @@ def make_app(service: Service, hosts: set[str] | None = None, token: str | None 
     _tell_errors(app)
     html, headers = page()
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def index() -> Response:
         return HTMLResponse(html, headers=headers)
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz() -> Response:
         drawer = service.drawer
         state = "stopping" if drawer.stopping else "ok" if drawer.healthy else "the last batch failed"

@@ -30,7 +30,9 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=512)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise VugenError(f"cannot listen at {host}, port {port}: {reason}; choose another --port") from error
+        raise VugenError(
+            f"cannot listen at {host}, port {port}: {reason}; choose another --host or --port"
+        ) from error
 
 
 def address(listener: socket.socket) -> str:

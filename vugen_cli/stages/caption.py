@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.images import is_jpeg
-from vugen_cli.data.loader import Chunk, ShardedImages, StoredChunks, batches
+from vugen_cli.data.loader import Chunk, ShardedImages
 from vugen_cli.data.manifest import (
     FORMAT,
     CaptionOrigin,
@@ -32,13 +32,11 @@ from vugen_cli.data.manifest import (
 )
 from vugen_cli.data.sample import Meta
 from vugen_cli.data.shapes import shape_name
-from vugen_cli.data.writer import add_member, finished_shard, held, shard_file
+from vugen_cli.data.writer import add_member, held, shard_file
 from vugen_cli.errors import VugenError
-from vugen_cli.files import write_json
-from vugen_cli.processes import barrier, is_first, rank, world_size
-from vugen_cli.progress import progress_bar
+from vugen_cli.processes import barrier, is_first
 from vugen_cli.recipe import Captioning
-from vugen_cli.stages.latent_cache import claim, damage_of, finished_notes, note_of
+from vugen_cli.stages.latent_cache import claim, damage_of, finished_notes, write_missing
 from vugen_cli.vlm.chat import CHAT_BATCH, ask, asking
 from vugen_cli.vlm.frozen import load_model
 
@@ -98,7 +96,11 @@ def write_captions(
         if is_first():
             claim(out, plan, "captions")
         barrier("captions planned")
-        _write_missing(out, list(splits.values()), describe, known, workers)
+
+        def write(images: ShardedImages, shard: int, chunks: Iterator[Chunk], bar: Any) -> ShardNote:
+            return _write_shard(out, images, shard, chunks, describe, known, bar)
+
+        write_missing(out, splits.values(), CHAT_BATCH, workers, write)
         barrier("captions written")
         if is_first():
             manifest.splits = {name: _split(out, name, images) for name, images in splits.items()}
@@ -115,22 +117,6 @@ def _describe(model: Any, processor: Any, name: str, asked: Captioning, images: 
             answers = ask(model, processor, images, instruction, asked.tokens)
         found.append([" ".join(answer.split()) for answer in answers])
     return found
-
-
-def _write_missing(
-    out: Path, sets: list[ShardedImages], describe: Captioner, known: int, workers: int
-) -> None:
-    """Write those of this process's shards that are not there yet."""
-    shards = [(images, shard) for images in sets for shard in range(len(images.names))]
-    mine = shards[rank() :: world_size()]
-    notes = {(images, shard): note_of(out, images.names[shard]) for images, shard in mine}
-    missing = [which for which in mine if finished_shard(out, notes[which]) is None]
-    chunks = batches(StoredChunks(missing, CHAT_BATCH), workers if missing else 0)
-    total = sum(int(images.counts[shard]) for images, shard in missing)
-    with progress_bar(total=total, unit="img", desc=f"{out}") as bar:
-        for images, shard in missing:
-            record = _write_shard(out, images, shard, chunks, describe, known, bar)
-            write_json(notes[images, shard], record.model_dump(exclude_none=True))
 
 
 def _write_shard(

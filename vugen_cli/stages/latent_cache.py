@@ -7,7 +7,7 @@ loader's order over it is that over the images: training sees the same samples a
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,9 @@ from vugen_cli.progress import progress_bar
 from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.sampling.trained import load_autoencoder
 from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
+
+# The images, number of the shard among theirs, its chunks come next, progress bar -> what is noted of it.
+WriteShard = Callable[[ShardedImages, int, Iterator[Chunk], Any], ShardNote]
 
 # Images encoded together; part of the format, since kernels may round otherwise at another size.
 ENCODE_BATCH = 64
@@ -159,30 +162,48 @@ def write_latents(
         },
         "images": {name: [s.sha256 for s in source.splits[name].shards] for name in splits},
     }
-    shards = [(images, shard) for images in splits.values() for shard in range(len(images.names))]
     with held(out) if is_first() else nullcontext():
         if is_first():
             claim(out, plan, "latents")
         barrier("latents planned")
         encode = partial(_encode, autoencoder, frozen, flip)
-        notes_of = {(images, shard): note_of(out, images.names[shard]) for images, shard in shards}
-        missing = [
-            which for which in shards[rank() :: world_size()] if not finished_shard(out, notes_of[which])
-        ]
-        chunks = batches(StoredChunks(missing, ENCODE_BATCH), workers if missing else 0)
-        total = sum(int(images.counts[shard]) for images, shard in missing)
         most = frozen.recipe.data.max_corrupt
-        with progress_bar(total=total, unit="img", desc=f"{out}") as bar:
-            for images, shard in missing:
-                with passes(precision, device, training=True)():
-                    record = _write_shard(out, images, shard, chunks, encode, bar, most)
-                write_json(notes_of[images, shard], record.model_dump(exclude_none=True))
+
+        def write(images: ShardedImages, shard: int, chunks: Iterator[Chunk], bar: Any) -> ShardNote:
+            with passes(precision, device, training=True)():
+                return _write_shard(out, images, shard, chunks, encode, bar, most)
+
+        write_missing(out, splits.values(), ENCODE_BATCH, workers, write)
         barrier("latents written")
         if is_first():
             entries = {name: _split(out, name, images) for name, images in splits.items()}
             write_manifest(out, Manifest.model_validate({**plan, "splits": entries}))
     barrier("latents prepared")
     return read_manifest(out)
+
+
+def write_missing(
+    out: Path, sets: Iterable[ShardedImages], size: int, workers: int, write: WriteShard
+) -> None:
+    """Write those of this process's shards that are not there yet, and note each that is finished.
+
+    Args:
+        out: the folder, whose plan is noted.
+        sets: what the shards are made of.
+        size: samples in a chunk.
+        workers: processes that read them ahead.
+        write: one shard.
+    """
+    shards = [(images, shard) for images in sets for shard in range(len(images.names))]
+    mine = shards[rank() :: world_size()]
+    notes = {(images, shard): note_of(out, images.names[shard]) for images, shard in mine}
+    missing = [which for which in mine if finished_shard(out, notes[which]) is None]
+    chunks = batches(StoredChunks(missing, size), workers if missing else 0)
+    total = sum(int(images.counts[shard]) for images, shard in missing)
+    with progress_bar(total=total, unit="img", desc=f"{out}") as bar:
+        for images, shard in missing:
+            record = write(images, shard, chunks, bar)
+            write_json(notes[images, shard], record.model_dump(exclude_none=True))
 
 
 def note_of(out: Path, shard: str) -> Path:

@@ -37,7 +37,7 @@ def describe_latents(batches: Iterable[Tensor]) -> dict[str, Any]:
     cubes = fourths = torch.zeros(())
     bins = round(2 * REACH / BIN)
     for batch in batches:
-        rows = batch.detach().double().cpu().flatten(0, -2)
+        rows = batch.detach().cpu().double().flatten(0, -2)
         moments.update(rows)
         cubes, fourths = cubes + rows.pow(3).sum(0), fourths + rows.pow(4).sum(0)
         if not len(counts):

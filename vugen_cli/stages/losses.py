@@ -94,6 +94,9 @@ class VisionFeatures:
         self.side: int = sizes.get("shortest_edge") or sizes.get("height") or 0
         crop = dict(getattr(processor, "crop_size", None) or {})
         self.crop = crop.get("height") if getattr(processor, "do_center_crop", False) else None
+        self.mode = {2: "bilinear", 3: "bicubic"}.get(int(getattr(processor, "resample", 3) or 3), "bicubic")
+        if vlm.recipe.vlm_size:  # resized by `resized`, not by the processor
+            self.side, self.crop, self.mode = vlm.recipe.vlm_size, None, "bicubic"
         mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
         self.refused = VugenError(
             f"losses.perceptual: the image processor of {vlm.name} does more than resize and normalise, so "
@@ -102,7 +105,6 @@ class VisionFeatures:
         )
         if not self.side or mean is None or std is None:
             raise self.refused
-        self.mode = {2: "bilinear", 3: "bicubic"}.get(int(getattr(processor, "resample", 3) or 3), "bicubic")
         self.mean = torch.tensor(mean, device=vlm.device).view(1, 3, 1, 1)
         self.std = torch.tensor(std, device=vlm.device).view(1, 3, 1, 1)
 
@@ -119,7 +121,7 @@ class VisionFeatures:
         try:
             with torch.no_grad():
                 difference = cosine_distance(self(images.float() / 127.5 - 1), self.vlm.encode(images))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except Exception as error:  # an encoder of another kind fails in its own way
             raise self.refused from error
         if difference > 0.02:
             raise self.refused

@@ -137,6 +137,8 @@ def resumed_with(recipe: Recipe, card: Card, module: Autoencoder, kept: bool) ->
     facts["recipe"] = recipe.model_dump(mode="json", include=used)
     if kept:
         facts["reducer"] = fingerprint(module.reducer, "autoencoder.reducer.")
+    if module.vae:
+        facts["vae"] = fingerprint(module.vae.model)
     if recipe.engine.accumulate > 1 and module.reducer.trained:  # z̃ is normalised within each part of a batch
         facts["accumulate"] = recipe.engine.accumulate
     return facts

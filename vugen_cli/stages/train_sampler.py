@@ -97,7 +97,9 @@ def train_sampler(
         trained = load_expert(init, reducer, stored, vlm, latents, allow_vlm_mismatch)
     expert = begin_expert(recipe, vlm, latents, device, trained, init, adapter=bool(rank))
     stored = {name: tensor for name, tensor in stored.items() if not name.startswith("expert.")}
-    begun = {"expert": fingerprint(expert, "expert.")} if init else {}
+    begun = {"reducer": fingerprint(autoencoder.reducer, "autoencoder.reducer.")}
+    if init:
+        begun["expert"] = fingerprint(expert, "expert.")
     adapter = None
     if rank:
         adapter = AdapterCard(
@@ -127,9 +129,9 @@ def train_sampler(
     )
     if images.latents:  # rounded to float16: a run goes on with what it began with
         begun["cache"] = "float16"
-    used = {*USE_OF_VLM, "seed", "data", "reducer", "decoder", "expert", "flow", "train_sampler"}
+    used = {*USE_OF_VLM, "prompt_tokens", "seed", "data", "reducer", "decoder", "expert", "flow"}
     resolved = card.facts("vlm", "data", "latents") | begun
-    resolved["recipe"] = recipe.model_dump(mode="json", include=used)
+    resolved["recipe"] = recipe.model_dump(mode="json", include={*used, "train_sampler"})
     prompts = held_out_prompts(images, vlm.prompts)
     if not prompts:
         raise VugenError(

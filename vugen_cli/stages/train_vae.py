@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vugen_cli.data.loader import Batch, ShardedImages, held_out_images, stored_images, training_batches
+from vugen_cli.data.mixture import open_dataset
 from vugen_cli.engine.loop import train
 from vugen_cli.engine.stage import RunOptions, Stage
 from vugen_cli.errors import VugenError
@@ -72,7 +73,11 @@ class VAETraining(nn.Module):
 
 
 def train_vae(
-    recipe: Recipe, data: Path, out: Path, device: torch.device, options: RunOptions = RunOptions()
+    recipe: Recipe,
+    data: str | Path | None,
+    out: Path,
+    device: torch.device,
+    options: RunOptions = RunOptions(),
 ) -> Path:
     """Train a VAE and save it as a diffusers directory, whole or not at all.
 
@@ -81,7 +86,7 @@ def train_vae(
 
     Args:
         recipe: its `vae` and `train_vae` sections, and its `vlm` if `vae.losses` look through it.
-        data: a prepared data set.
+        data: a prepared data set; None: the recipe's mixture.
         out: the directory to write.
         device: where to train.
         options: of the command line.
@@ -92,7 +97,7 @@ def train_vae(
     out = out.absolute()
     run = out.with_name(out.name + ".run")
     refuse_foreign(out, run)
-    images = ShardedImages(data)
+    images = open_dataset(data, recipe)
     if recipe.vae.losses.perceptual:
         images.refuse_shapes("which vae.losses.perceptual does not see: set it to 0")
     factor = 2 ** (len(recipe.vae.widths) - 1)
@@ -131,7 +136,7 @@ def latent_statistics(model: Any, images: ShardedImages, device: torch.device) -
     """Mean and deviation of all latent values over the set, streaming in float64."""
     count, total, squares = 0, 0.0, 0.0
     for batch in stored_images(images, STATISTICS_IMAGES):
-        latents = model.encode(to_pixels(batch.to(device))).latent_dist.mean.double()
+        latents = model.encode(to_pixels(batch.to(device))).latent_dist.mean.cpu().double()
         count += latents.numel()
         total, squares = total + latents.sum().item(), squares + latents.square().sum().item()
     mean = total / count

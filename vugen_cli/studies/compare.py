@@ -77,7 +77,7 @@ def _given(shown: Shown) -> str:
 
 def names_of(paths: list[Path]) -> list[str]:
     """A short name for each path, and a longer one for those that would be alike."""
-    short = [path.stem if path.is_file() else path.name for path in paths]
+    short = [path.stem if path.is_file() else path.resolve().name for path in paths]
     return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
 
 

@@ -250,7 +250,7 @@ def score_benchmark(sampler: Sampler, benchmark: Benchmark, ask: Ask, judge: str
     """
     sources = [_open_source(case, sampler.card.data.size) for case in benchmark.cases]
     prompts = [Prompt(c.instruction, (source,)) for c, source in zip(benchmark.cases, sources, strict=True)]
-    draw(sampler, prompts, 1, out)
+    draw(sampler, prompts, 1, out, study=True)
     if not is_first():
         return Report()
     write_comparison({benchmark.name: read_shown(out)}, out / "edits.html")

@@ -158,7 +158,7 @@ def plot_over_training(curves: dict[str, list[Point]], path: Path) -> None:
 def _draw(path: Path, device: torch.device | str, captions: list[str], out: Path) -> None:
     """Draw what captions say, cut as in training; sampler and VLM are gone before the next are loaded."""
     sampler = load_sampler(path, device=device)
-    draw(sampler, list(dict.fromkeys(map(sampler.vlm.prompts.cut, captions))), 1, out, SEED)
+    draw(sampler, list(dict.fromkeys(map(sampler.vlm.prompts.cut, captions))), 1, out, SEED, study=True)
 
 
 def _captions(data: Path, count: int) -> list[str]:

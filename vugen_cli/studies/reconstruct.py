@@ -24,7 +24,7 @@ from vugen_cli.metrics.report import Record, Score, SetRecord
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.moments import Moments
 from vugen_cli.pictures import save_grid
-from vugen_cli.processes import broadcast, gather, is_first, world_size
+from vugen_cli.processes import barrier, broadcast, gather, is_first, world_size
 from vugen_cli.progress import progress_bar
 from vugen_cli.sampling.trained import decode_images, load_autoencoder
 from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
@@ -90,7 +90,7 @@ def reconstruct(
         device: where to run.
         allow_vlm_mismatch: take a VLM of other weights than the checkpoint was trained on.
         save_images: also write each original and its reconstruction as PNG, `originals/<i>.png` and
-            `decoded/<i>.png`, for `vugen score`.
+            `decoded/<i>.png`, for `vugen score`; earlier ones are removed.
         full: a checkpoint of the identity reducer, for a row decoded from all of z.
         judge: (VLM, originals, reconstructions, their numbers in the set) -> scores that join the report; the
             pictures are kept in memory for it.
@@ -113,6 +113,10 @@ def reconstruct(
     with contextlib.suppress(VugenError):  # its weights are not at hand
         measures["lpips"], _ = load_lpips(device)
     source = open_image_set(images, limit=count)
+    if save_images and is_first():  # of another set, or of more pictures of this one
+        for path in (*out.glob("originals/*.png"), *out.glob("decoded/*.png")):
+            path.unlink()
+    barrier("earlier pictures gone")
     seen = {name: Seen() for name in (ORIGINAL, *ways)}
     judged: dict[int, tuple[Tensor, Tensor]] = {}
     bar = progress_bar(total=source.total, desc="reconstruct", unit="img")

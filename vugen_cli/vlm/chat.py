@@ -89,10 +89,17 @@ def ask(
         model, processor, images, question: see `question_inputs`.
         tokens: at most this many in an answer.
         task: what a progress bar says; None: no bar.
+
+    Raises:
+        VugenError: as `question_inputs`, or the question is too long for the model.
     """
     answers: list[str] = []
     for batch in progress_bar(images.split(CHAT_BATCH), desc=task or "", unit="batch", disable=task is None):
         inputs = question_inputs(model, processor, batch, question)
+        length = inputs["input_ids"].shape[1]
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if most and length > most:
+            raise VugenError(f"a question of {length:,} tokens is too long: the VLM reads {most:,}")
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-        answers += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += processor.batch_decode(out[:, length:], skip_special_tokens=True)
     return [answer.strip() for answer in answers]

@@ -145,7 +145,8 @@ def vision_inputs(image_processor: Any, images: Tensor, size: int | None = None)
         )
     )
     pixels = inputs[pixels_key(inputs)]
-    if size is not None and pixels.ndim in (4, 5) and pixels.shape[-1] != size:
+    patches = any(GRIDS.search(key) for key in inputs)  # not whole pictures
+    if size is not None and not patches and pixels.ndim in (4, 5) and pixels.shape[-1] != size:
         raise VugenError(
             f"vlm_size={size} does nothing here: the model's image processor makes {pixels.shape[-1]} pixels "
             "of any picture; leave it out"
@@ -523,11 +524,10 @@ def to_grid(tokens: Tensor, inputs: Inputs, batch: int, model: Any, tap: Tap) ->
                 f"{type(model).__name__} cannot be used: its projector sees {count} tokens, which "
                 f"are no grid of {height}x{width} patches"
             )
-    block = tap.block // merged
-    if block > 1:
-        window = None
-        if tap.inside and vision is not None and hasattr(vision, "fullatt_block_indexes"):  # Qwen2.5-VL
-            window = vision.window_size // tap.block // vision.patch_size
+    block, window = tap.block // merged, None
+    if tap.inside and vision is not None and hasattr(vision, "fullatt_block_indexes"):  # Qwen2.5-VL
+        window = vision.window_size // tap.block // vision.patch_size
+    if block > 1 or window:
         tokens = tokens[:, tap.order((height // merged, width // merged, block, window), tokens.device)]
     return tokens.unflatten(1, (height // merged, width // merged))
 
