@@ -139,6 +139,12 @@ def test_image_sizes_that_do_not_fit_the_patches_are_refused(training: NanoTrain
         build(TINY, 60, training.tokenizer)
 
 
+@pytest.mark.parametrize("command", ["train-vlm", "train-judge"])
+def test_a_mixture_is_refused_where_one_set_is_trained_on(command: str, tmp_path: Path) -> None:
+    run = vugen_here(command, "--set", "data.mixture=[{path: a}]", "--out", "x.safetensors", cwd=tmp_path)
+    assert run.returncode == 1 and "trains on one set: name it with --data" in run.stderr
+
+
 def test_train_vlm_writes_a_model_that_loads(scenes: Path, vlm_path: Path, tmp_path: Path) -> None:
     sizes = [f"nano_vlm.{k}={v}" for k, v in TINY.model_dump().items()]
     options = [p for o in [*tiny_overrides(vlm_path), *sizes] for p in ("--set", o)]

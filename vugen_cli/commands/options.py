@@ -227,7 +227,9 @@ def one_set(resolved: "Recipe", data: str | None) -> str:
     """
     source = data_of(resolved, data)
     if source is None:
-        raise VugenError("data.mixture is for the samplers' stages: name the one set to train on with --data")
+        raise VugenError(
+            "the recipe has a data.mixture, and this stage trains on one set: name it with --data"
+        )
     return source
 
 
