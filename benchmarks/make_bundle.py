@@ -49,13 +49,16 @@ def main() -> None:
         card.vlm.name = card.recipe["vlm"]  # for `--set vlm=nano`: in training it had another
         # Where users have scenes to compare it with and to train it further on; not where they lay here.
         # The name stays: the studies ask a sampler of what it has learned, of edits too.
-        card.data = card.data.model_copy(update={"path": "data/openmoji", "mixture": None, "sha256": None})
+        elsewhere = {"path": "data/openmoji", "mixture": None, "sha256": None, "train_sha256": None}
+        card.data = card.data.model_copy(update=elsewhere)
         card.recipe["data"]["mixture"] = []
         save_checkpoint(bundle("sampler.safetensors"), in_half(tensors), card)
     if options.large:
         tensors, card = load_checkpoint(options.large, "reducer")
         card.vlm.name = "nano"
-        card.data = card.data.model_copy(update={"path": "data/openmoji-128", "sha256": None})
+        card.data = card.data.model_copy(
+            update={"path": "data/openmoji-128", "sha256": None, "train_sha256": None}
+        )
         shared, _ = load_checkpoint(bundle("sampler.safetensors"))
         own = {
             name: tensor
