@@ -16,7 +16,7 @@ from vugen_cli.data.writer import write_dataset
 from vugen_cli.errors import VugenError
 from vugen_cli.nano.scenes import OpenMojiScenes
 from vugen_cli.recipe import Captioning
-from vugen_cli.stages import caption
+from vugen_cli.stages import caption, latent_cache
 from vugen_cli.stages.caption import with_captions, write_captions
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.frozen import FrozenVLM
@@ -112,8 +112,8 @@ def test_processes_take_a_shard_each(
     captioned: Path, scenes: Path, vlm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "set"
-    monkeypatch.setattr(caption, "world_size", lambda: 2)
-    monkeypatch.setattr(caption, "rank", lambda: 1)
+    monkeypatch.setattr(latent_cache, "world_size", lambda: 2)
+    monkeypatch.setattr(latent_cache, "rank", lambda: 1)
     monkeypatch.setattr(caption, "is_first", lambda: False)
     with pytest.raises(VugenError, match="no dataset.json"):  # there is no first process beside it here
         write_captions(scenes, out, str(vlm_path), ASKED, CPU)

@@ -137,7 +137,8 @@ def test_pictures_in_prompts_give_alone_what_they_give_in_a_batch(family: Frozen
             assert length == family.prompt_length(prompt)
             for mine, theirs in zip(batch.keys + batch.values, alone.keys + alone.values, strict=True):
                 assert torch.allclose(mine[i, :, :length], theirs[0], atol=1e-5)
-            assert torch.allclose(together[i], expert(x[:1], t[:1], alone)[0], atol=1e-5)
+            # Of numbers up to 16, which each processor rounds in its own way.
+            assert torch.allclose(together[i], expert(x[:1], t[:1], alone)[0], atol=5e-5)
         other = family.prefix([Prompt("put it in the snow", (three,))])
         assert (expert(x[:1], t[:1], other)[0] - together[0]).abs().max() > 1e-6  # pictures are read
 

@@ -654,7 +654,7 @@ def test_who_still_waits_when_the_time_is_up_is_told(gated: Gated) -> None:
 
 
 def test_wrong_options_end_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with listen("127.0.0.1", 0) as taken, pytest.raises(VugenError, match="choose another --port"):
+    with listen("127.0.0.1", 0) as taken, pytest.raises(VugenError, match="choose another --host or --port"):
         listen("127.0.0.1", taken.getsockname()[1])
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(VugenError, match="is empty"):

@@ -55,7 +55,8 @@ def find_runs(folder: Path) -> Runs:
             folders.clear()
             continue
         seen.add(real)
-        logs += [Path(place, "metrics.jsonl")] if "metrics.jsonl" in files else []
+        log = Path(place, "metrics.jsonl")
+        logs += [log] if log.name in files and log.is_file() else []
     logs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     rows = {path: last_rows(path) for path in logs}
     runs = [read_run(path.parent, rows[path]) for path in logs if rows[path] or not path.stat().st_size]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vugen_cli.metrics.image_sets import ImageSet
 
 
-UNFINISHED = ".drawing"  # in a folder while `vugen sample` draws into it, and after it was interrupted
+UNFINISHED = ".drawing"  # the listing of the drawing before, until the next one has finished
 
 
 class DrawnImage(BaseModel):

@@ -175,8 +175,8 @@ def _held(out: Path) -> Iterator[None]:
     busy = f"another process is drawing into {out}: wait for it or choose another --out"
     with locked(out, busy) if is_first() else contextlib.nullcontext():
         if is_first():
-            (out / UNFINISHED).touch()
-            (out / "samples.jsonl").unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                (out / "samples.jsonl").replace(out / UNFINISHED)
         barrier(f"{out} held")
         yield
         if is_first():

@@ -5,8 +5,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from vugen_cli.commands.options import MAX_GUIDANCE
-
 MAX_IMAGES = 10
 """Pictures of one request, as with OpenAI."""
 
@@ -14,6 +12,7 @@ MAX_PROMPT = 4000
 """Characters of a prompt; the sampler's own limit, in tokens, is usually lower."""
 
 MAX_STEPS = 250  # fewer than of `vugen sample`: others wait
+MAX_GUIDANCE = 100
 
 
 class Refusal(Exception):
