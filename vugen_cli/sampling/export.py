@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from vugen_cli.errors import VugenError, first_line
 from vugen_cli.files import refuse_foreign, whole_file
+from vugen_cli.hub import NAME
 from vugen_cli.metrics.report import Report
 from vugen_cli.pictures import save_grid
 from vugen_cli.sampling.pipeline import VugenPipeline
@@ -67,7 +68,7 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     card, defaults = sampler.card, sampler.defaults
-    known = re.fullmatch(r"[\w.-]+/[\w.-]+", card.vlm.name) and not Path(card.vlm.name).exists()
+    known = re.fullmatch(NAME, card.vlm.name) and not Path(card.vlm.name).exists()
     head = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",

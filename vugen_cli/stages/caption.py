@@ -96,10 +96,7 @@ def write_captions(
         if is_first():
             claim(out, plan, "captions")
         barrier("captions planned")
-
-        def write(images: ShardedImages, shard: int, chunks: Iterator[Chunk], bar: Any) -> ShardNote:
-            return _write_shard(out, images, shard, chunks, describe, known, bar)
-
+        write = partial(_write_shard, out, describe=describe, known=known)
         write_missing(out, splits.values(), CHAT_BATCH, workers, write)
         barrier("captions written")
         if is_first():
@@ -124,9 +121,9 @@ def _write_shard(
     images: ShardedImages,
     shard: int,
     chunks: Iterator[Chunk],
+    bar: Any,
     describe: Captioner,
     known: int,
-    bar: Any,
 ) -> ShardNote:
     """Write a shard from its next chunks."""
     name, count = images.names[shard], int(images.counts[shard])

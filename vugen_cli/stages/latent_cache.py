@@ -42,7 +42,7 @@ from vugen_cli.recipe import USE_OF_VLM, Recipe
 from vugen_cli.sampling.trained import load_autoencoder
 from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
 
-# The images, number of the shard among theirs, its chunks come next, progress bar -> what is noted of it.
+# Images, which of their shards, the chunks left, its own first, and a progress bar -> the shard's note.
 WriteShard = Callable[[ShardedImages, int, Iterator[Chunk], Any], ShardNote]
 
 # Images encoded together; part of the format, since kernels may round otherwise at another size.
