@@ -112,6 +112,11 @@ def test_train_judge_writes_a_strict_and_a_lenient_one(trained: Path, scenes: Pa
     assert result.exit_code == 0, result.exception
     weights = [load_reader(path).state_dict() for path in (strict, lenient)]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    result = CliRunner().invoke(app, [*command, "--out", strict, "--steps", "4"])  # the same file, trained on
+    assert result.exit_code == 0, result.exception
+    command = [*command, "--out", lenient, "--init", strict, "--reducer", reducer, "--steps", "4"]
+    result = CliRunner().invoke(app, command)
+    assert "weights.init: " in str(result.exception)
 
 
 def test_what_is_no_judge_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -419,6 +419,14 @@ def test_a_picture_is_checked_before_anything_is_drawn(
     assert told.value.status_code == status and said in told.value.message
 
 
+@pytest.mark.parametrize(("count", "said"), [(0, "send 1 to 4 pictures"), (5, "number of files is 4")])
+def test_as_many_pictures_are_taken_as_are_said_to_be(url: str, count: int, said: str) -> None:
+    pictures = [("image[]", (f"{n}.png", png())) for n in range(count)]
+    words = ("prompt", (None, b"in the snow"))
+    told = HTTP.post(f"{url}v1/images/edits", files=[*pictures, words])  # type: ignore[arg-type]
+    assert told.status_code == 400 and said in told.json()["error"]["message"]
+
+
 def test_pictures_are_cut_as_they_are_read_and_not_even_decoded_where_they_must_wait_outside(
     gated: Gated, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,9 +220,10 @@ def resume(
         old["recipe"] = filled(old.get("recipe", {}), defaults)
     old, new = placeless(old), placeless(stage.resolved)
     changed = [c for c in differences(old, new) if not is_free(c.partition(":")[0])]
-    # States of earlier versions do not say what their data set, VAE and stage 2's reducer held; in stage 1 a
-    # reducer that is not noted was not there. Another split may have come to the data since.
-    passed = ["data.sha256: None ", "data.train_sha256: None ", "teacher.calls: None ", "vae: None "]
+    # States of earlier versions do not say what their data set, VAE, stage 2's reducer and what a judge began
+    # with held; in stage 1 a reducer that is not noted was not there. Another split may have come since.
+    unsaid = ("data.sha256", "data.train_sha256", "teacher.calls", "vae", "weights")
+    passed = [f"{key}: None " for key in unsaid]
     passed += ["reducer: None "] if stage.name == "sampler" else []
     if (known := train_hash(old)) and known == train_hash(new):
         passed += ["data.sha256: ", "data.counts."]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vugen_cli.checkpoint import fingerprint
 from vugen_cli.data.loader import Batch, ShardedImages, held_out_images, training_batches
 from vugen_cli.engine.loop import train
 from vugen_cli.engine.stage import RunOptions, Stage
@@ -89,8 +90,8 @@ def blurred(images: Tensor, share: Tensor, grain: Tensor) -> Tensor:
     return (torch.lerp(images, far, blur) + NOISE * noise * grain).clamp(0, 255)
 
 
-def reconstructing(reducer: Path, device: torch.device) -> Reconstruct:
-    """What passes pictures through a checkpoint's VLM, reducer and decoder.
+def reconstructing(reducer: Path, device: torch.device) -> tuple[Reconstruct, str]:
+    """What passes pictures through a checkpoint's VLM, reducer and decoder; and what those weights are.
 
     Args:
         reducer: checkpoint of a reducer or a sampler.
@@ -104,7 +105,7 @@ def reconstructing(reducer: Path, device: torch.device) -> Reconstruct:
         latents = autoencoder.encode(vlm, images.round().to(torch.uint8))
         return autoencoder.decode(latents, noise).to(images)
 
-    return through
+    return through, fingerprint(autoencoder, "autoencoder.")
 
 
 class JudgeTraining(nn.Module):
@@ -182,7 +183,11 @@ def train_judge(
         )
     torch.manual_seed(recipe.seed)
     reader = (load_reader(init) if init else SceneReader()).train().to(device)
-    training = JudgeTraining(reader, reconstructing(reducer, device) if reducer else None)
+    begun = {"init": fingerprint(reader)} if init else {}
+    through = None
+    if reducer:
+        through, begun["reducer"] = reconstructing(reducer, device)
+    training = JudgeTraining(reader, through)
     shown = held_out_images(images, images.size, 16)
 
     @torch.no_grad()
@@ -197,6 +202,7 @@ def train_judge(
         "data": images.card().model_dump(mode="json"),
         "reducer": reducer.name if reducer else "",
         "init": init or "",
+        **({"weights": begun} if begun else {}),  # files of those names may be others when a run goes on
     }
     stage = Stage("judge", training, training.loss, preview, resolved, partial=True)
     train(stage, stream, recipe.train_judge, recipe, out.with_suffix(".run"), device, options)

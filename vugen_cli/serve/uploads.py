@@ -35,7 +35,7 @@ async def read_edit(request: Request, cut: Callable[[Edit], Shape]) -> tuple[Edi
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Refusal(400, "send a form, with content-type multipart/form-data", "invalid_form")
     fields, pictures = {}, []
-    async with request.form(max_files=MAX_PICTURES + 1, max_fields=40, max_part_size=MAX_BODY) as form:
+    async with request.form(max_files=MAX_PICTURES, max_fields=40, max_part_size=MAX_BODY) as form:
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
                 fields[name] = value
@@ -43,7 +43,7 @@ async def read_edit(request: Request, cut: Callable[[Edit], Shape]) -> tuple[Edi
                 pictures.append(value)
             else:
                 raise Refusal(400, f"{name[:40]}: files are read as image alone", "unknown_parameter", name)
-        if not 1 <= len(pictures) <= MAX_PICTURES:
+        if not pictures:
             raise Refusal(400, f"image: send 1 to {MAX_PICTURES} pictures", "invalid_value", "image")
         asked = Edit.model_validate(fields)
         shape, decoded = cut(asked), []
