@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, tiny_overrides
 from test_training import metrics, wait_for
 
+from vugen_cli import processes
 from vugen_cli.checkpoint import load_checkpoint, load_tensors
 from vugen_cli.engine.sharded_state import Stored
 from vugen_cli.seeds import BatchGenerator, random_rows
@@ -331,6 +334,21 @@ def worker(launcher: int, number: int) -> int:
                 return int(folder.name)
         time.sleep(0.1)
     raise AssertionError("torchrun has no such worker")
+
+
+@pytest.mark.parametrize(
+    ("ask", "collective"),
+    [(processes.broadcast, "broadcast_object_list"), (processes.gather, "gather_object")],
+)
+def test_who_waits_for_hours_waits_outside_of_a_collective_which_would_give_up(
+    monkeypatch: pytest.MonkeyPatch, ask: Callable[[int], Any], collective: str
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "barrier", lambda what: done.append("barrier"))
+    monkeypatch.setattr(torch.distributed, collective, lambda *_, **__: done.append("collective"))
+    ask(7)
+    assert done == ["barrier", "collective"]
 
 
 def test_rows_meet_the_same_numbers_however_the_batch_is_shared_out() -> None:

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +21,14 @@ from vugen_cli.checkpoint import load_checkpoint, select
 from vugen_cli.errors import VugenError
 from vugen_cli.files import locked
 from vugen_cli.metrics.image_sets import open_image_set
+from vugen_cli.metrics.samples import UNFINISHED
 from vugen_cli.models.autoencoder import Autoencoder
 from vugen_cli.models.vae import FrozenVAE
 from vugen_cli.recipe import parse_recipe
 from vugen_cli.sampling import sampler as module
 from vugen_cli.sampling.draw import collect_prompts, draw, file_stems, pick_sampler
 from vugen_cli.sampling.sampler import WIDTH, Sampler
-from vugen_cli.sampling.trained import load_autoencoder, load_sampler, merge, save_autoencoder
+from vugen_cli.sampling.trained import load_autoencoder, load_sampler, located, merge, save_autoencoder
 
 
 def killed(*_: Any) -> Iterator[Any]:
@@ -48,6 +50,43 @@ def test_an_interrupted_drawing_leaves_no_listing_of_the_one_before(
     assert not (tmp_path / "samples.jsonl").exists() and list(tmp_path.glob("a-bear-*.png"))
     with pytest.raises(VugenError, match="did not finish"):  # its old pictures would be scored
         open_image_set(tmp_path)
+
+
+def test_a_drawing_goes_on_where_it_was_interrupted(
+    lively_sampler: Sampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a bear", "two cats"]
+    whole, drawing = draw(lively_sampler, prompts, 2, tmp_path / "whole", steps=1), tmp_path / "drawing"
+    sample, calls = lively_sampler.sample, []
+
+    def third_fails(*given: Any) -> Iterator[Any]:
+        calls.append(given[-1])
+        return chain(
+            islice(sample(*given), 3 if len(calls) == 1 else None), killed() if len(calls) == 1 else ()
+        )
+
+    monkeypatch.setattr(lively_sampler, "sample", third_fails)
+    with pytest.raises(KeyboardInterrupt):
+        draw(lively_sampler, prompts, 2, drawing, steps=1)
+    with pytest.raises(VugenError, match="did not finish"):  # the first drawing into it, too
+        open_image_set(drawing)
+    draw(lively_sampler, prompts, 2, drawing, steps=1)
+    assert calls == [set(), {(0, 0), (0, 1), (1, 0)}]
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == {
+        p.name: p.read_bytes() for p in drawing.iterdir()
+    }
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"steps": 2}, {"guidance": 2.0}])
+def test_what_another_command_drew_is_drawn_anew(
+    lively_sampler: Sampler, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    draw(lively_sampler, ["a bear"], 1, tmp_path, **({"steps": 1} | other))
+    (tmp_path / "samples.jsonl").replace(tmp_path / UNFINISHED)
+    draw(lively_sampler, ["a bear"], 1, tmp_path, steps=1)
+    whole = draw(lively_sampler, ["a bear"], 1, tmp_path / "whole", steps=1)
+    (name,) = (path.name for path in whole.glob("a-bear-*.png"))
+    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_of_folders_of_samples_the_samples_alone_are_a_set(lively_sampler: Sampler, tmp_path: Path) -> None:
@@ -95,6 +134,26 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> Non
         (tmp_path / name).write_text("a bear\n", encoding="utf-8-sig")
     assert collect_prompts([], tmp_path / "prompts.txt") == ["a bear"]
     assert collect_prompts([], tmp_path / "prompts") == ["a bear"]
+
+
+def test_prompts_that_are_not_drawn_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "1.txt").write_text("a bear\n")
+    (folder / "2.txt").write_text(" a  bear ")
+    (folder / "._1.txt").write_bytes(b"\0\xff")  # as macOS leaves them
+    assert collect_prompts(["a cat"], folder) == ["a cat", "a bear"]
+    assert "1 of 3 prompts are repeats: each is drawn once" in capsys.readouterr().out
+    (folder / "3.txt").write_bytes("ein Bär".encode("latin-1"))
+    with pytest.raises(VugenError, match=r"3\.txt: no text in UTF-8"):
+        collect_prompts([], folder)
+
+
+def test_the_bundled_sampler_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert located("nano") == located(None) and located("nano")[0].is_file()
+    Path("nano").mkdir()
+    assert located("nano")[0].parent == Path("nano")
 
 
 def test_a_sampler_moves_with_its_vae_and_takes_the_precision_of_the_device(

@@ -327,6 +327,19 @@ def test_class_folders(tmp_path):
     assert content(ImageFolder(tmp_path / "train")) == content(source)
 
 
+def test_splits_are_known_whatever_their_case(tmp_path):
+    put(tmp_path, {"Train/cat/1.jpg": jpeg(), "Testing/cat/2.jpg": jpeg()})
+    assert list(content(ImageFolder(tmp_path))) == ["cat/1.jpg"]
+    assert list(content(ImageFolder(tmp_path, "val"))) == ["cat/2.jpg"]
+
+
+def test_what_folders_are_taken_for_is_said_and_pictures_of_a_phone_are_skipped_aloud(tmp_path, capsys):
+    put(tmp_path / "in", {"set/cat/1.jpg": jpeg(), "set/cow/2.HEIC": b"no picture that Pillow reads"})
+    prepare("folder", tmp_path / "in", tmp_path / "out", size=16)
+    said = "1 images of 16 px in 1 shards, 1 skipped (listed in skipped-train.jsonl); 1 classes: set"
+    assert said in capsys.readouterr().out
+
+
 def test_labels_of_all_splits_index_the_classes_of_the_set(tmp_path):
     names = ["train/cat", "train/dog", "train/emu", "val/ant", "val/cat", "val/emu"]
     put(tmp_path / "in", {f"{name}/1.jpg": jpeg() for name in names})

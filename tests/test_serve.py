@@ -35,6 +35,7 @@ from vugen_cli.data.shapes import Shape, shape_name
 from vugen_cli.errors import VugenError
 from vugen_cli.recipe import Sampling
 from vugen_cli.sampling.sampler import Kind, Sampler, open_picture
+from vugen_cli.serve import drawer as drawing
 from vugen_cli.serve import guard, uploads
 from vugen_cli.serve.app import Service, make_app, page
 from vugen_cli.serve.drawer import Drawer, Job, QueueFull, Stopping
@@ -333,6 +334,18 @@ def test_a_drawing_that_fails_tells_no_secret_and_ends_nothing(
         events = HTTP.post(f"{url}v1/images/generations", json={"prompt": "fail", "stream": True}).text
         assert "event: error" in events and "secret" not in events
         client(url).images.generate(prompt="works")
+        assert HTTP.get(f"{url}healthz").json() == {"status": "ok"}
+
+
+def test_a_server_that_is_sent_no_more_work_is_not_ill_for_ever(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated.gate.set()
+    with running(service_of(gated)) as url:
+        with pytest.raises(openai.InternalServerError):
+            client(url).images.generate(prompt="fail")
+        assert HTTP.get(f"{url}healthz").status_code == 503
+        monkeypatch.setattr(drawing, "ILL", 0.0)
         assert HTTP.get(f"{url}healthz").json() == {"status": "ok"}
 
 

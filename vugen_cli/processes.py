@@ -120,9 +120,10 @@ def barrier(what: str) -> None:
 
 
 def broadcast(value: Any) -> Any:
-    """The first process's value, on every process; small picklable things."""
+    """The first process's value, on every process, however long it takes to find; small picklable things."""
     box = [value]
     if world_size() > 1:
+        barrier("broadcast")  # a collective waits for PATIENCE, and the first may have hours to do
         import torch
         import torch.distributed as dist
 
@@ -149,10 +150,11 @@ def in_order(numbered: list[tuple[int, Any]]) -> list[Any]:
 def gather(value: Any) -> list[Any]:
     """Every process's value, in their order, on the first process; on another only its own.
 
-    Values may be large: they travel once.
+    Values may be large: they travel once. It waits for all, however long they take.
     """
     if world_size() == 1:
         return [value]
+    barrier("gather")
     import torch.distributed as dist
 
     values: list[Any] = [None] * world_size()

@@ -87,7 +87,8 @@ BatchOption = Annotated[
     int | None, typer.Option(min=1, help="Images a forward pass.", show_default="what is fast")
 ]
 SamplerOption = Annotated[
-    Path | None, typer.Option(help="Sampler checkpoint.", show_default="the newest here, else the bundled")
+    Path | None,
+    typer.Option(help="Sampler checkpoint; nano is bundled.", show_default="the newest here, else nano"),
 ]
 OutOption = Annotated[Path, typer.Option(dir_okay=False, help="Where the result is written, as JSON.")]
 

@@ -184,7 +184,10 @@ def prepare_images(
         of[shard.shape or str(manifest.size)] += shard.samples
     parts = ", ".join(f"{count} of {shape}" for shape, count in of.items())
     images = f"{entry.count} images: {parts} px" if shapes else f"{entry.count} images of {size} px"
-    typer.echo(f"{out}: {split}, {images} in {len(entry.shards)} shards{skipped}")
+    names, more = manifest.classes or [], ""
+    if names:  # shown, because folders of other things are taken for classes
+        more = f"; {len(names)} classes: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+    typer.echo(f"{out}: {split}, {images} in {len(entry.shards)} shards{skipped}{more}")
     return Prepared(
         out=str(out),
         split=split,

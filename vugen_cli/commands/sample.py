@@ -37,7 +37,8 @@ ImageOption = Annotated[
 SamplerOption = Annotated[
     Path | None,
     typer.Option(
-        help="Checkpoint, exported folder or hf:user/name. [default: the newest here, else the bundled]"
+        help="Checkpoint, exported folder, hf:user/name, or nano, the bundled one. [default: the newest "
+        "here, else nano]"
     ),
 ]
 SeedOption = Annotated[

@@ -26,31 +26,41 @@ IMAGE_SUFFIXES = frozenset(
         ".avif",
         ".jp2",
         ".tga",
+        # Not read without a plugin of Pillow: but listed as what was skipped, and not passed over.
+        ".heic",
+        ".heif",
+        ".jxl",
     )
 )
 
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev", "test")}
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "test", "testing"),
+}
 _SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(sum(SPLIT_NAMES.values(), ()))})(?=[-_.\d])")
 
 
 def split_folder(path: Path, split: str) -> Path:
-    """The folder of a split: `path/train` or `path/val` (also validation, test) where there are such, else
-    `path`.
+    """The folder of a split: `path/train` or `path/val` (also validation, test), whatever their case, where
+    there are such, else `path`.
 
     Raises:
         VugenError: `path` is missing or no folder, has only the other split, or is itself named as the other
             split.
     """
     check_folder(path)
+    with os.scandir(path) as entries:
+        found = sorted(entry.name for entry in entries if _is_folder(entry))
+    folders = {name.lower(): name for name in found}
     for name in SPLIT_NAMES[split]:
-        if (path / name).is_dir():
-            return path / name
+        if name in folders:
+            return path / folders[name]
     other = "val" if split == "train" else "train"
-    if path.name == other:
+    if path.name.lower() == other:
         raise VugenError(f"{path} is a folder of the {other} split: use --split {other} or another --source")
-    if found := [name for name in SPLIT_NAMES[other] if (path / name).is_dir()]:
+    if others := [folders[name] for name in SPLIT_NAMES[other] if name in folders]:
         raise VugenError(
-            f"{path} has a {found[0]}/ folder but no {SPLIT_NAMES[split][0]}/: use --split {other} or "
+            f"{path} has a {others[0]}/ folder but no {SPLIT_NAMES[split][0]}/: use --split {other} or "
             f"point --source at the folder to use"
         )
     return path
@@ -203,7 +213,9 @@ def refuse_class(folder: Path, path: Path, split: str) -> None:
         return
     splits = {name for names in SPLIT_NAMES.values() for name in names}
     folders = (entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    beside = sorted(name for name in folders if name not in splits and any(image_paths(path, f"{name}/")))
+    beside = sorted(
+        name for name in folders if name.lower() not in splits and any(image_paths(path, f"{name}/"))
+    )
     if beside:
         raise VugenError(
             f"{path} has {folder.name}/ beside {', '.join(beside[:3])}: rename it if it is a class "

@@ -298,7 +298,7 @@ def _drawn_alone(directory: Path, files: list[str]) -> list[str]:
         if (directory / folder / UNFINISHED).exists():
             raise VugenError(
                 f"drawing into {directory / folder} did not finish, and what lies there may be older: run "
-                "the same `vugen sample` again, or delete the folder"
+                "the same `vugen sample` again, which goes on, or delete the folder"
             )
         if (directory / folder / "samples.jsonl").is_file():
             listed[folder] = {folder + sample.file for sample in read_samples(directory / folder)}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vugen_cli.metrics.image_sets import ImageSet
 
 
-UNFINISHED = ".drawing"  # the listing of the drawing before, until the next one has finished
+UNFINISHED = ".drawing"  # until a drawing has finished; the listing of the one before, if there was one
 
 
 class DrawnImage(BaseModel):
@@ -36,6 +36,7 @@ class DrawnImage(BaseModel):
     precision: str | None = Field(None, description="of drawing, as the recipe's `sampling.precision`")
     sampler: str | None = Field(None, description="the checkpoint")
     step: int | None = Field(None, description="how long that was trained")
+    card: str | None = Field(None, description="the first 12 digits of the SHA-256 of that one's card")
     size: str | None = Field(None, description="of the picture, WIDTHxHEIGHT, if not the sampler's own")
     decoder: str | None = Field(None, description="the file whose decoder drew, if not the sampler's own")
     adapters: list[str] | None = Field(None, description="added to it, as `file` or `file:weight`")

@@ -23,9 +23,8 @@ from vugen_cli.files import bundle, locked, whole_file
 from vugen_cli.flow import Solver
 from vugen_cli.metrics.samples import UNFINISHED
 from vugen_cli.pictures import save_grid
-from vugen_cli.processes import all_gather, barrier, is_first, rank, world_size
+from vugen_cli.processes import all_gather, barrier, broadcast, is_first, rank, world_size
 from vugen_cli.progress import progress_bar
-from vugen_cli.recipe import Sampling
 from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.vlm.prompts import Prompt
 
@@ -44,29 +43,31 @@ def collect_prompts(given: list[str], file: Path | None) -> list[str]:
     """
     prompts = list(given)
     if file is not None:
-        try:
-            if file.is_dir():
-                texts = [" ".join(_text(path).split()) for path in sorted(file.glob("*.txt"))]
-                if not texts:
-                    raise VugenError(f"--prompts {file} holds no .txt: give a folder with a prompt in each")
-            else:
-                texts = [line.strip() for line in _text(file).split("\n")]
-            prompts += [text for text in texts if text]
-        except (OSError, UnicodeDecodeError) as error:
-            raise VugenError(
-                f"--prompts {file}: {getattr(error, 'strerror', None) or 'not a text file'}"
-            ) from error
+        if file.is_dir():
+            texts = [" ".join(_text(path).split()) for path in sorted(file.glob("[!.]*.txt"))]
+            if not texts:
+                raise VugenError(f"--prompts {file} holds no .txt: give a folder with a prompt in each")
+        else:
+            texts = [line.strip() for line in _text(file).split("\n")]
+        prompts += [text for text in texts if text]
     if not prompts:
         raise VugenError('no prompt: say what to draw, as in `vugen sample "a bear in a forest"`')
     if any(p != encodable(p) for p in prompts):
         raise VugenError("a prompt is no UTF-8: set a UTF-8 locale, or give it in a file with --prompts")
     if any(not p.strip() for p in prompts):
         raise VugenError('a prompt is empty: say what to draw, as in `vugen sample "a bear in a forest"`')
-    return list(dict.fromkeys(p.strip() for p in prompts))
+    once = list(dict.fromkeys(p.strip() for p in prompts))
+    if repeats := len(prompts) - len(once):
+        print(f"{repeats} of {len(prompts)} prompts are repeats: each is drawn once")
+    return once
 
 
 def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8-sig")  # some editors put a mark before the first prompt
+    try:
+        return file.read_text(encoding="utf-8-sig")  # some editors put a mark before the first prompt
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "no text in UTF-8"
+        raise VugenError(f"--prompts {file}: {why}") from error
 
 
 def pick_sampler(given: Path | None) -> Path:
@@ -109,8 +110,9 @@ def draw(
     Writes `<prompt>-<hash>-<index>.png` with PNG text metadata, `grid.png` (the first 64) and
     `samples.jsonl`, one line a picture: file, prompt, index, seed, settings, checkpoint, and the data set to
     compare with. The pictures of a prompt go into the folder `sources`, as the VLM saw them. An earlier
-    listing is removed first, and the new one written last: a folder that has one is whole. With `study`, it
-    says that the pictures are none of the user's, who did not ask for these prompts.
+    listing is removed first, and the new one written last: a folder that has one is whole. Where a drawing
+    did not finish, those of its pictures stay that this one would draw again, as what is written in them
+    says. With `study`, the listing says that the pictures are none of the user's, who did not ask for them.
 
     Returns:
         The folder.
@@ -125,6 +127,7 @@ def draw(
         **settings.model_dump(mode="json", exclude={"image_guidance"}),
         "sampler": str(sampler.path),
         "step": sampler.card.step,
+        "card": hashlib.sha256(sampler.card.model_dump_json().encode()).hexdigest()[:12],
         **({"size": shape_name(size)} if size else {}),
         **({"decoder": sampler.card.decoder} if sampler.card.decoder else {}),
         **({"adapters": sampler.card.adapters} if sampler.card.adapters else {}),
@@ -133,27 +136,42 @@ def draw(
         "reference": sampler.card.data.path,
     }
     stems = file_stems(asked)
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
-    shown: dict[tuple[int, int], torch.Tensor] = {}
     mine = range(rank(), len(prompts), world_size())
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    for p in mine:
+        sources = [name for name, _ in _sources(asked[p])]
+        guided = {"sources": sources, "image_guidance": settings.image_guidance} if sources else {}
+        for i in range(n):
+            name = f"{stems[p]}-{i:04d}.png"
+            rows[p, i] = {"file": name, "prompt": asked[p].text, "index": i, **about, **guided}
+    # Where a drawing did not finish, what it did draw.
+    goes_on = broadcast((out / UNFINISHED).exists() and not (out / "samples.jsonl").exists())
+    drawn = {key for key, row in rows.items() if goes_on and _said_by(out / row["file"]) == _said(row)}
+    there = {(k, i) for k, p in enumerate(mine) for i in range(n) if (p, i) in drawn}
     if any(p.pictures for p in asked) and not any(asked[p].pictures for p in mine):
         image_guidance = None  # others guide: this process has none to do it with
-    images = sampler.sample([asked[p] for p in mine], n, seed, steps, guidance, solver, image_guidance, size)
+    images = sampler.sample(
+        [asked[p] for p in mine], n, seed, steps, guidance, solver, image_guidance, size, there
+    )
+    shown: dict[tuple[int, int], torch.Tensor] = {}
     with _held(out):
-        with_sources = {p: _save_sources(asked[p], out, settings) for p in mine if asked[p].pictures}
-        for p, i, image in progress_bar(
-            ((mine[p], i, image) for p, i, image in images),
-            total=n * len(mine),
-            desc="sample",
-            unit="img",
+        for p in mine:
+            for name, pixels in _sources(asked[p]):
+                (out / name).parent.mkdir(exist_ok=True)
+                with whole_file(out / name) as temporary:
+                    Image.fromarray(pixels).save(temporary, format="PNG")
+        for k, i, image in progress_bar(
+            images, total=n * len(mine), initial=len(there), desc="sample", unit="img"
         ):
-            name = f"{stems[p]}-{i:04d}.png"
-            row = {"file": name, "prompt": asked[p].text, "index": i, **about, **with_sources.get(p, {})}
-            rows[p, i] = {**row, "study": True} if study else row
-            with whole_file(out / name) as temporary:
-                temporary.write_bytes(png(image, row))
+            with whole_file(out / rows[mine[k], i]["file"]) as temporary:
+                (out / UNFINISHED).touch()
+                temporary.write_bytes(png(image, rows[mine[k], i]))
+            if mine[k] * n + i < GRID_IMAGES:
+                shown[mine[k], i] = image
+        for p, i in drawn:
             if p * n + i < GRID_IMAGES:
-                shown[p, i] = image
+                with Image.open(out / rows[p, i]["file"]) as picture:
+                    shown[p, i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         barrier(f"{out} drawn")
         for others_rows, others_shown in all_gather((rows, shown)):
             rows |= others_rows
@@ -162,8 +180,9 @@ def draw(
             labels = [asked[p].text for p, _ in sorted(shown)] if len(prompts) > 1 else None
             columns = n if len(prompts) > 1 and n > 1 else None
             save_grid(torch.stack([shown[key] for key in sorted(shown)]), out / "grid.png", columns, labels)
+            of = {"study": True} if study else {}
             with whole_file(out / "samples.jsonl") as temporary:
-                lines = "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows))
+                lines = "".join(json.dumps(rows[key] | of, ensure_ascii=False) + "\n" for key in sorted(rows))
                 temporary.write_text(lines, encoding="utf-8")
         barrier(f"{out} listed")
     return out
@@ -186,24 +205,35 @@ def _held(out: Path) -> Iterator[None]:
 def png(image: torch.Tensor, about: dict[str, Any]) -> bytes:
     """A picture, uint8 [3, H, W], as a PNG file that says in its text chunks (`vugen:...`) what it is."""
     text = PngInfo()
-    for key, value in about.items():
-        text.add_itxt(f"vugen:{key}", str(value))
+    for key, value in _said(about).items():
+        text.add_itxt(key, value)
     file = BytesIO()
-    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    Image.fromarray(pixels).save(file, format="PNG", pnginfo=text)
+    Image.fromarray(_pixels(image)).save(file, format="PNG", pnginfo=text)
     return file.getvalue()
 
 
-def _save_sources(prompt: Prompt, out: Path, settings: Sampling) -> dict[str, Any]:
-    """Write a prompt's pictures into `out/sources` and return what a line of `samples.jsonl` says of them."""
-    (out / "sources").mkdir(exist_ok=True)
-    names = []
-    for picture in prompt.pictures:
-        pixels = np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy())
-        names.append(f"sources/{hashlib.sha256(pixels.tobytes()).hexdigest()[:12]}.png")
-        with whole_file(out / names[-1]) as temporary:
-            Image.fromarray(pixels).save(temporary, format="PNG")
-    return {"sources": names, "image_guidance": settings.image_guidance}
+def _said(about: dict[str, Any]) -> dict[str, str]:
+    return {f"vugen:{key}": str(value) for key, value in about.items()}
+
+
+def _said_by(file: Path) -> dict[str, str] | None:
+    """What a picture says that it is; None where there is none."""
+    try:
+        with Image.open(file, formats=("PNG",)) as picture:
+            text = {str(key): str(value) for key, value in picture.info.items()}
+            return {key: value for key, value in text.items() if key.startswith("vugen:")}
+    except (OSError, ValueError, SyntaxError):  # Pillow's errors, of a damaged file too
+        return None
+
+
+def _pixels(image: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def _sources(prompt: Prompt) -> list[tuple[str, np.ndarray]]:
+    """The names of a prompt's pictures in the folder, and the pictures, uint8 [H, W, 3]."""
+    pictures = map(_pixels, prompt.pictures)
+    return [(f"sources/{hashlib.sha256(p.tobytes()).hexdigest()[:12]}.png", p) for p in pictures]
 
 
 def file_stems(prompts: Sequence[str | Prompt]) -> list[str]:

@@ -1,6 +1,6 @@
 """From prompts to pictures: prompt -> prefix -> ODE in z̃ -> pixel decoder."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -187,6 +187,7 @@ class Sampler:
         solver: Solver | None = None,
         image_guidance: float | None = None,
         size: int | Shape | None = None,
+        there: Container[tuple[int, int]] = (),
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Draw n images for each prompt.
 
@@ -201,6 +202,7 @@ class Sampler:
             seed: of the noise.
             steps, guidance, solver, image_guidance: see `Sampling`; None takes the checkpoint's.
             size: see `grid`.
+            there: prompt and image numbers of those that need not be drawn.
 
         Yields:
             (prompt number, image number, uint8 [3, H, W] on the CPU): prompts of like length together, each
@@ -220,7 +222,8 @@ class Sampler:
         def drawn() -> Iterator[tuple[int, int, Tensor]]:
             known: Read = {}  # of the prompts in the batch: one of many images is read once
             for kind in sorted(set(kinds)):
-                jobs = iter([(p, i) for p in range(len(asked)) if kinds[p] == kind for i in range(n)])
+                of_kind = ((p, i) for p in range(len(asked)) if kinds[p] == kind for i in range(n))
+                jobs = (key for key in of_kind if key not in there)
                 while batch := list(islice(jobs, SAMPLE_BATCH)):
                     keys = [(seed, asked[p], i) for p, i in batch]
                     images = self.draw_together(keys, settings, known, size=size)

@@ -25,6 +25,7 @@ from vugen_cli.seeds import seeded_noise
 from vugen_cli.vlm.frozen import FrozenVLM, vlm_of
 
 WEIGHTS, VLM = "sampler.safetensors", "vlm"  # in an exported folder
+NANO = "nano"  # the name of the bundled sampler
 NANO_128 = "nano-128"  # the name of the bundled decoder of 128 px
 
 
@@ -179,7 +180,7 @@ def load_sampler(
 
     Args:
         path: written by `vugen train-sampler`; or a folder of `vugen export`, or such a one on the hub,
-            `hf:owner/name[@revision]`; default the bundled one.
+            `hf:owner/name[@revision]`; default the bundled one, `nano`.
         vlm: where the VLM is now, if not where the card says.
         device: where to sample.
         allow_vlm_mismatch: take a VLM of other weights than it was trained on.
@@ -222,7 +223,8 @@ def drawing_checkpoint(
     if not same_reducer(tensors, theirs):
         raise VugenError(
             f"{decoder} decodes the latents of another reducer: give one that `vugen train-reducer` made by "
-            "--reducer or --distill from this sampler or from the reducer it was trained on"
+            f"--reducer or --distill from {path} or from the reducer it was trained on"
+            + ("; the bundled sampler, whose it is, is --sampler nano" if str(decoder) == NANO_128 else "")
         )
     if other.latents.grid != card.latents.grid:
         raise VugenError(
@@ -261,7 +263,7 @@ def located(path: str | Path | None, vlm: str | None = None) -> tuple[Path, str 
     Raises:
         VugenError: it cannot be had from the hub.
     """
-    if path is None:
+    if path is None or (str(path) == NANO and not Path(path).exists()):
         return bundle("sampler.safetensors"), vlm
     given = downloaded(str(path), "--sampler") if str(path).startswith(PREFIX) else Path(path)
     if not given.is_dir():

@@ -16,6 +16,8 @@ from vugen_cli.recipe import Sampling
 from vugen_cli.sampling.sampler import SAMPLE_BATCH, Kind, Sampler
 from vugen_cli.vlm.prompts import Prompt
 
+ILL = 60.0  # seconds that a server is not healthy after a batch that failed
+
 
 class QueueFull(Exception):
     """Too many images wait.
@@ -84,7 +86,6 @@ class Drawer:
         drawn: called with the size of each batch and the seconds it took.
 
     Attributes:
-        healthy: the last batch could be drawn.
         stopping: no more work is taken.
     """
 
@@ -96,7 +97,7 @@ class Drawer:
         drawn: Callable[[int, float], None] = lambda size, seconds: None,
     ):
         self.sampler, self.batch, self.limit, self.drawn = sampler, batch, limit, drawn
-        self.healthy, self.stopping = True, False
+        self.stopping, self._failed = False, -math.inf
         self._waiting: list[Job] = []
         self._drawing: list[Job] = []
         self._seconds = 1.0  # that an image took of late
@@ -197,6 +198,14 @@ class Drawer:
                 else:
                     self._changed.wait()
 
+    @property
+    def healthy(self) -> bool:
+        """Whether the last batch could be drawn, or has failed long enough ago for another to be tried.
+
+        One that is told to be ill gets no more work from what stands before it, and could never say else.
+        """
+        return time.monotonic() - self._failed > ILL
+
     def _draw(self, batch: list[Job]) -> None:
         settings, calls, began = batch[0].settings, 0, time.monotonic()
         expected = settings.steps * (1 if settings.solver == "euler" else 2)
@@ -221,9 +230,9 @@ class Drawer:
             error = problem
         except Exception as problem:  # one batch that fails must not end the server
             traceback.print_exc()
-            self.healthy, error = False, problem
+            self._failed, error = time.monotonic(), problem
         else:
-            self.healthy, seconds = True, time.monotonic() - began
+            self._failed, seconds = -math.inf, time.monotonic() - began
             self._seconds += (seconds / len(batch) - self._seconds) / 2
             self.drawn(len(batch), seconds)
             for job, image in zip(batch, images, strict=True):
