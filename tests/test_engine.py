@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,15 @@ def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
         taken = "_get_fused_kernels_supported_devices"
         monkeypatch.setattr(sys.modules[module], taken, lambda: ["cpu", "meta"])
+
+
+def test_too_much_damage_ends_a_run(tmp_path: Path) -> None:
+    def damaged(first: int) -> Iterator[Batch]:
+        return (replace(batch, corrupt=4) for batch in batches(first))
+
+    settings = SETTINGS.model_copy(update={"steps": 300})
+    with pytest.raises(VugenError, match=r"1\d\d\d of .* samples are damaged, more than data\.max_corrupt"):
+        loop.train(stage(line()), damaged, settings, Recipe(), tmp_path / "r.run", CPU)
 
 
 def test_a_run_that_went_further_than_is_asked_is_refused(tmp_path: Path) -> None:

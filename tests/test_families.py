@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import families
 import pytest
@@ -22,7 +23,7 @@ from vugen_cli.stages.train_sampler import train_sampler
 from vugen_cli.studies.understanding import weight_hash
 from vugen_cli.vlm.chat import ask
 from vugen_cli.vlm.frozen import FrozenVLM, load_vlm
-from vugen_cli.vlm.latents import on_device_of, raster_index
+from vugen_cli.vlm.latents import check_grid, on_device_of, raster_index
 from vugen_cli.vlm.prompts import Prompt
 
 PROMPTS = ["a bear", "two apples to the left of a red car in a city at night", ""]
@@ -346,3 +347,20 @@ def test_a_changed_weight_changes_the_hash_and_the_logits(vlm_path: Path) -> Non
     images = [torch.zeros(3, 64, 64, dtype=torch.uint8)]
     assert weight_hash(before.model) != weight_hash(after.model)
     assert not torch.equal(_understand(before, images)[0][0], _understand(after, images)[0][0])
+
+
+@pytest.mark.parametrize(("latents", "shape"), [("encoder", (1, 16, 16, 64)), ("projector", (1, 8, 8, 64))])
+def test_a_tower_as_wide_as_the_language_model_is_read_before_or_after_its_merger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, latents: str, shape: tuple[int, ...]
+) -> None:
+    """Its table of positions, which is as wide too and is given numbers alone, is no projector."""
+
+    def wide(words: Any) -> tuple[Any, Any]:
+        config, processor = families.qwen3_vl(words)
+        config.vision_config.hidden_size = 64
+        return config, processor
+
+    monkeypatch.setitem(families.FAMILIES, "wide", wide)
+    vlm = load_vlm(str(families.build("wide", tmp_path)), "cpu", Recipe(latents=latents))
+    assert vlm.encode(torch.zeros(1, 3, 128, 128, dtype=torch.uint8)).shape == shape
+    check_grid(vlm, 128)

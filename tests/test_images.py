@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from vugen_cli.data.images import MAX_PIXELS, adm_crop, decode, encode, is_lossless, scans
 
@@ -81,6 +82,20 @@ def test_exif_orientation_is_undone(orientation, kind):
     result = decode(encoded(image, kind, exif=exif, **options))
     assert result.shape == (32, 48, 3)
     assert np.abs(result.astype(int) - np.asarray(upright)).max() < 12
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_turned_by_xmp_alone_is_turned_whatever_its_kind(kind):
+    xmp = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF>'
+        b"</x:xmpmeta>"
+    )
+    options = {"xmp": xmp}
+    if kind == "PNG":
+        options = {"pnginfo": PngInfo()}
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode())
+    assert decode(encoded(photo(48, 32), kind, **options)).shape == (48, 32, 3)
 
 
 def test_damaged_exif_costs_the_picture_nothing():

@@ -299,7 +299,7 @@ def test_a_set_without_a_readable_sample_says_so_in_workers_too(copy: Path) -> N
     for shard in copy.glob("train-*.tar"):
         shard.write_bytes(bytes(1024))
     for workers in (0, 1):
-        with pytest.raises(VugenError, match="^no readable sample in [^\n]*$"):
+        with pytest.raises(VugenError, match=r"^no readable sample in [^\n]*train-00000\d\.tar[^\n]*$"):
             take(TrainingStream(ShardedImages(copy), 2, seed=0), 1, workers)
 
 
@@ -319,6 +319,23 @@ def test_a_worker_that_is_killed_is_one_line() -> None:
 
     with pytest.raises(VugenError, match=r"fewer data\.workers"):
         next(_raised(loader()))
+
+
+class Unsendable:
+    """As a batch is for which /dev/shm has no room."""
+
+    def __reduce__(self) -> str:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+
+class OneUnsendable(torch.utils.data.IterableDataset[Unsendable]):
+    def __iter__(self) -> Iterator[Unsendable]:
+        yield Unsendable()
+
+
+def test_a_batch_that_a_worker_cannot_send_ends_the_run() -> None:
+    with pytest.raises(VugenError, match="a decoding process died.*shm-size"):
+        next(batches(OneUnsendable(), 1))
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOENT])

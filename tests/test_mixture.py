@@ -70,6 +70,21 @@ def test_a_mixed_stream_is_the_same_with_workers_when_resumed_and_in_parts(
         assert torch.equal(a.images, torch.cat([left.images, right.images]))
 
 
+def test_what_is_damaged_is_replaced_from_its_own_set(scenes: Path, other: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(other, tmp_path / "copy"))
+    (copy / "train-000001.tar").write_bytes(b"")
+    images = MixedImages([MixtureSource(path=str(scenes), weight=3), MixtureSource(path=str(copy), weight=1)])
+    found = list(islice(TrainingStream(images, 64, seed=0), 16))  # one block
+    assert sum(batch.corrupt for batch in found) > 50
+    keys = [str(meta["source_key"]) for batch in found for meta in batch.meta]
+    assert sum("-9-" in key for key in keys) == BLOCK // 4  # of the seed of the second set
+
+
+def test_sets_are_read_in_turn_by_weight(mixture: list[MixtureSource]) -> None:
+    keys = [str(meta["source_key"]) for _, meta in islice(MixedImages(mixture).in_order(40), 40)]
+    assert abs(sum("-9-" in key for key in keys) - 10) <= 1
+
+
 def test_the_sets_of_a_mixture_share_the_files_that_may_be_open(
     mixture: list[MixtureSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:

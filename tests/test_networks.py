@@ -222,6 +222,16 @@ def test_codes_of_quantised_weights_are_no_start_for_an_expert(vlm: FrozenVLM, d
     GenerationExpert(decoder, 4, (8, 8), fresh=True)
 
 
+def test_codes_that_are_buffers_are_no_start_either(vlm: FrozenVLM) -> None:
+    """As of AWQ and GPTQ, whose layers have no parameter; a buffer of positions is none."""
+    decoder = copy.deepcopy(vlm.decoder)
+    decoder.register_buffer("position_ids", torch.arange(8))
+    GenerationExpert(decoder, 4, (8, 8))
+    decoder.layers[0].self_attn.register_buffer("qweight", torch.zeros(8, 8, dtype=torch.int32))
+    with pytest.raises(VugenError, match=r"quantised.*expert\.init=fresh or expert\.kind=dit"):
+        GenerationExpert(decoder, 4, (8, 8))
+
+
 def test_what_of_a_copy_no_gradient_reaches_is_left_alone(vlm: FrozenVLM) -> None:
     latents = LatentsCard(channels=4, grid=(8, 8), width=32)
     copied = new_expert(vlm, latents, Expert(adaptive_norms=True, reference=True))

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import time
@@ -557,6 +558,19 @@ def test_missing_pictures_of_a_table_are_listed(tmp_path):
     (skipped,) = read_skipped(tmp_path / "out", "train")
     assert manifest.splits["train"].count == 1 and skipped.reason == "No such file or directory"
     assert skipped.key.endswith("gone.jpg")
+
+
+@pytest.mark.parametrize("left", ["an empty mount point", "nothing"])
+def test_a_source_that_goes_away_ends_the_run_and_is_not_skipped(tmp_path, left):
+    source = ImageFolder(put(tmp_path / "in", {f"cat/{i}.jpg": jpeg(i) for i in range(4)}))
+    shutil.rmtree(tmp_path / "in")
+    if left != "nothing":
+        (tmp_path / "in").mkdir()
+    with pytest.raises(VugenError, match=r"cannot read .*cat/.*run the same command again, which goes on"):
+        write_dataset(source, tmp_path / "out", size=16)
+    put(tmp_path / "in", {f"cat/{i}.jpg": jpeg(i) for i in range(4)})
+    manifest = write_dataset(ImageFolder(tmp_path / "in"), tmp_path / "out", size=16)
+    assert manifest.splits["train"].count == 4 and not manifest.splits["train"].skipped_count
 
 
 # --- webdataset

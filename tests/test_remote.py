@@ -296,6 +296,28 @@ def test_the_cache_keeps_to_its_size_and_what_was_read_last(
         remote.make_room(images.cache, 1)
 
 
+@pytest.mark.parametrize(("total", "free"), [(10**13, 4 * 10**11), (10**12, 10**11)])
+def test_a_disk_that_others_fill_is_not_made_room_on_for_nothing(
+    copy: Path, address: str, monkeypatch: pytest.MonkeyPatch, total: int, free: int
+) -> None:
+    usage = shutil.disk_usage(copy)._replace(total=total, free=free)
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: usage)
+    assert same_as(copy, ShardedImages(address))
+    assert {times for path, times in asked.items() if path.endswith(".tar")} == {1}
+
+
+def test_a_disk_that_is_full_keeps_what_was_read_last(
+    copy: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ShardedImages(address)
+    images.keep_open = 1
+    usage = shutil.disk_usage(copy)._replace(total=10**12, free=20 * 10**9)
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: usage)
+    for shard in (0, 1):
+        images.read(shard, 0)
+    assert [path.stem for path in images.cache.glob("*.tar")] == [images.shard(1).sha256]
+
+
 def test_processes_share_a_cache_that_is_too_small_for_them(
     copy: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,7 +96,8 @@ def _decode_plain_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
         if any(words in str(err) for words in _HARMLESS):
             return None
         raise ValueError(f"corrupt JPEG: {err}") from err
-    if b"Exif\0\0" in data:  # mostly at its start, but other blocks may come first
+    # Mostly at its start, but other blocks may come first; or Adobe's, in XML.
+    if b"Exif\0\0" in data or b"tiff:Orientation" in data:
         try:
             with Image.open(io.BytesIO(data), formats=_formats()) as header:
                 return _upright(pixels, _orientation(header))

@@ -10,8 +10,10 @@ import io
 import itertools
 import json
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,6 +56,10 @@ T = TypeVar("T")
 MOST_OPEN = 256  # shards a reader keeps open: of the 1024 files that a process may have as a rule
 STAND_INS = 96  # tries before a data set counts as unreadable
 JUDGED = 10_000  # samples over which the share of damaged ones is taken
+
+
+# What `vugen prepare` writes again: it looks at sizes, since to hash all that is there takes long.
+MEND = "delete the shards whose sha256 is not that in dataset.json and run `vugen prepare` again"
 
 
 class Damaged(Exception):
@@ -488,8 +494,8 @@ class TrainingStream(IterableDataset[Batch]):
         corrupt = 0
         try:
             pixels, meta = self._read(shard, index, place)
-        except Damaged:
-            pixels, meta = self._stand_in(order, stream, position, place)
+        except Damaged as damage:
+            pixels, meta = self._stand_in(order, stream, position, place, damage)
             corrupt = 1
         if self.flip and luck & 1:
             meta["sources"] = [source.flip(-1) for source in meta.get("sources", [])]
@@ -524,7 +530,7 @@ class TrainingStream(IterableDataset[Batch]):
         return pixels, meta
 
     def _stand_in(
-        self, order: Order, stream: int, position: int, place: np.ndarray
+        self, order: Order, stream: int, position: int, place: np.ndarray, damage: Damaged
     ) -> tuple[np.ndarray, Meta]:
         """A sample drawn at random, near the damaged one if one can be read there."""
         for attempt in range(STAND_INS):
@@ -534,7 +540,7 @@ class TrainingStream(IterableDataset[Batch]):
             except Damaged:
                 continue
         raise VugenError(
-            f"no readable sample in {self.images.directory}, in {STAND_INS} tries: run `vugen prepare` again"
+            f"no readable sample in {self.images.directory}, in {STAND_INS} tries ({damage}): {MEND}"
         )
 
 
@@ -564,7 +570,7 @@ class DamageLimit:
         if self.found > self.most * max(JUDGED, self.read):
             raise VugenError(
                 f"{self.found} of the last {self.read} samples are damaged, more than "
-                f"data.max_corrupt={self.most} allows: check the disk, run `vugen prepare` again, or raise it"
+                f"data.max_corrupt={self.most} allows: check the disk, {MEND}, or raise it"
             )
 
 
@@ -659,6 +665,13 @@ def _start_tracker() -> None:
 
 def _start_worker(_number: int) -> None:
     end_with_parent()  # what kills the run's group does not reach it
+    # A batch that cannot be sent is missed by a thread alone, and the run would wait for it for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+
+
+def _end(error: Exception, _batch: Any) -> None:
+    print(f"decoding process: {first_line(error)}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _raised(found: Iterator[T | VugenError]) -> Iterator[T]:
@@ -671,7 +684,8 @@ def _raised(found: Iterator[T | VugenError]) -> Iterator[T]:
         if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
             raise
         raise VugenError(
-            "a decoding process died, most likely for want of memory: run again with fewer data.workers"
+            "a decoding process died, most likely for want of memory: run again with fewer data.workers; if "
+            "it says shared memory, with more of that (docker run --ipc host, or --shm-size 8g)"
         ) from error
 
 
@@ -731,5 +745,5 @@ def held_out_images(images: ShardedImages, size: int, count: int = 8) -> Tensor:
     """
     held_out = [adm_crop(pixels, size) for pixels, _ in images.held_out().in_order(count)]
     if not held_out:
-        raise VugenError(f"no held-out picture of {images.directory} can be read: run `vugen prepare` again")
+        raise VugenError(f"no held-out picture of {images.directory} can be read: {MEND}")
     return torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2)

@@ -240,6 +240,11 @@ def _lock(folder: Path, name: str, wait: bool = True) -> Iterator[bool | None]:
         yield held
 
 
+def _spare(total: int) -> float:
+    """Bytes that stay free of a disk of `total` bytes: of a large one more would empty the cache in vain."""
+    return min(total / 20, 20e9)
+
+
 def make_room(folder: Path, need: int) -> None:
     """Delete the copies that were not read for longest, until `need` more bytes stay within the limit.
 
@@ -249,7 +254,7 @@ def make_room(folder: Path, need: int) -> None:
         VugenError: $VUGEN_CACHE_GB is no number.
     """
     disk = shutil.disk_usage(folder)
-    if not os.environ.get("VUGEN_CACHE_GB") and disk.free - need >= disk.total / 20:
+    if not os.environ.get("VUGEN_CACHE_GB") and disk.free - need >= _spare(disk.total):
         return  # without a look at each of perhaps a hundred thousand copies
     with _lock(folder, "lock-room"):
         found = []
@@ -272,7 +277,7 @@ def _limit(folder: Path, used: int) -> float:
     given = os.environ.get("VUGEN_CACHE_GB")
     if not given:
         disk = shutil.disk_usage(folder)
-        return used + disk.free - disk.total / 20
+        return used + disk.free - _spare(disk.total)
     try:
         return float(given) * 1e9
     except ValueError:

@@ -528,7 +528,7 @@ def _sample(source: Source, item: int) -> Sample:
         try:
             return source[item]
         except OSError as error:
-            if error.errno not in _PASSING:
+            if error.errno not in _PASSING and not (error.errno == errno.ENOENT and _is_gone(source.origin)):
                 raise
             if not left:
                 raise VugenError(
@@ -537,6 +537,13 @@ def _sample(source: Source, item: int) -> Sample:
                 ) from error
         wait_again(READ_PAUSE, READ_TRIES - 1 - left)
     raise AssertionError("unreachable")
+
+
+def _is_gone(origin: str) -> bool:
+    """Whether what pictures are read from is no more there: unmounted, so that each would be skipped."""
+    path = Path(origin)
+    # Of a set on the hub (hf:...), which is no path, every file was there at the start.
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def _members(sample: Sample, job: _Job) -> tuple[list[tuple[str, bytes]], int]:

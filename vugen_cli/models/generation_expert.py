@@ -122,9 +122,8 @@ class GenerationExpert(nn.Module):
     ):
         super().__init__()
         self.reference = reference
-        if not fresh and any(
-            p.element_size() == 1 or not p.is_floating_point() for p in decoder.parameters()
-        ):
+        codes = any(p.element_size() == 1 or not p.is_floating_point() for p in decoder.parameters())
+        if not fresh and (codes or any(name.endswith("qweight") for name, _ in decoder.named_buffers())):
             raise VugenError(
                 "expert.init: the VLM's weights are quantised, and an expert cannot start from codes: take "
                 "the VLM's unquantised copy, or set expert.init=fresh or expert.kind=dit"

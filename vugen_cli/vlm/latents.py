@@ -354,7 +354,7 @@ def find_tap(model: Any, inputs: Inputs, latents: str, any_size: bool) -> Tap:
         before = [i for i in range(last) if calls[i].parent == calls[last].parent and i not in tower]
         if calls[last].parent in tower and _reads(calls[last], width):
             # As wide as the language model before it: what made it so?
-            widened = [i for i in found if i in before and not _reads(calls[i], width)]
+            widened = [i for i in found if i in before and calls[i].given and not _reads(calls[i], width)]
             last = widened[-1] if widened else last
         if latents == "projector":
             return tap(last, None, calls[last].gives[0])
