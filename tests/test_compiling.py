@@ -7,6 +7,8 @@ import pytest
 import tiny_vlms
 import torch
 from conftest import TINY
+from functorch.compile import nop
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from vugen_cli.engine.compiling import STEPS_THAT_PAY, compile_forward, compile_layers, wants_compile
@@ -143,3 +145,19 @@ def test_without_a_compiler_a_run_goes_on_or_says_what_is_missing(
             return
         assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))
     assert capsys.readouterr().out.count("going on without it") == 1
+
+
+def test_a_backward_pass_that_cannot_be_compiled_is_noticed_before_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("file too short")  # as of what a killed compilation stored
+
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=fails)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.GELU())
+    compile_forward([layer], must=False)
+    layer(torch.randn(2, 3)).sum().backward()
+    assert layer[0].weight.grad is not None
+    assert "file too short" in (said := capsys.readouterr().out) and "going on without it" in said

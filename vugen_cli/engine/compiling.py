@@ -6,6 +6,7 @@ time. For that a layer may depend on nothing but its inputs and weights, and wha
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from vugen_cli.recipe import Engine
 
 # On a CPU, compiling the expert's layers takes about 30 s and makes its steps 1.4 times as fast.
 STEPS_THAT_PAY = 1000
+NEEDS = "it needs a C++ compiler such as g++, and after one that was killed an empty /tmp/torchinductor_$USER"
 
 
 def wants_compile(engine: Engine, device: torch.device, steps: int, on_cpu: bool) -> bool:
@@ -55,6 +57,9 @@ def compile_forward(
     """
     works, dynamic = True, None if shapes == 1 else False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes)
+    # Otherwise a backward pass that cannot be compiled is told of when it is too late to go without.
+    with suppress(AttributeError):  # not of every version of torch
+        torch._functorch.config.force_non_lazy_backward_lowering = True
 
     def run(plain: Any, compiled: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal works
@@ -62,14 +67,14 @@ def compile_forward(
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:
-                reason = first_line(error)
+                reason = first_line(getattr(error, "inner_exception", error))
+                said = f"torch.compile fails here ({reason}): {NEEDS}"
                 if must:
                     raise VugenError(
-                        f"torch.compile fails here ({reason}): it needs a C++ compiler such as g++; or go "
-                        "without it (engine.compile=false, or no --compile)"
+                        f"{said}; or go without it (engine.compile=false, or no --compile)"
                     ) from error
                 works = False
-                tqdm.write(f"torch.compile fails here ({reason}); going on without it")
+                tqdm.write(f"{said}; going on without it")
         return plain(*args, **kwargs)
 
     for module in modules:
