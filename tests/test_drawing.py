@@ -53,7 +53,10 @@ def test_an_interrupted_drawing_leaves_no_listing_of_the_one_before(
 
 
 def test_a_drawing_goes_on_where_it_was_interrupted(
-    lively_sampler: Sampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lively_sampler: Sampler,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     prompts = ["a bear", "two cats"]
     whole, drawing = draw(lively_sampler, prompts, 2, tmp_path / "whole", steps=1), tmp_path / "drawing"
@@ -72,6 +75,7 @@ def test_a_drawing_goes_on_where_it_was_interrupted(
         open_image_set(drawing)
     draw(lively_sampler, prompts, 2, drawing, steps=1)
     assert calls == [set(), {(0, 0), (0, 1), (1, 0)}]
+    assert "3 pictures of a drawing that did not finish stay" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == {
         p.name: p.read_bytes() for p in drawing.iterdir()
     }

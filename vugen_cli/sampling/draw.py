@@ -147,6 +147,8 @@ def draw(
     # Where a drawing did not finish, what it did draw.
     goes_on = broadcast((out / UNFINISHED).exists() and not (out / "samples.jsonl").exists())
     drawn = {key for key, row in rows.items() if goes_on and _said_by(out / row["file"]) == _said(row)}
+    if drawn:
+        print(f"{len(drawn)} pictures of a drawing that did not finish stay")
     there = {(k, i) for k, p in enumerate(mine) for i in range(n) if (p, i) in drawn}
     if any(p.pictures for p in asked) and not any(asked[p].pictures for p in mine):
         image_guidance = None  # others guide: this process has none to do it with
