@@ -25,6 +25,7 @@ from vugen_cli.metrics.samples import UNFINISHED
 from vugen_cli.pictures import save_grid
 from vugen_cli.processes import all_gather, barrier, broadcast, is_first, rank, world_size
 from vugen_cli.progress import progress_bar
+from vugen_cli.recipe import Sampling
 from vugen_cli.sampling.sampler import Sampler
 from vugen_cli.vlm.prompts import Prompt
 
@@ -122,28 +123,8 @@ def draw(
     """
     asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     settings = sampler.settings(steps, guidance, solver, image_guidance)
-    about = {
-        "seed": seed,
-        **settings.model_dump(mode="json", exclude={"image_guidance"}),
-        "sampler": str(sampler.path),
-        "step": sampler.card.step,
-        "card": hashlib.sha256(sampler.card.model_dump_json().encode()).hexdigest()[:12],
-        **({"size": shape_name(size)} if size else {}),
-        **({"decoder": sampler.card.decoder} if sampler.card.decoder else {}),
-        **({"adapters": sampler.card.adapters} if sampler.card.adapters else {}),
-        "vlm": sampler.vlm.name,
-        "dataset": sampler.card.data.dataset,
-        "reference": sampler.card.data.path,
-    }
-    stems = file_stems(asked)
     mine = range(rank(), len(prompts), world_size())
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
-    for p in mine:
-        sources = [name for name, _ in _sources(asked[p])]
-        guided = {"sources": sources, "image_guidance": settings.image_guidance} if sources else {}
-        for i in range(n):
-            name = f"{stems[p]}-{i:04d}.png"
-            rows[p, i] = {"file": name, "prompt": asked[p].text, "index": i, **about, **guided}
+    rows = _rows(sampler, asked, mine, n, seed, settings, size)
     # Where a drawing did not finish, what it did draw.
     goes_on = broadcast((out / UNFINISHED).exists() and not (out / "samples.jsonl").exists())
     drawn = {key for key, row in rows.items() if goes_on and _said_by(out / row["file"]) == _said(row)}
@@ -188,6 +169,39 @@ def draw(
                 temporary.write_text(lines, encoding="utf-8")
         barrier(f"{out} listed")
     return out
+
+
+def _rows(
+    sampler: Sampler,
+    asked: Sequence[Prompt],
+    mine: Sequence[int],
+    n: int,
+    seed: int,
+    settings: Sampling,
+    size: Shape | None,
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """What the listing says of each picture of some of the prompts, by the numbers of prompt and picture."""
+    about = {
+        "seed": seed,
+        **settings.model_dump(mode="json", exclude={"image_guidance"}),
+        "sampler": str(sampler.path),
+        "step": sampler.card.step,
+        "card": hashlib.sha256(sampler.card.model_dump_json().encode()).hexdigest()[:12],
+        **({"size": shape_name(size)} if size else {}),
+        **({"decoder": sampler.card.decoder} if sampler.card.decoder else {}),
+        **({"adapters": sampler.card.adapters} if sampler.card.adapters else {}),
+        "vlm": sampler.vlm.name,
+        "dataset": sampler.card.data.dataset,
+        "reference": sampler.card.data.path,
+    }
+    stems, rows = file_stems(asked), {}
+    for p in mine:
+        sources = [name for name, _ in _sources(asked[p])]
+        guided = {"sources": sources, "image_guidance": settings.image_guidance} if sources else {}
+        for i in range(n):
+            name = f"{stems[p]}-{i:04d}.png"
+            rows[p, i] = {"file": name, "prompt": asked[p].text, "index": i, **about, **guided}
+    return rows
 
 
 @contextlib.contextmanager
