@@ -7,10 +7,8 @@ import os
 import pickle
 import resource
 import shutil
-import struct
-import zlib
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from test_images import jpeg_of_size, png_of_size
 
-from vugen_cli.data.images import encode
 from vugen_cli.data.loader import (
     Batch,
     Damaged,
@@ -414,18 +411,12 @@ def test_fuzzed_members_are_counted_and_never_crash(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("side", [32, 65_000])
-@pytest.mark.parametrize("kind", ["png", "jpg"])
-def test_pictures_of_another_size_are_damage_and_not_decoded(side: int, kind: str) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (32, 32)).save(file, "PNG")
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    header += struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    png = file.getvalue()[:16] + header + file.getvalue()[33:]
-    jpg = bytearray(encode(np.zeros((32, 32, 3), np.uint8))[1])
-    at = jpg.index(b"\xff\xc0") + 5
-    jpg[at : at + 4] = struct.pack(">HH", side, side)
+@pytest.mark.parametrize("make", [png_of_size, jpeg_of_size])
+def test_pictures_of_another_size_are_damage_and_not_decoded(
+    side: int, make: Callable[[int, int], bytes]
+) -> None:
     with pytest.raises(Exception, match=f"{side}x{side} pixels, not 64x64|exceeds limit"):
-        decode_stored(png if kind == "png" else bytes(jpg), 64)
+        decode_stored(make(side, side), 64)
 
 
 def test_latents_are_checked_before_they_are_allocated() -> None:
