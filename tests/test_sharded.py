@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vugen_cli import processes
 from vugen_cli.card import LatentsCard, StateCard
 from vugen_cli.checkpoint import save_checkpoint
 from vugen_cli.data.loader import Batch
@@ -51,7 +52,8 @@ def job(rank: int, size: int) -> Iterator[None]:
     os.environ.update(as_started)
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
-        yield
+        with patch.object(processes, "_store", Mock()):
+            yield
     finally:
         dist.destroy_process_group()
         _clear_sharding_prop_cache()  # it would take the next rank's mesh for this one's

@@ -147,8 +147,8 @@ def draw(
             images, total=n * len(mine), initial=len(there), desc="sample", unit="img"
         ):
             with whole_file(out / rows[mine[k], i]["file"]) as temporary:
-                (out / UNFINISHED).touch()
                 temporary.write_bytes(png(image, rows[mine[k], i]))
+                (out / UNFINISHED).touch()
             if mine[k] * n + i < GRID_IMAGES:
                 shown[mine[k], i] = image
         for p, i in drawn:
