@@ -49,9 +49,7 @@ def split_folder(path: Path, split: str) -> Path:
             split.
     """
     check_folder(path)
-    with os.scandir(path) as entries:
-        found = sorted(entry.name for entry in entries if _is_folder(entry))
-    folders = {name.lower(): name for name in found}
+    folders = {name.lower(): name for name in _folders(path)}
     for name in SPLIT_NAMES[split]:
         if name in folders:
             return path / folders[name]
@@ -113,6 +111,11 @@ def check_folder(path: Path) -> None:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Without asking the disk once more, but for a link; one that leads to itself is none."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _folders(path: Path) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if _is_folder(entry))
 
 
 def image_paths(folder: Path, below: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
@@ -212,10 +215,8 @@ def refuse_class(folder: Path, path: Path, split: str) -> None:
     if folder == path:
         return
     splits = {name for names in SPLIT_NAMES.values() for name in names}
-    folders = (entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    beside = sorted(
-        name for name in folders if name.lower() not in splits and any(image_paths(path, f"{name}/"))
-    )
+    others = [name for name in _folders(path) if name.lower() not in splits and not name.startswith(".")]
+    beside = [name for name in others if any(image_paths(path, f"{name}/"))]
     if beside:
         raise VugenError(
             f"{path} has {folder.name}/ beside {', '.join(beside[:3])}: rename it if it is a class "

@@ -56,8 +56,6 @@ T = TypeVar("T")
 MOST_OPEN = 256  # shards a reader keeps open: of the 1024 files that a process may have as a rule
 STAND_INS = 96  # tries before a data set counts as unreadable
 JUDGED = 10_000  # samples over which the share of damaged ones is taken
-
-
 # What `vugen prepare` writes again: it looks at sizes, since to hash all that is there takes long.
 MEND = "delete the shards whose sha256 is not that in dataset.json and run `vugen prepare` again"
 

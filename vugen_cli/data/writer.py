@@ -541,9 +541,13 @@ def _sample(source: Source, item: int) -> Sample:
 
 def _is_gone(origin: str) -> bool:
     """Whether what pictures are read from is no more there: unmounted, so that each would be skipped."""
-    path = Path(origin)
-    # Of a set on the hub (hf:...), which is no path, every file was there at the start.
-    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    try:
+        with os.scandir(origin) as entries:  # not a list: there may be millions, and many pictures missing
+            return next(entries, None) is None
+    except NotADirectoryError:
+        return False
+    except FileNotFoundError:  # or a set on the hub (hf:...), whose files were all there at the start
+        return True
 
 
 def _members(sample: Sample, job: _Job) -> tuple[list[tuple[str, bytes]], int]:

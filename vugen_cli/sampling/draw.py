@@ -139,10 +139,10 @@ def draw(
     shown: dict[tuple[int, int], torch.Tensor] = {}
     with _held(out):
         for p in mine:
-            for name, pixels in _sources(asked[p]):
+            for name, picture in zip(rows[p, 0].get("sources", ()), asked[p].pictures, strict=True):
                 (out / name).parent.mkdir(exist_ok=True)
                 with whole_file(out / name) as temporary:
-                    Image.fromarray(pixels).save(temporary, format="PNG")
+                    Image.fromarray(_pixels(picture)).save(temporary, format="PNG")
         for k, i, image in progress_bar(
             images, total=n * len(mine), initial=len(there), desc="sample", unit="img"
         ):
@@ -153,8 +153,8 @@ def draw(
                 shown[mine[k], i] = image
         for p, i in drawn:
             if p * n + i < GRID_IMAGES:
-                with Image.open(out / rows[p, i]["file"]) as picture:
-                    shown[p, i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+                with Image.open(out / rows[p, i]["file"]) as kept:
+                    shown[p, i] = torch.from_numpy(np.array(kept)).permute(2, 0, 1)
         barrier(f"{out} drawn")
         for others_rows, others_shown in all_gather((rows, shown)):
             rows |= others_rows
@@ -196,7 +196,8 @@ def _rows(
     }
     stems, rows = file_stems(asked), {}
     for p in mine:
-        sources = [name for name, _ in _sources(asked[p])]
+        hashes = [hashlib.sha256(_pixels(picture).tobytes()).hexdigest() for picture in asked[p].pictures]
+        sources = [f"sources/{digest[:12]}.png" for digest in hashes]
         guided = {"sources": sources, "image_guidance": settings.image_guidance} if sources else {}
         for i in range(n):
             name = f"{stems[p]}-{i:04d}.png"
@@ -236,20 +237,14 @@ def _said_by(file: Path) -> dict[str, str] | None:
     """What a picture says that it is; None where there is none."""
     try:
         with Image.open(file, formats=("PNG",)) as picture:
-            text = {str(key): str(value) for key, value in picture.info.items()}
-            return {key: value for key, value in text.items() if key.startswith("vugen:")}
+            told = ((str(key), str(value)) for key, value in picture.info.items())
+            return {key: value for key, value in told if key.startswith("vugen:")}
     except (OSError, ValueError, SyntaxError):  # Pillow's errors, of a damaged file too
         return None
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
-
-
-def _sources(prompt: Prompt) -> list[tuple[str, np.ndarray]]:
-    """The names of a prompt's pictures in the folder, and the pictures, uint8 [H, W, 3]."""
-    pictures = map(_pixels, prompt.pictures)
-    return [(f"sources/{hashlib.sha256(p.tobytes()).hexdigest()[:12]}.png", p) for p in pictures]
 
 
 def file_stems(prompts: Sequence[str | Prompt]) -> list[str]:
